@@ -1,0 +1,77 @@
+"""The nouns that the modules share, and the letters for their dimensions.
+
+Dimensions: B batch, N images of a split, H W C image, K classes, h w heatmap grid, P = h * w
+windows, M heatmaps. Images are NHWC; outside of `vgg` pixels are float32 in [0, 1].
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array
+
+# Maps [B, H, W, C] images in [0, 1] to [B, K] logits, deterministically and image by image.
+LogitsFn = Callable[[Array], Array]
+
+
+class UsageError(ValueError):
+    """A mistake of the user's: one line that names the culprit and the way out."""
+
+
+class Split(NamedTuple):
+    """Decoded images on the host, possibly memory-mapped."""
+
+    images: np.ndarray  # u8[N, H, W, C]
+    labels: np.ndarray  # i32[N]
+
+    def __len__(self):
+        return len(self.labels)
+
+
+class Dataset(NamedTuple):
+    """A source's two splits; `class_names[k]` is what a person calls class `k`."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+
+
+class Batch(NamedTuple):
+    """Images of equal count `B`; the last batch of a split is padded, which `is_real` tells."""
+
+    images: np.ndarray  # f32[B, H, W, C] in [0, 1]
+    labels: np.ndarray  # i32[B]
+    index: np.ndarray  # i32[B], position in the split: an image's id
+    is_real: np.ndarray  # bool[B]
+
+
+class HeatmapSet(NamedTuple):
+    """What the detectors, baselines and tables are made from, without the classifier."""
+
+    logits: np.ndarray  # f32[M, h, w, K] of the image under each window
+    unoccluded: np.ndarray  # f32[M, K] of the image itself
+    label: np.ndarray  # i32[M], the true class
+    image_id: np.ndarray  # i32[M], position of the (clean) source image in its split
+    is_adversarial: np.ndarray  # bool[M]
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """`[M]`, the class that the classifier names for the unoccluded image."""
+        return self.unoccluded.argmax(-1).astype(np.int32)
+
+    @property
+    def maps(self) -> np.ndarray:
+        """`[M, h, w]`, the probability of the predicted class under each window (§III-C)."""
+        z = self.logits - self.logits.max(-1, keepdims=True)
+        p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+        return np.take_along_axis(p, self.predicted[:, None, None, None], axis=-1)[..., 0]
+
+    def __len__(self):
+        return len(self.label)
+
+    def select(self, chosen) -> 'HeatmapSet':
+        """Returns the maps that an index or boolean array chooses."""
+        return HeatmapSet(*(field[chosen] for field in self))
