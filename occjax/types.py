@@ -23,7 +23,7 @@ class UsageError(ValueError):
 class Split(NamedTuple):
     """Decoded images on the host, possibly memory-mapped."""
 
-    images: np.ndarray  # u8[N, H, W, C]
+    images: np.ndarray  # u8[N, H, W, C], or `data.Rows` of it: indexed by image, gathered then
     labels: np.ndarray  # i32[N]
 
     def __len__(self):

@@ -1,0 +1,136 @@
+"""Training the classifier and counting what it gets right (paper §III-B).
+
+Dimensions: B batch, H W C image, K classes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from occjax import vgg
+from occjax.types import Array, Batch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierState:
+    """Everything a training step reads and replaces."""
+
+    step: Array  # i32[]
+    variables: vgg.Variables
+    opt_state: optax.OptState
+
+
+def init_state(variables: vgg.Variables) -> ClassifierState:
+    """Returns the state before the first step."""
+    # Adam's state has the same form at every learning rate.
+    opt_state = optax.adam(0.0).init(variables.params)
+    return ClassifierState(step=jnp.zeros((), jnp.int32), variables=variables, opt_state=opt_state)
+
+
+@functools.partial(jax.jit, static_argnames=('dropout_rate', 'plan'), donate_argnames='state')
+def train_step(
+    state: ClassifierState,
+    images: Array,
+    labels: Array,
+    *,
+    key: Array,
+    learning_rate: float,
+    dropout_rate: float = 0.5,
+    plan: vgg.Plan = vgg.VGG11,
+) -> tuple[ClassifierState, dict[str, Array]]:
+    """Takes one step of Adam on the mean cross-entropy (§III-B).
+
+    Args:
+        state: what the step before returned; its buffers are given up.
+        images: `[B, H, W, C]` in [0, 1].
+        labels: `[B]` integer classes.
+        key: JAX random key of the whole training; the step folds its number into it.
+        learning_rate: of this step.
+        dropout_rate, plan: see `vgg.train_logits`.
+
+    Returns:
+        The next state, and the batch's `loss` and `accuracy`.
+    """
+
+    def mean_loss(params):
+        logits, batch_stats = vgg.train_logits(
+            state.variables._replace(params=params),
+            images,
+            key=jax.random.fold_in(key, state.step),
+            dropout_rate=dropout_rate,
+            plan=plan,
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), (batch_stats, jnp.mean(jnp.argmax(logits, -1) == labels))
+
+    params = state.variables.params
+    (loss, (batch_stats, accuracy)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    updates, opt_state = optax.adam(learning_rate).update(gradients, state.opt_state)
+    variables = state.variables._replace(
+        params=optax.apply_updates(params, updates), batch_stats=batch_stats
+    )
+    new_state = ClassifierState(step=state.step + 1, variables=variables, opt_state=opt_state)
+    return new_state, {'loss': loss, 'accuracy': accuracy}
+
+
+def fit_epoch(
+    state: ClassifierState,
+    batches: Iterable[Batch],
+    *,
+    key: Array,
+    schedule: Callable[[int], float],
+    dropout_rate: float,
+    plan: vgg.Plan,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> tuple[ClassifierState, dict[str, float]]:
+    """Takes one step a batch.
+
+    Args:
+        state: where to start.
+        batches: of one epoch, all images real.
+        key: see `train_step`.
+        schedule: the learning rate by step.
+        dropout_rate, plan: see `vgg.train_logits`.
+        on_batch: told after every step how many images it took.
+
+    Returns:
+        The state after the epoch, and the mean `loss` and `accuracy` over its images.
+    """
+    totals, count, step = {'loss': 0.0, 'accuracy': 0.0}, 0, int(state.step)
+    for batch in batches:
+        state, metrics = train_step(
+            state,
+            batch.images,
+            batch.labels,
+            key=key,
+            learning_rate=schedule(step),
+            dropout_rate=dropout_rate,
+            plan=plan,
+        )
+        step += 1
+        count += len(batch.labels)
+        for name in totals:
+            totals[name] += float(metrics[name]) * len(batch.labels)
+        on_batch(len(batch.labels))
+    return state, {name: total / count for name, total in totals.items()}
+
+
+def evaluate(predict_fn: Callable[[Array], Array], batches: Iterable[Batch]) -> float:
+    """Returns the exact accuracy: every real image counts once, divided once.
+
+    Args:
+        predict_fn: maps `[B, H, W, C]` images to `[B]` classes.
+        batches: padded ones, from `data.batches`.
+    """
+    correct = total = 0
+    for batch in batches:
+        hits = np.asarray(predict_fn(batch.images)) == batch.labels
+        correct += int(np.sum(hits & batch.is_real))
+        total += int(batch.is_real.sum())
+    return correct / total

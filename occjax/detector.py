@@ -1,0 +1,200 @@
+"""The detectors: one small MLP per class that judges heatmaps (paper §III-D).
+
+All of them are one *bank*: a Flax pytree whose leaves lead with the class axis, made, fitted and
+applied by `vmap`. A map is judged by the detector of the class that the classifier names for it.
+
+Dimensions: K classes, h w heatmap grid, M maps, N maps a class (padded to the largest).
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from occjax.types import Array, HeatmapSet
+
+Bank = Any  # The variables of `MLP`, each leaf with a leading axis of K.
+
+
+class MLP(nn.Module):
+    """Scores heatmaps: `[M, h, w]` to `[M]` logits, above 0 for adversarial.
+
+    Ours: ReLU and one logit (§III-D gives the widths only). 113,409 parameters for 4×4 maps,
+    159,489 for 14×14.
+    """
+
+    features: tuple[int, ...] = (256, 256, 128, 64, 32)
+
+    @nn.compact
+    def __call__(self, maps: Array) -> Array:
+        """Returns `[M]` logits."""
+        x = maps.reshape(len(maps), -1)
+        for width in self.features:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(1)(x)[:, 0]
+
+
+class Groups(NamedTuple):
+    """Maps by the class that the classifier names, padded to one length; `weight` 0 is padding."""
+
+    maps: np.ndarray  # f32[K, N, h, w]; the real ones come first
+    is_adversarial: np.ndarray  # bool[K, N]
+    weight: np.ndarray  # f32[K, N]
+
+
+def group_by_class(
+    maps: HeatmapSet, *, num_classes: int, balance: str, rng: np.random.Generator
+) -> Groups:
+    """Sorts maps into their detectors' training sets (§III-C groups by the class named).
+
+    Args:
+        maps: both kinds of maps.
+        num_classes: K.
+        balance: what evens out the two kinds within a class (ours: not stated): `undersample`
+            the larger one, `weights` that give both the same sum, or `none`.
+        rng: chooses what undersampling keeps.
+
+    Returns:
+        Groups for `fit_bank`. A class with maps of one kind only gets no weight at all: there is
+        nothing for its detector to learn.
+    """
+    pixels, predicted, groups = maps.maps, maps.predicted, []
+    for k in range(num_classes):
+        kinds = [
+            np.flatnonzero((predicted == k) & (maps.is_adversarial == kind)) for kind in (0, 1)
+        ]
+        fewest = min(map(len, kinds))
+        if fewest == 0:
+            kinds = [kind[:0] for kind in kinds]
+        elif balance == 'undersample':
+            kinds = [np.sort(rng.permutation(kind)[:fewest]) for kind in kinds]
+        total = sum(map(len, kinds))
+        # Weights of one class have mean 1 whatever the rule, so that losses compare.
+        weights = [
+            np.full(len(kind), total / (2 * len(kind)) if balance == 'weights' else 1.0)
+            for kind in kinds
+            if len(kind)
+        ]
+        groups.append((np.concatenate(kinds), np.concatenate([*weights, np.zeros(0)])))
+
+    longest = max(1, *(len(index) for index, _ in groups))
+    index = np.stack([np.pad(index, (0, longest - len(index))) for index, _ in groups])
+    weight = np.stack([np.pad(weight, (0, longest - len(weight))) for _, weight in groups])
+    return Groups(pixels[index], maps.is_adversarial[index], weight.astype(np.float32))
+
+
+def init(key: Array, *, grid: tuple[int, int]) -> Any:
+    """Returns the variables of one detector for maps of shape `grid`."""
+    return MLP().init(key, jnp.zeros((1, *grid)))
+
+
+def fit(
+    key: Array,
+    variables: Any,
+    maps: Array,
+    is_adversarial: Array,
+    weight: Array,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+) -> Any:
+    """Fits one detector by Adam on the weighted sigmoid cross-entropy.
+
+    Every step draws a batch with replacement from the maps that carry weight, so neither padding
+    nor what the other classes hold changes the result.
+
+    Args:
+        key: JAX random key for the draws.
+        variables: of one detector.
+        maps: `[N, h, w]`.
+        is_adversarial: `bool[N]`.
+        weight: `[N]`; zeros only at the end. All zeros leave the detector as it is.
+        steps, batch_size, learning_rate: of Adam; the rate falls to zero along a cosine.
+
+    Returns:
+        The fitted variables.
+    """
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+    count = jnp.sum(weight > 0)
+
+    def loss(variables, rows):
+        logits = MLP().apply(variables, maps[rows])
+        losses = optax.sigmoid_binary_cross_entropy(logits, is_adversarial[rows])
+        return jnp.mean(weight[rows] * losses)
+
+    def step(carry, key):
+        variables, opt_state = carry
+        rows = jax.random.randint(key, (batch_size,), 0, jnp.maximum(count, 1))
+        updates, opt_state = optimizer.update(jax.grad(loss)(variables, rows), opt_state)
+        return (optax.apply_updates(variables, updates), opt_state), None
+
+    carry = variables, optimizer.init(variables)
+    (variables, _), _ = jax.lax.scan(step, carry, jax.random.split(key, steps))
+    return variables
+
+
+def init_bank(key: Array, *, num_classes: int, grid: tuple[int, int]) -> Bank:
+    """Returns K fresh detectors for maps of shape `grid = (h, w)` as one bank."""
+    return jax.vmap(lambda key: init(key, grid=grid))(jax.random.split(key, num_classes))
+
+
+def fit_bank(
+    key: Array,
+    bank: Bank,
+    maps: Array,
+    is_adversarial: Array,
+    weight: Array,
+    *,
+    steps: int = 1000,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+) -> Bank:
+    """Fits all detectors at once, each on its own maps.
+
+    Args:
+        key: JAX random key; detector `k` gets `jax.random.split(key, K)[k]`.
+        bank: from `init_bank`.
+        maps: `[K, N, h, w]`, as `Groups` has them.
+        is_adversarial: `bool[K, N]`.
+        weight: `[K, N]`, 0 for padding, which stands at the end.
+        steps, batch_size, learning_rate: see `fit`.
+
+    Returns:
+        The fitted bank, equal to K separate fits.
+
+    Raises:
+        ValueError: if the shapes don't belong together.
+    """
+    num_classes = len(jax.tree.leaves(bank)[0])
+    lead = (num_classes, jnp.shape(maps)[1])
+    for name, array in (('is_adversarial', is_adversarial), ('weight', weight)):
+        if jnp.shape(array) != lead:
+            raise ValueError(f'Expected {name} of shape {lead}, got {jnp.shape(array)}.')
+
+    def fit_one(key, variables, maps, is_adversarial, weight):
+        hyperparameters = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+        return fit(key, variables, maps, is_adversarial, weight, **hyperparameters)
+
+    keys = jax.random.split(key, num_classes)
+    return jax.vmap(fit_one)(keys, bank, *map(jnp.asarray, (maps, is_adversarial, weight)))
+
+
+def score(bank: Bank, maps: Array, predicted: Array) -> Array:
+    """Returns `[M]` logits, above 0 for adversarial, each by the detector of that map's class.
+
+    Args:
+        bank: K detectors.
+        maps: `[M, h, w]` heatmaps.
+        predicted: `[M]` integer classes that the classifier names for the images.
+    """
+    by_detector = jax.vmap(MLP().apply, in_axes=(0, None))(bank, jnp.asarray(maps))  # [K, M]
+    return jnp.take_along_axis(by_detector, jnp.asarray(predicted)[None], axis=0)[0]
+
+
+def detector_for(bank: Bank, k: int) -> Any:
+    """Returns the variables of the detector of class `k`."""
+    return jax.tree.map(lambda leaf: leaf[k], bank)

@@ -1,0 +1,176 @@
+"""From stored maps to results: no classifier, no images, so that every number can be made again.
+
+Dimensions: M maps, K classes.
+"""
+
+import functools
+import importlib.metadata
+import platform
+
+import jax
+import numpy as np
+
+from occjax import config, detector, metrics, paper, report, storage, vgg
+from occjax.run import Run
+from occjax.types import HeatmapSet
+
+PROTOCOLS = ('paper', 'held_out')
+
+# Purposes of random numbers: each has its own stream under the config's one seed.
+_PAPER_SPLIT, _HELD_OUT_SPLIT = 1, 2
+
+
+def load_shards(run: Run, split_name: str) -> tuple[HeatmapSet, list[dict]]:
+    """Returns all maps of a split, and the shards that they stand in."""
+    directory = run.workdir / 'heatmaps'
+    names = storage.read_json(directory / 'manifest.json', mode='heatmaps')
+    shards = [
+        storage.load_arrays(directory / name, mode='heatmaps')
+        for name in names
+        if name.startswith(split_name)
+    ]
+    fields = ([shard[field] for shard in shards] for field in HeatmapSet._fields)
+    return HeatmapSet(*map(np.concatenate, fields)), shards
+
+
+def divide_maps(run: Run, protocol: str) -> tuple[HeatmapSet, HeatmapSet]:
+    """Returns the maps to fit detectors on and the maps to judge them by (readings A13).
+
+    `paper` divides the maps of training images at random, as the paper seems to have done;
+    `held_out` divides the maps of test images, which the classifier has not seen, by image, so
+    that an image and its attacked twin stand on one side.
+    """
+    if protocol == 'paper':
+        maps, _ = load_shards(run, 'train')
+        units, unit = np.arange(len(maps)), np.arange(len(maps))
+        rng, fraction = run.rng(_PAPER_SPLIT), run.config.detector.paper_fit_fraction
+    else:
+        maps, _ = load_shards(run, 'test')
+        units, unit = np.unique(maps.image_id), maps.image_id
+        rng, fraction = run.rng(_HELD_OUT_SPLIT), run.config.detector.held_out_fit_fraction
+    fitted = np.isin(unit, rng.permutation(units)[: round(fraction * len(units))])
+    return maps.select(fitted), maps.select(~fitted)
+
+
+def init_bank(run: Run, maps: HeatmapSet) -> detector.Bank:
+    """Returns unfitted detectors for these maps."""
+    _, h, w, num_classes = maps.logits.shape
+    key = jax.random.key(run.config.seed + 2)
+    return detector.init_bank(key, num_classes=num_classes, grid=(h, w))
+
+
+def detection(run: Run, protocol: str) -> dict:
+    """Returns how the fitted detectors and the baselines do under one protocol."""
+    fit_maps, maps = divide_maps(run, protocol)
+    like = jax.eval_shape(lambda: init_bank(run, fit_maps))
+    directory = run.workdir / 'detectors' / protocol
+    bank = storage.restore_checkpoint(directory, like, mode='detectors')
+    class_names = run.description['class_names']
+    per_class = functools.partial(metrics.per_class, class_names=class_names)
+    scores = [np.asarray(detector.score(bank, m.maps, m.predicted)) for m in (maps, fit_maps)]
+    by_class = per_class(scores[0], maps, scores[1], fit_maps, threshold=0.0)
+    published = paper.numbers(tuple(class_names))
+    for name, entry in by_class.items():
+        entry['paper_accuracy'] = published.accuracy[name] if published else None
+    overall = metrics.overall(by_class)
+    overall['paper_accuracy'] = published.overall if published else None
+    baselines = {}
+    for name, score_fn in metrics.BASELINES.items():
+        entries = per_class(score_fn(maps), maps, score_fn(fit_maps), fit_maps)
+        baselines[name] = metrics.overall(entries) | {'per_class': entries}
+    return {'per_class': by_class, 'overall': overall, 'baselines': baselines}
+
+
+def make_report(run: Run) -> str:
+    """Writes the report from what is stored, without classifier or images; returns its tables."""
+    accuracies = storage.read_json(run.workdir / 'classifier' / 'metrics.json', mode='train')
+    maps, shards = load_shards(run, 'train')
+    class_names = run.description['class_names']
+    published = paper.numbers(tuple(class_names))
+    attempted = int(sum(shard['attempted'] for shard in shards))
+    successful = int(maps.is_adversarial.sum())
+    counts = {
+        kind: np.bincount(maps.predicted[maps.is_adversarial == flag], minlength=len(class_names))
+        for kind, flag in (('correct', False), ('adversarial', True))
+    }
+    means = [maps.maps[maps.is_adversarial == flag] for flag in (False, True)]
+    results = {
+        'manifest': manifest(run),
+        'classifier': accuracies
+        | {'paper_test_accuracy': published.test_accuracy if published else None},
+        'attack': {
+            'epsilon': run.config.attack.epsilon,
+            'attempted': attempted,
+            'successful': successful,
+            'success_rate': successful / attempted if attempted else None,
+            'max_perturbation': float(max(shard['max_perturbation'] for shard in shards)),
+            'nan_count': int(sum(shard['nan_count'] for shard in shards)),
+            'min_pixel': float(min(shard['pixel_range'][0] for shard in shards)),
+            'max_pixel': float(max(shard['pixel_range'][1] for shard in shards)),
+        },
+        'heatmaps': {
+            name: {
+                'correct': int(counts['correct'][k]),
+                'adversarial': int(counts['adversarial'][k]),
+                'paper_correct': published.counts[name][0] if published else None,
+                'paper_adversarial': published.counts[name][1] if published else None,
+            }
+            for k, name in enumerate(class_names)
+        },
+        'map_mean': {
+            kind: float(m.mean()) if len(m) else None
+            for kind, m in zip(('correct', 'adversarial'), means, strict=True)
+        },
+        'detection': {protocol: detection(run, protocol) for protocol in PROTOCOLS},
+    }
+    rows = vgg.summary(
+        image_size=run.config.data.image_size,
+        num_classes=len(class_names),
+        hidden=run.config.classifier.hidden,
+        plan=run.plan,
+    )
+    report.write(
+        run.workdir / 'report',
+        results,
+        rows=rows,
+        class_names=class_names,
+        examples=examples(shards),
+        maps=maps,
+        config=run.config,
+    )
+    return report.tables(results, rows, class_names)
+
+
+def examples(shards: list[dict]) -> list[report.Example]:
+    """Returns an attacked image from every shard that has one, with both its maps."""
+    found = []
+    for shard in shards:
+        if len(shard['example_id']):
+            maps = HeatmapSet(*(shard[field] for field in HeatmapSet._fields))
+            here = maps.image_id == shard['example_id'][0]
+            clean, attacked = (maps.select(here & (maps.is_adversarial == a)) for a in (0, 1))
+            found.append(
+                report.Example(
+                    clean=shard['example_clean'][0],
+                    adversarial=shard['example_adversarial'][0],
+                    label=int(attacked.label[0]),
+                    predicted=int(attacked.predicted[0]),
+                    clean_map=clean.maps[0],
+                    adversarial_map=attacked.maps[0],
+                )
+            )
+    return found
+
+
+def manifest(run: Run) -> dict:
+    """Returns what a reader needs to make the same numbers again."""
+    packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'scikit-learn')
+    return {
+        'config': config.to_json(run.config),
+        'config_hash': config.digest(run.config),
+        'seeds': [run.config.seed],
+        'versions': {'python': platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in packages},
+        'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        'dataset': run.description,
+    }

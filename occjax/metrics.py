@@ -1,0 +1,139 @@
+"""How well scores tell adversarial maps from correct ones, on the host.
+
+A score is a number a map, higher for more adversarial. Every threshold comes from the maps that
+the detector was fitted on, never from the ones it is judged by. What cannot be computed (a class
+with maps of one kind only) is None, never NaN.
+
+Dimensions: M heatmaps.
+"""
+
+import numpy as np
+from sklearn import metrics as sklearn_metrics
+
+from occjax.types import HeatmapSet
+
+# What a detector must beat: a cell is a confidence, so "darker" may only mean "less confident".
+BASELINES = {
+    'max_probability': lambda maps: -_max_probability(maps),
+    'map_mean': lambda maps: -maps.maps.mean(axis=(1, 2)),
+}
+RATES = (
+    'accuracy',
+    'majority_baseline',
+    'balanced_accuracy',
+    'auroc',
+    'tpr_at_5_fpr',
+    'tpr_at_1_fpr',
+)
+
+
+def _max_probability(maps: HeatmapSet) -> np.ndarray:
+    """Returns the `[M]` unoccluded probability of the predicted class."""
+    z = maps.unoccluded - maps.unoccluded.max(-1, keepdims=True)
+    return 1 / np.exp(z).sum(-1)  # The largest exponent is 0.
+
+
+def threshold_at_fpr(clean_scores: np.ndarray, fpr: float) -> float:
+    """Returns the lowest threshold that at most a share `fpr` of `[M]` clean scores exceeds."""
+    ordered = np.sort(np.asarray(clean_scores, np.float64))[::-1]
+    return float(ordered[int(fpr * len(ordered))])
+
+
+def best_threshold(scores: np.ndarray, is_adversarial: np.ndarray) -> float:
+    """Returns the threshold of highest balanced accuracy on `[M]` scores of both kinds."""
+    fpr, tpr, thresholds = sklearn_metrics.roc_curve(
+        is_adversarial, np.asarray(scores, np.float64), drop_intermediate=False
+    )
+    # Scikit-learn calls scores from the threshold on positive, we those above it.
+    return float(np.nextafter(thresholds[np.argmax(tpr - fpr)], -np.inf))
+
+
+def rates(
+    scores: np.ndarray,
+    is_adversarial: np.ndarray,
+    *,
+    threshold: float,
+    fit_clean_scores: np.ndarray,
+) -> dict:
+    """Returns the detection rates of one class on the maps it is judged by.
+
+    Args:
+        scores: `[M]`, higher for more adversarial.
+        is_adversarial: `bool[M]`.
+        threshold: a higher score is called adversarial.
+        fit_clean_scores: scores of the fitting split's correct maps, which set the thresholds of
+            the true positive rates at 5 % and 1 % false positives.
+
+    Returns:
+        `n_correct`, `n_adversarial`, and each of `RATES`: None (with a `note`) where a kind is
+        missing.
+    """
+    scores = np.asarray(scores, np.float64)  # The thresholds' precision.
+    n_adversarial = int(is_adversarial.sum())
+    n_correct = len(scores) - n_adversarial
+    counts = {'n_correct': n_correct, 'n_adversarial': n_adversarial}
+    missing = [
+        name for name, n in (('correct', n_correct), ('adversarial', n_adversarial)) if not n
+    ]
+    if missing or not len(fit_clean_scores):
+        note = f'no {" or ".join(missing or ["fitting"])} maps'
+        return counts | dict.fromkeys(RATES) | {'note': note}
+    called = scores > threshold
+    tpr, fpr = called[is_adversarial].mean(), called[~is_adversarial].mean()
+    at_5, at_1 = (threshold_at_fpr(fit_clean_scores, level) for level in (0.05, 0.01))
+    values = {
+        'accuracy': np.mean(called == is_adversarial),
+        'majority_baseline': max(n_correct, n_adversarial) / len(scores),
+        'balanced_accuracy': (tpr + 1 - fpr) / 2,
+        'auroc': sklearn_metrics.roc_auc_score(is_adversarial, scores),
+        'tpr_at_5_fpr': np.mean(scores[is_adversarial] > at_5),
+        'tpr_at_1_fpr': np.mean(scores[is_adversarial] > at_1),
+    }
+    return counts | {name: float(value) for name, value in values.items()}
+
+
+def per_class(
+    scores: np.ndarray,
+    maps: HeatmapSet,
+    fit_scores: np.ndarray,
+    fit_maps: HeatmapSet,
+    *,
+    class_names: tuple[str, ...],
+    threshold: float | None = None,
+) -> dict[str, dict]:
+    """Returns `rates` for every class, by the class that the classifier names.
+
+    Args:
+        scores: `[M]` scores of `maps`, the ones to judge by.
+        maps: maps of both kinds.
+        fit_scores: scores of `fit_maps`.
+        fit_maps: the maps that detector and thresholds were fitted on.
+        class_names: K names.
+        threshold: for all classes; None takes each class's `best_threshold` on `fit_maps`.
+    """
+    result = {}
+    for k, name in enumerate(class_names):
+        here, fitted = maps.predicted == k, fit_maps.predicted == k
+        known, kinds = fit_scores[fitted], fit_maps.is_adversarial[fitted]
+        both = kinds.any() and not kinds.all()
+        chosen = best_threshold(known, kinds) if threshold is None and both else threshold or 0.0
+        result[name] = rates(
+            scores[here],
+            maps.is_adversarial[here],
+            threshold=chosen,
+            fit_clean_scores=known[~kinds] if both else known[:0],
+        )
+    return result
+
+
+def overall(classes: dict[str, dict]) -> dict:
+    """Returns the unweighted class mean of every rate (readings differ; Table VI is this one)."""
+    values = {
+        name: [entry[name] for entry in classes.values() if entry[name] is not None]
+        for name in RATES
+    }
+    counts = {
+        name: sum(entry[name] for entry in classes.values())
+        for name in ('n_correct', 'n_adversarial')
+    }
+    return counts | {name: float(np.mean(v)) if v else None for name, v in values.items()}

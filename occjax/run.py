@@ -1,0 +1,152 @@
+"""What a stage runs with: the experiment, its images, the devices, and a voice.
+
+Dimensions: B batch.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from occjax import data, occlusion, storage, vgg
+from occjax.config import Config
+from occjax.types import Dataset, UsageError
+
+PLANS = {'vgg11': vgg.VGG11, 'vgg13': vgg.VGG13, 'vgg16': vgg.VGG16, 'vgg19': vgg.VGG19}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One experiment: what (`config`), where (`workdir`), and how fast (the rest)."""
+
+    config: Config
+    workdir: pathlib.Path
+    data_dir: str | None = None
+    cache_dir: str | None = None
+    chunk_size: int | None = None
+    eval_batch_size: int | None = None
+
+    @property
+    def plan(self) -> vgg.Plan:
+        """The classifier's layers."""
+        return PLANS[self.config.classifier.plan]
+
+    @property
+    def batch_size(self) -> int:
+        """How many images the classifier takes at once outside of training, 128 of 32×32 pixels."""
+        wanted = self.eval_batch_size or max(8, 2**17 // self.config.data.image_size**2)
+        return math.ceil(wanted / jax.device_count()) * jax.device_count()
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The images, read once, and the same ones for as long as the work directory lives."""
+        wanted = self.config.data
+        dataset = data.load(
+            wanted.name,
+            image_size=wanted.image_size,
+            data_dir=self.data_dir,
+            cache_dir=self.cache_dir,
+            resplit_per_class=wanted.resplit_per_class,
+            seed=self.config.seed,
+            train_images=wanted.train_images or None,
+            test_images=wanted.test_images or None,
+        )
+        path = self.workdir / 'dataset.json'
+        description = {
+            'name': dataset.name,
+            'fingerprint': data.fingerprint(dataset),
+            'class_names': list(dataset.class_names),
+            'train_images': len(dataset.train),
+            'test_images': len(dataset.test),
+        }
+        if path.exists() and storage.read_json(path, mode='train') != description:
+            raise UsageError(
+                f'{self.workdir} was made from other images than --data_dir={self.data_dir} now '
+                'holds: choose another --workdir, or delete that one.'
+            )
+        storage.write_json(path, description)
+        return dataset
+
+    @property
+    def description(self) -> dict:
+        """What `dataset` was when it was first read, for stages that need no images."""
+        return storage.read_json(self.workdir / 'dataset.json', mode='train')
+
+    @property
+    def map_batch_size(self) -> int:
+        """How many images are mapped at once; few, as each is many forward passes."""
+        return math.ceil(self.batch_size / 4 / jax.device_count()) * jax.device_count()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The shape of a heatmap."""
+        side, wanted = self.config.data.image_size, self.config.occlusion
+        geometry = dict(size=wanted.size, stride=wanted.stride, grid=wanted.grid)
+        return occlusion.grid_shape((side, side), **geometry)
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """All devices along one axis, over which batches are divided."""
+        axis_types = (jax.sharding.AxisType.Auto,)
+        return jax.make_mesh((jax.device_count(),), ('data',), axis_types=axis_types)
+
+    def divide(self, array: np.ndarray) -> jax.Array:
+        """Puts a batch on the devices, a part on each where it divides."""
+        parts = jax.P('data') if len(array) % jax.device_count() == 0 else jax.P()
+        return jax.device_put(array, jax.NamedSharding(self.mesh, parts))
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts the whole of a pytree on every device."""
+        return jax.device_put(tree, jax.NamedSharding(self.mesh, jax.P()))
+
+    def in_batches(self, fn: Callable, *arrays: np.ndarray, batch_size: int) -> Any:
+        """Returns `fn(*arrays)` on the host, computed in padded batches of one size.
+
+        Args:
+            fn: maps arrays of leading axis B to a pytree of such.
+            *arrays: of one length, at least 1.
+            batch_size: B.
+        """
+        outputs, count = [], len(arrays[0])
+        for start in range(0, count, batch_size):
+            # Past the end come images from the start again, which are cut off below.
+            rows = np.arange(start, start + batch_size) % count
+            outputs.append(jax.device_get(fn(*(self.divide(array[rows]) for array in arrays))))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
+
+    def rng(self, *purpose: int) -> np.random.Generator:
+        """Returns a generator for one purpose, a pure function of the config's seed."""
+        return np.random.default_rng([self.config.seed, *purpose])
+
+
+class Progress:
+    """Tells on stderr, every few seconds, how far a loop is, how fast, and what is left."""
+
+    def __init__(self, total: int, what: str, *, every: float = 10.0):
+        self.total, self.what, self.every = total, what, every
+        self.done, self.began, self.told = 0, time.monotonic(), time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        """How many are done in a second."""
+        return self.done / (time.monotonic() - self.began)
+
+    def __call__(self, count: int):
+        """Counts `count` more as done."""
+        self.done += count
+        if time.monotonic() - self.told >= self.every:
+            self.told = time.monotonic()
+            minutes = (self.total - self.done) / self.rate / 60
+            say(f'{self.what}: {self.done}/{self.total}, {self.rate:.1f}/s, {minutes:.1f} min left')
+
+
+def say(line: str):
+    """Prints progress; stdout is for results."""
+    print(line, file=sys.stderr, flush=True)

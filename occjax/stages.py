@@ -1,0 +1,237 @@
+"""The stages of the experiment: composition and the jit boundary.
+
+    train -> heatmaps -> detectors -> report
+
+Each reads what the one before left in the work directory, and picks up where it stopped.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from occjax import attack, classifier, data, detector, evaluation, occlusion, storage, vgg
+from occjax.run import Progress, Run, say
+from occjax.types import HeatmapSet, Split
+
+SPLITS = ('train', 'test')
+
+# Purposes of random numbers: each has its own stream under the config's one seed.
+_MAPPED_IMAGES, _UNDERSAMPLING = 0, 3
+
+
+@functools.partial(jax.jit, static_argnames='plan')
+def predict(variables, images, *, plan):
+    """Returns the `[B]` classes that the classifier names."""
+    return jnp.argmax(vgg.logits(variables, images, plan=plan), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=('plan', 'clip'))
+def attack_batch(variables, images, labels, *, epsilon, clip, plan):
+    """Returns FGSM images, and the `[B, K]` logits before and after."""
+    logits_fn = functools.partial(vgg.logits, variables, plan=plan)
+    bounds = (0.0, 1.0) if clip else None
+    adversarial = attack.fgsm(logits_fn, images, labels, epsilon=epsilon, bounds=bounds)
+    return adversarial, logits_fn(images), logits_fn(adversarial)
+
+
+@functools.partial(
+    jax.jit, static_argnames=('mesh', 'size', 'stride', 'grid', 'chunk_size', 'plan')
+)
+def map_batch(variables, images, fill, *, mesh, plan, **geometry):
+    """Returns the `[B, h, w, K]` logits under every window; each device maps its own images."""
+
+    def occluded_logits(variables, images, fill):
+        logits_fn = functools.partial(vgg.logits, variables, plan=plan)
+        return occlusion.occluded_logits(logits_fn, images, fill=fill, **geometry)
+
+    by_image = jax.P('data')
+    return jax.shard_map(
+        occluded_logits,
+        mesh=mesh,
+        in_specs=(jax.P(), by_image, jax.P()),
+        out_specs=by_image,
+        check_vma=False,
+    )(variables, images, fill)
+
+
+fit_bank = jax.jit(detector.fit_bank, static_argnames=('steps', 'batch_size'))
+
+
+def init_variables(run: Run) -> vgg.Variables:
+    """Returns the untrained classifier, which normalises by the training images' statistics."""
+    settings, stats = run.config.classifier, {}
+    if settings.normalize:
+        stats = dict(zip(('mean', 'std'), data.pixel_statistics(run.dataset.train), strict=True))
+    return vgg.init(
+        jax.random.key(run.config.seed),
+        image_size=run.config.data.image_size,
+        num_classes=len(run.dataset.class_names),
+        hidden=settings.hidden,
+        plan=run.plan,
+        **stats,
+    )
+
+
+def train(run: Run):
+    """Trains the classifier, a checkpoint an epoch, and evaluates it on both splits."""
+    settings, directory = run.config.classifier, run.workdir / 'classifier'
+    if (directory / 'metrics.json').exists():
+        return
+    split = run.dataset.train
+    state = classifier.init_state(init_variables(run))
+    done = storage.latest_step(directory) or 0
+    if done:
+        state = storage.restore_checkpoint(directory, state, mode='train')
+        say(f'classifier: continuing after epoch {done}')
+    state = run.replicate(state)
+    batch_size = min(settings.batch_size, len(split))
+    steps = len(split) // batch_size * settings.epochs
+    # Ours: the paper names no schedule; a falling rate needs less tuning than a constant one.
+    schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
+    for epoch in range(done, settings.epochs):
+        progress = Progress(len(split), f'epoch {epoch + 1}/{settings.epochs}, images')
+        batches = data.training_batches(split, batch_size, seed=run.config.seed, epoch=epoch)
+        state, values = classifier.fit_epoch(
+            state,
+            (batch._replace(images=run.divide(batch.images)) for batch in batches),
+            key=jax.random.key(run.config.seed + 1),
+            schedule=schedule,
+            dropout_rate=settings.dropout_rate,
+            plan=run.plan,
+            on_batch=progress,
+        )
+        say(
+            f'epoch {epoch + 1}/{settings.epochs}: loss {values["loss"]:.4f}, '
+            f'accuracy {values["accuracy"]:.4f}, {progress.rate:.0f} images/s'
+        )
+        storage.save_checkpoint(directory, epoch + 1, state)
+    predict_fn = functools.partial(predict, state.variables, plan=run.plan)
+    accuracies = {
+        f'{name}_accuracy': classifier.evaluate(
+            lambda images: predict_fn(run.divide(images)),
+            data.batches(getattr(run.dataset, name), run.batch_size),
+        )
+        for name in SPLITS
+    }
+    say('classifier: ' + ', '.join(f'{name} {value:.4f}' for name, value in accuracies.items()))
+    storage.write_json(directory / 'metrics.json', accuracies)
+
+
+def load_variables(run: Run) -> vgg.Variables:
+    """Returns the trained classifier."""
+    directory = run.workdir / 'classifier'
+    storage.read_json(directory / 'metrics.json', mode='train')  # Absent until training is over.
+    like = jax.eval_shape(lambda: classifier.init_state(init_variables(run)))
+    return run.replicate(storage.restore_checkpoint(directory, like, mode='train').variables)
+
+
+def collect(run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray) -> dict:
+    """Returns a shard: the heatmaps of some images and their attacks, and what the attack did.
+
+    Correctly classified images and successful attacks on them have maps (§III-C), stored as the
+    logits of all classes, so that every detector and table follows without the classifier.
+    """
+    settings, geometry = run.config.attack, run.config.occlusion
+    images, labels = data.take(split, ids), split.labels[ids]
+    attack_fn = functools.partial(
+        attack_batch, variables, epsilon=settings.epsilon, clip=settings.clip, plan=run.plan
+    )
+    adversarial, before, after = run.in_batches(
+        attack_fn, images, labels, batch_size=run.batch_size
+    )
+    correct, successful, predicted = jax.device_get(attack.outcome(before, after, labels))
+    kinds = (correct, successful)
+    logits = np.zeros((0, *run.grid, before.shape[-1]), np.float32)
+    if correct.any():
+        map_fn = functools.partial(
+            map_batch,
+            variables,
+            fill=np.asarray(geometry.fill or variables.pixel_stats['mean'], np.float32),
+            mesh=run.mesh,
+            size=geometry.size,
+            stride=geometry.stride,
+            grid=geometry.grid,
+            chunk_size=run.chunk_size,
+            plan=run.plan,
+        )
+        chosen = np.concatenate([images[correct], adversarial[successful]])
+        logits = run.in_batches(map_fn, chosen, batch_size=run.map_batch_size)
+    maps = HeatmapSet(
+        logits=logits,
+        unoccluded=np.concatenate([before[correct], after[successful]]),
+        label=np.concatenate([labels[kind] for kind in kinds]),
+        image_id=np.concatenate([ids[kind] for kind in kinds]),
+        is_adversarial=np.repeat([False, True], [kind.sum() for kind in kinds]),
+    )
+    attacked = adversarial[correct]
+    example = np.flatnonzero(successful)[:1]  # One a shard, for the figures.
+    return maps._asdict() | {
+        'attempted': correct.sum(),
+        'max_perturbation': np.max(np.abs(attacked - images[correct]), initial=0),
+        'nan_count': np.isnan(attacked).sum(),
+        'pixel_range': [np.min(attacked, initial=1), np.max(attacked, initial=0)],
+        'example_id': ids[example],
+        'example_clean': images[example],
+        'example_adversarial': adversarial[example],
+    }
+
+
+def heatmaps(run: Run):
+    """Attacks both splits and stores the maps, shard by shard; what is stored stays."""
+    directory = run.workdir / 'heatmaps'
+    if (directory / 'manifest.json').exists():
+        return
+    variables, shards = load_variables(run), []
+    for split_number, name in enumerate(SPLITS):
+        split = getattr(run.dataset, name)
+        limit = getattr(run.config.occlusion, f'{name}_images') or len(split)
+        ids = run.rng(_MAPPED_IMAGES, split_number).permutation(len(split))[:limit]
+        for start in range(0, len(ids), 4 * run.batch_size):
+            path = directory / f'{name}-{start:07d}.npz'
+            shards.append((path, split, ids[start : start + 4 * run.batch_size]))
+    progress = Progress(sum(len(ids) for *_, ids in shards), 'heatmaps, images')
+    for path, split, ids in shards:
+        if path.exists():
+            progress.total -= len(ids)
+        else:
+            storage.save_arrays(path, collect(run, variables, split, ids))
+            progress(len(ids))
+    storage.write_json(directory / 'manifest.json', [path.name for path, *_ in shards])
+
+
+def detectors(run: Run):
+    """Fits a bank of detectors for each protocol."""
+    settings = run.config.detector
+    for protocol in evaluation.PROTOCOLS:
+        directory = run.workdir / 'detectors' / protocol
+        if storage.latest_step(directory) is not None:
+            continue
+        began, (fit_maps, _) = time.monotonic(), evaluation.divide_maps(run, protocol)
+        groups = detector.group_by_class(
+            fit_maps,
+            num_classes=fit_maps.unoccluded.shape[-1],
+            balance=settings.balance,
+            rng=run.rng(_UNDERSAMPLING),
+        )
+        bank = fit_bank(
+            jax.random.key(run.config.seed + 3),
+            evaluation.init_bank(run, fit_maps),
+            *groups,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+        )
+        storage.save_checkpoint(directory, settings.steps, bank)
+        say(f'detectors ({protocol}): fitted in {time.monotonic() - began:.0f} s')
+
+
+STAGES = {
+    'train': train,
+    'heatmaps': heatmaps,
+    'detectors': detectors,
+    'report': evaluation.make_report,
+}

@@ -1,0 +1,535 @@
+import contextlib
+import hashlib
+import io
+import os
+import pathlib
+import sys
+import tarfile
+import tempfile
+from unittest import mock
+
+import hypothesis
+import numpy as np
+from absl.testing import absltest, parameterized
+from hypothesis import strategies
+from PIL import Image
+
+from occjax import data
+from occjax.types import Split, UsageError
+
+DATA_DIR = os.environ.get('OCCJAX_TEST_DATA_DIR')
+CIFAR_NAMES = (
+    *('Airplane', 'Automobile', 'Bird', 'Cat', 'Deer'),
+    *('Dog', 'Frog', 'Horse', 'Ship', 'Truck'),
+)
+
+
+def make_split(num_images, side=2):
+    """Image i is of the one colour i, so that a batch says which images it holds."""
+    colours = np.arange(num_images, dtype=np.uint8)[:, None, None, None]
+    images = np.broadcast_to(colours, (num_images, side, side, 3))
+    return Split(images, np.arange(num_images, dtype=np.int32) % 7)
+
+
+def picture(seed, height=8, width=8, channels=(3,)):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, *channels), np.uint8)
+
+
+def save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+class BatchesTest(parameterized.TestCase):
+    @hypothesis.settings(max_examples=60, deadline=None)
+    @hypothesis.given(strategies.integers(0, 50), strategies.integers(1, 60))
+    def test_every_image_exactly_once_and_in_order(self, num_images, batch_size):
+        split, seen = make_split(num_images), []
+        for batch in data.batches(split, batch_size):
+            self.assertEqual(batch.images.shape, (batch_size, 2, 2, 3))
+            self.assertEqual(batch.images.dtype, np.float32)
+            np.testing.assert_array_equal(batch.images[:, 0, 0, 0] * 255, batch.index)
+            np.testing.assert_array_equal(batch.labels, split.labels[batch.index])
+            seen += list(batch.index[batch.is_real])
+        np.testing.assert_array_equal(seen, np.arange(num_images))
+
+    @hypothesis.settings(max_examples=60, deadline=None)
+    @hypothesis.given(strategies.integers(1, 50), strategies.integers(1, 60))
+    def test_training_batches_are_whole_and_without_repetition(self, num_images, batch_size):
+        split = make_split(num_images)
+        epoch = list(data.training_batches(split, batch_size, seed=0, epoch=0))
+        index = np.concatenate([batch.index for batch in epoch])
+        size = min(batch_size, num_images)
+        self.assertEqual({len(batch.images) for batch in epoch}, {size})
+        self.assertLen(set(index), num_images // size * size)
+        self.assertLen(index, num_images // size * size)
+        for batch in epoch:
+            self.assertTrue(batch.is_real.all())
+            np.testing.assert_array_equal(batch.images[:, 1, 1, 2] * 255, batch.index)
+            np.testing.assert_array_equal(batch.labels, split.labels[batch.index])
+
+    def test_training_order_is_a_function_of_seed_and_epoch_alone(self):
+        def order(seed, epoch):
+            np.random.seed(np.random.randint(100))  # Global state must not matter.
+            batches = data.training_batches(make_split(40), 8, seed=seed, epoch=epoch)
+            return tuple(np.concatenate([batch.index for batch in batches]))
+
+        self.assertEqual(order(3, 5), order(3, 5))
+        self.assertLen({order(0, 0), order(0, 1), order(1, 0), order(1, 1)}, 4)
+
+    def test_pixels_are_a_255th_exactly(self):
+        images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+        split = Split(images, np.zeros(1, np.int32))
+        expected = np.arange(256, dtype=np.float32) / np.float32(255)
+        np.testing.assert_array_equal(data.take(split, np.array([0])).ravel(), expected)
+
+    def test_batch_size_is_positive(self):
+        with self.assertRaisesRegex(ValueError, 'batch_size >= 1, got 0'):
+            next(data.batches(make_split(3), 0))
+        with self.assertRaisesRegex(ValueError, 'batch_size >= 1, got 0'):
+            next(data.training_batches(make_split(3), 0, seed=0, epoch=0))
+
+    def test_rows_act_like_the_gathered_array(self):
+        array, rows = picture(0, 6, 4), np.array([5, 0, 2])
+        lazy, gathered = data.Rows(array, rows), array[rows]
+        self.assertEqual((lazy.shape, lazy.dtype, len(lazy)), (gathered.shape, np.uint8, 3))
+        np.testing.assert_array_equal(np.asarray(lazy), gathered)
+        for index in (1, slice(1, 3), np.array([2, 2]), gathered[:, 0, 0] > 0):
+            np.testing.assert_array_equal(lazy[index], gathered[index])
+
+
+class DigitsTest(parameterized.TestCase):
+    def load(self, **kwargs):
+        return data.load('digits', **{'image_size': 16, 'resplit_per_class': 20, **kwargs})
+
+    def test_pixels_are_repeated_and_scaled(self):
+        from sklearn.datasets import load_digits
+
+        dataset = self.load()
+        images = np.concatenate([dataset.train.images, dataset.test.images])
+        self.assertEqual(images.shape, (1797, 16, 16, 3))
+        for shift in np.ndindex(2, 2, 3):
+            values = images[:, shift[0] :: 2, shift[1] :: 2, shift[2]] * (16 / 255)
+            np.testing.assert_allclose(values, np.round(values), atol=0.04)
+            self.assertEqual(np.round(values).sum(), load_digits().images.sum())
+        self.assertEqual(dataset.class_names[:3], ('Zero', 'One', 'Two'))
+
+    def test_resplit_is_disjoint_and_exact_per_class(self):
+        from sklearn.datasets import load_digits
+
+        dataset = self.load()
+        np.testing.assert_array_equal(np.bincount(dataset.test.labels), [20] * 10)
+        rows = np.concatenate([dataset.train.images.rows, dataset.test.images.rows])
+        np.testing.assert_array_equal(np.sort(rows), np.arange(1797))
+        labels = np.concatenate([dataset.train.labels, dataset.test.labels])
+        np.testing.assert_array_equal(labels, load_digits().target[rows])
+
+    def test_seed_chooses_resplit_and_subsets(self):
+        def fingerprints(**kwargs):
+            return [data.fingerprint(self.load(seed=seed, **kwargs)) for seed in (0, 0, 1)]
+
+        for kwargs in ({}, {'train_images': 50}, {'test_images': 50}):
+            first, again, other = fingerprints(**kwargs)
+            self.assertEqual(first, again)
+            self.assertNotEqual(first, other)
+
+    def test_subsets_have_their_size_and_leave_the_other_split_alone(self):
+        whole, part = self.load(), self.load(train_images=100)
+        self.assertLen(part.train, 100)
+        self.assertLen(set(part.train.images.rows), 100)
+        self.assertContainsSubset(part.train.images.rows, whole.train.images.rows)
+        np.testing.assert_array_equal(part.test.images, whole.test.images)
+
+    def test_fingerprint_sees_names_labels_and_pixels(self):
+        dataset = self.load(train_images=20)
+        labels, images = dataset.train.labels.copy(), np.array(dataset.train.images)
+        labels[7] += 1
+        images[7, 3, 3, 1] ^= 1
+        others = [
+            dataset._replace(class_names=dataset.class_names[::-1]),
+            dataset._replace(train=Split(dataset.train.images, labels)),
+            dataset._replace(train=Split(images, dataset.train.labels)),
+        ]
+        self.assertLen({data.fingerprint(d) for d in [dataset, dataset, *others]}, 4)
+
+    @parameterized.parameters(
+        ({'image_size': 12}, 'no multiple of 8'),
+        ({'image_size': 0}, 'image_size >= 1'),
+        ({'resplit_per_class': None}, 'data.resplit_per_class'),
+        ({'resplit_per_class': 0}, 'data.resplit_per_class >= 1, got 0'),
+        ({'resplit_per_class': 174}, 'no training image of Eight, which has 174'),
+        ({'train_images': 1598}, 'data.train_images=1598, but there are 1597'),
+        ({'test_images': 0}, 'data.test_images=0'),
+        ({'data_dir': os.curdir}, '--config.data.name=folder'),
+        ({'data_dir': '/nowhere'}, '/nowhere'),
+    )
+    def test_mistakes(self, kwargs, message):
+        with self.assertRaisesRegex(UsageError, message):
+            self.load(**kwargs)
+
+
+class TemporaryTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.root = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self.folder, self.cache = self.root / 'images', self.root / 'cache'
+        self.folder.mkdir()
+
+    def load(self, name='folder', image_size=8, **kwargs):
+        kwargs = {'data_dir': str(self.folder), 'cache_dir': str(self.cache), **kwargs}
+        return data.load(name, image_size=image_size, **kwargs)
+
+    def assert_usage_error(self, *messages, **kwargs):
+        with self.assertRaises(UsageError) as context:
+            self.load(**kwargs)
+        self.assertNotIn('\n', str(context.exception))
+        for message in messages:
+            self.assertIn(str(message), str(context.exception))
+
+
+class FolderTest(TemporaryTest):
+    def setUp(self):
+        super().setUp()
+        for s, split in enumerate(('train', 'test')):
+            for k, label in enumerate(('golf_ball', 'n01440764')):
+                for i in range(3):
+                    save(self.folder / split / label / f'{i}.png', picture([s, k, i]))
+
+    def test_classes_labels_and_pixels(self):
+        (self.folder / 'train' / 'golf_ball' / 'notes.txt').write_text('no image')
+        (self.folder / 'train' / 'golf_ball' / '.hidden.png').write_text('no image')
+        (self.folder / 'train' / '.hidden').mkdir()
+        for dataset in (self.load(), self.load('any-other-name')):
+            self.assertEqual(dataset.class_names, ('Golf Ball', 'Tench'))
+            for s, split in enumerate((dataset.train, dataset.test)):
+                np.testing.assert_array_equal(split.labels, [0, 0, 0, 1, 1, 1])
+                expected = [picture([s, k, i]) for k in range(2) for i in range(3)]
+                np.testing.assert_array_equal(split.images, expected)
+
+    @parameterized.parameters('val', 'validation')
+    def test_other_names_of_the_test_split(self, name):
+        expected = np.array(self.load().test.images)
+        (self.folder / 'test').rename(self.folder / name)
+        np.testing.assert_array_equal(self.load().test.images, expected)
+
+    def test_resplit_pools_both_splits(self):
+        dataset = self.load(resplit_per_class=2)
+        np.testing.assert_array_equal(np.bincount(dataset.train.labels), [4, 4])
+        np.testing.assert_array_equal(np.bincount(dataset.test.labels), [2, 2])
+        pooled = np.concatenate([dataset.train.images, dataset.test.images])
+        expected = [picture([s, k, i]) for s in range(2) for k in range(2) for i in range(3)]
+        self.assertCountEqual([i.tobytes() for i in pooled], [i.tobytes() for i in expected])
+
+    def test_second_load_decodes_nothing(self):
+        first = data.fingerprint(self.load())
+        with mock.patch.object(data, 'read_image', side_effect=AssertionError):
+            again = self.load()
+        self.assertEqual(data.fingerprint(again), first)
+        self.assertIsInstance(again.train.images.array, np.memmap)
+
+    def test_cache_is_by_size(self):
+        self.load()
+        self.assertEqual(self.load(image_size=4).train.images.shape, (6, 4, 4, 3))
+
+    @parameterized.parameters('changed', 'added', 'touched')
+    def test_changed_source_is_decoded_again(self, how):
+        self.load()
+        path, image = self.folder / 'train' / 'golf_ball' / '0.png', picture(99)
+        if how == 'touched':  # As when a file changes but not its length.
+            Image.fromarray(image).save(path)
+            os.utime(path, ns=(0, 0))
+        save(path if how != 'added' else path.with_name('00.png'), image)
+        images = np.array(self.load().train.images)
+        self.assertLen(images, 7 if how == 'added' else 6)
+        self.assertTrue((images == image).all((1, 2, 3)).any())
+
+    @parameterized.parameters('images', 'labels')
+    def test_damaged_cache_is_decoded_again(self, which):
+        expected = data.fingerprint(self.load())
+        (path,) = self.cache.glob(f'*-{which}.npy')
+        whole = path.read_bytes()
+        for damaged in (whole[:-1], whole[:20], b'', b'x' * len(whole)):
+            path.write_bytes(damaged)
+            self.assertEqual(data.fingerprint(self.load()), expected)
+            self.assertEqual(path.read_bytes(), whole)
+
+    def test_stopped_decoding_leaves_nothing(self):
+        with (
+            mock.patch.object(data, 'read_image', side_effect=KeyboardInterrupt),
+            self.assertRaises(KeyboardInterrupt),
+        ):
+            self.load()
+        self.assertEmpty(list(self.cache.iterdir()))
+
+    def test_unusable_cache(self):
+        self.cache.write_text('a file')
+        self.assert_usage_error('XDG_CACHE_HOME', self.cache)
+
+    def test_default_cache(self):
+        with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(self.root / 'xdg')):
+            self.load(cache_dir=None)
+        self.assertLen(list((self.root / 'xdg' / 'occjax').iterdir()), 2)
+
+    def test_mistakes(self):
+        train, test = self.folder / 'train', self.folder / 'test'
+        self.assert_usage_error('--data_dir', data_dir=None)
+        self.assert_usage_error('/nowhere', data_dir='/nowhere')
+        self.assert_usage_error('data.train_images=7', train_images=7)
+        self.assert_usage_error('leaves no training image of Golf Ball', resplit_per_class=6)
+        (train / 'golf_ball' / '3.png').write_text('no image')
+        self.assert_usage_error(train / 'golf_ball' / '3.png')
+        (train / 'golf_ball' / '3.png').unlink()
+        (train / 'golf_ball' / '3.png').symlink_to('nowhere')
+        self.assert_usage_error(train / 'golf_ball' / '3.png')
+        (train / 'golf_ball' / '3.png').unlink()
+        (test / 'only').mkdir()
+        self.assert_usage_error('Class only stands in only one')
+        (train / 'only').mkdir()
+        self.assert_usage_error(f'no image in {train / "only"}')
+        (train / 'only').rename(train / 'Golf Ball')
+        (test / 'only').rename(test / 'Golf Ball')
+        self.assert_usage_error("('Golf Ball', 'Golf Ball', 'Tench')")
+        test.rename(self.folder / 'tset')
+        self.assert_usage_error(f'{test} is missing')
+
+    def test_truncated_image(self):
+        path = self.folder / 'test' / 'golf_ball' / '1.jpg'
+        Image.fromarray(picture(0, 64, 64)).save(path)
+        path.write_bytes(path.read_bytes()[:-300])
+        self.assert_usage_error(path)
+
+
+class ReadImageTest(TemporaryTest):
+    def read(self, image, image_size, suffix='.png'):
+        path = self.root / f'image{suffix}'
+        image.save(path)
+        np.testing.assert_array_equal(
+            data.read_image(path.read_bytes(), image_size), data.read_image(path, image_size)
+        )
+        return data.read_image(path, image_size)
+
+    @parameterized.parameters((12, 8, 2, 0), (8, 14, 0, 3), (8, 8, 0, 0))
+    def test_centre_is_cropped(self, height, width, top, left):
+        image = picture(0, height, width)
+        actual = self.read(Image.fromarray(image), 8)
+        np.testing.assert_array_equal(actual, image[top : top + 8, left : left + 8])
+
+    @parameterized.parameters((40, 20), (20, 60), (9, 6))
+    def test_shorter_side_is_scaled_then_cropped(self, height, width):
+        ramp = np.linspace(40, 200, width).round().astype(np.uint8)
+        image = Image.fromarray(np.broadcast_to(ramp, (height, width)).copy())
+        scale = 10 / min(height, width)
+        whole = image.resize((round(width * scale), round(height * scale)), Image.BICUBIC)
+        left, top = (whole.width - 10) // 2, (whole.height - 10) // 2
+        expected = np.asarray(whole.crop((left, top, left + 10, top + 10)))
+        np.testing.assert_allclose(self.read(image, 10)[..., 0], expected, atol=1)
+
+    def test_scaling_is_antialiased(self):
+        checkers = np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255
+        np.testing.assert_allclose(self.read(Image.fromarray(checkers), 8), 127.5, atol=2)
+
+    def test_modes(self):
+        colour, grey = picture(0), picture(1, channels=())
+        alpha = np.concatenate([colour, picture(2, channels=(1,))], -1)
+        three = np.repeat(grey[..., None], 3, -1)
+        deep = Image.fromarray(grey.astype(np.uint16) * 256 + 7)
+        palette = Image.fromarray(colour).convert('P')
+        for image, expected in (
+            (Image.fromarray(colour), colour),
+            (Image.fromarray(grey), three),
+            (Image.fromarray(alpha), colour),
+            (Image.fromarray(np.stack([grey, grey], -1)), three),
+            (deep, three),
+            (palette, np.asarray(palette.convert('RGB'))),
+        ):
+            with self.subTest(image.mode):
+                np.testing.assert_array_equal(self.read(image, 8), expected)
+
+    def test_first_frame_of_an_animation(self):
+        frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
+        path = self.root / 'two.gif'
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+        self.assertEqual(data.read_image(path, 8)[0, 0].tolist(), [255, 0, 0])
+
+
+class NoTensorFlow:
+    @staticmethod
+    def find_spec(name, *_):
+        if name.split('.')[0] == 'tensorflow':
+            raise ModuleNotFoundError('As if TensorFlow were not installed.', name='tensorflow')
+
+
+class TfdsTest(TemporaryTest):
+    def setUp(self):
+        super().setUp()
+        self.enter_context(mock.patch.object(sys, 'meta_path', [NoTensorFlow, *sys.meta_path]))
+
+    def archive(self, name, files):
+        """Makes the archive that `name` is prepared from, and has TFDS expect its checksum."""
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.download import checksums
+
+        path = self.folder / 'downloads' / 'manual' / name
+        path.parent.mkdir(parents=True)
+        with tarfile.open(path, 'w:gz') as tar:
+            for file, content in files.items():
+                member = tarfile.TarInfo(file)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        builder = tfds.builder_cls('cifar10' if 'cifar' in name else 'imagenette')
+        content = path.read_bytes()
+        info = checksums.UrlInfo(len(content), hashlib.sha256(content).hexdigest(), name)
+        infos = {f'https://localhost/{name}': info}
+        self.enter_context(mock.patch.object(builder, 'url_infos', infos))
+        return path
+
+    def cifar10(self, per_file=20):
+        rng = np.random.default_rng(0)
+        files = [f'data_batch_{i}.bin' for i in range(1, 6)] + ['test_batch.bin']
+        images = rng.integers(0, 256, (len(files), per_file, 32, 32, 3), np.uint8)
+        labels = np.broadcast_to(np.arange(per_file, dtype=np.uint8) % 10, (len(files), per_file))
+        planes = images.transpose(0, 1, 4, 2, 3).reshape(len(files), per_file, -1)
+        records = np.concatenate([labels[..., None], planes], -1)
+        contents = {f'cifar-10-batches-bin/{f}': records[i].tobytes() for i, f in enumerate(files)}
+        names = '\n'.join(CIFAR_NAMES).lower() + '\n\n'
+        contents['cifar-10-batches-bin/batches.meta.txt'] = names.encode()
+        path = self.archive('cifar-10-binary.tar.gz', contents)
+        split = {'train': slice(0, 5), 'test': slice(5, 6)}
+        return path, {
+            name: (images[part].reshape(-1, 32, 32, 3), labels[part].ravel())
+            for name, part in split.items()
+        }
+
+    def test_cifar10_is_prepared_as_tfds_does(self):
+        """The genuine reader returns each image under the id that the genuine writer gives it."""
+        import tensorflow_datasets as tfds
+
+        _, expected = self.cifar10()
+        dataset = self.load('cifar10', 32)
+        self.assertEqual(dataset.class_names, CIFAR_NAMES)
+        for name, split in (('train', dataset.train), ('test', dataset.test)):
+            images, labels = expected[name]
+            source = tfds.data_source('cifar10', split=name, data_dir=self.folder, download=False)
+            self.assertLen(source, len(images))
+            for record, image, label in zip(source, split.images, split.labels, strict=True):
+                i = int(record['id'].decode().removeprefix(f'{name}_'))
+                np.testing.assert_array_equal(record['image'], images[i])
+                self.assertEqual(record['label'], labels[i])
+                np.testing.assert_array_equal(image, images[i])
+                self.assertEqual(label, labels[i])
+            ids = {record['id'] for record in source}
+            self.assertLen(ids, len(images))
+
+    def test_imagenette_is_prepared_as_tfds_does(self):
+        import tensorflow_datasets as tfds
+
+        expected, contents = {'train': {}, 'val': {}}, {'imagenette2-160/noise.csv': b''}
+        for split, count in (('train', 3), ('val', 2)):
+            for k, synset in enumerate(data._SYNSETS):
+                for i in range(count):
+                    jpeg = io.BytesIO()
+                    grey = () if i else (3,)
+                    Image.fromarray(picture([k, i, count], 12, 16, grey)).save(jpeg, 'JPEG')
+                    file = f'imagenette2-160/{split}/{synset}/{synset}_{i}.JPEG'
+                    contents[file] = jpeg.getvalue()
+                    pixels = data.read_image(jpeg.getvalue(), 8)
+                    expected[split][pixels.tobytes()] = k
+        self.archive('imagenette2-160.tgz', contents)
+        dataset = self.load('imagenette/160px-v2', 8)
+        self.assertEqual(dataset.class_names, tuple(data._SYNSETS.values()))
+        for name, split in (('train', dataset.train), ('val', dataset.test)):
+            labels = {
+                image.tobytes(): k for image, k in zip(split.images, split.labels, strict=True)
+            }
+            self.assertEqual(labels, expected[name])
+        source = tfds.data_source('imagenette/160px-v2', data_dir=self.folder, download=False)
+        self.assertEqual({k: len(v) for k, v in source.items()}, {'train': 30, 'validation': 20})
+        self.assertLen(self.load('imagenette/160px-v2', 8, resplit_per_class=1).train, 40)
+
+    def test_wrong_checksum_names_both(self):
+        path, _ = self.cifar10()
+        expected = hashlib.sha256(path.read_bytes()).hexdigest()
+        path.write_bytes(path.read_bytes()[:-1])
+        actual = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.assert_usage_error(expected, actual, path, name='cifar10')
+        self.assertEmpty(list((self.folder / 'cifar10').glob('3*')))
+
+    @parameterized.parameters(
+        ('cifar10', 'www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz', 'c4a38c50a1bc5f3a1c5537f2'),
+        ('imagenette', 's3.amazonaws.com/fast-ai-imageclas/imagenette2.tgz', '6cbfac238434d89fe99'),
+        ('imagenette/320px', 'fast-ai-imageclas/imagenette-320.tgz', '0e3ac85d7f3fd0a63d5e27d85'),
+    )
+    def test_without_network_says_url_checksum_and_place(self, name, url, checksum):
+        import requests
+
+        failure = requests.ConnectionError('no\nnetwork')
+        place = self.folder / 'downloads' / 'manual' / url.rsplit('/')[-1]
+        with mock.patch.object(requests, 'head', side_effect=failure):
+            self.assert_usage_error(url, checksum, place, 'no network', name=name)
+        self.assertTrue(place.parent.is_dir())
+
+    @parameterized.parameters(
+        ('mnist', 'prepare it with TFDS'),
+        ('nosuch', 'No source is called nosuch'),
+        ('imagenette/nosuch', 'BuilderConfig nosuch not found'),
+        ('cifar10:9.9.9', 'only: 3.0.2'),
+        ('no such', 'no such'),
+    )
+    def test_names_that_are_not_there(self, name, message):
+        self.assert_usage_error(message, name=name)
+
+    def test_mistakes(self):
+        self.assert_usage_error('/nowhere', name='cifar10', data_dir='/nowhere')
+        (self.folder / 'downloads').write_text('where a folder belongs')
+        self.assert_usage_error(self.folder / 'downloads', name='cifar10')
+        with mock.patch.dict(sys.modules, tensorflow_datasets=None):
+            self.assert_usage_error('pip install tensorflow-datasets', name='cifar10')
+
+    def test_damaged_records(self):
+        self.cifar10()
+        self.load('cifar10', 32)
+        (path,) = (self.folder / 'cifar10' / '3.0.2').glob('*-test.array_record*')
+        path.write_bytes(path.read_bytes()[:-5000])
+        self.assert_usage_error('damaged', name='cifar10', image_size=32)
+
+    def test_other_format(self):
+        self.cifar10()
+        self.load('cifar10', 32)
+        info = self.folder / 'cifar10' / '3.0.2' / 'dataset_info.json'
+        info.write_text(info.read_text().replace('array_record', 'tfrecord'))
+        self.assert_usage_error('array_record format', name='cifar10')
+
+
+class ProgressTest(TemporaryTest):
+    def test_long_decoding_tells_how_far_it_is(self):
+        for path in ('train/a', 'test/a'):
+            for i in range(200):
+                save(self.folder / path / f'{i}.png', picture(0))
+        with (
+            mock.patch.object(data.time, 'monotonic', side_effect=[0, 10, 20]),
+            contextlib.redirect_stderr(io.StringIO()) as stderr,
+        ):
+            self.load()
+        first, last = stderr.getvalue().splitlines()
+        self.assertEqual(first, 'Decoding folder: 256 of 400 images, 6 s left')
+        self.assertEqual(last, 'Decoding folder: 400 of 400 images, 0 s left')
+
+
+@absltest.skipUnless(DATA_DIR, 'OCCJAX_TEST_DATA_DIR names no prepared TFDS directory.')
+class RealDataTest(TemporaryTest):
+    def test_cifar10(self):
+        dataset = self.load('cifar10', 32, data_dir=DATA_DIR)
+        self.assertEqual(dataset.class_names, CIFAR_NAMES)
+        np.testing.assert_array_equal(np.bincount(dataset.train.labels), [5000] * 10)
+        np.testing.assert_array_equal(np.bincount(dataset.test.labels), [1000] * 10)
+        self.assertEqual(dataset.train.images.shape, (50_000, 32, 32, 3))
+
+    def test_imagenette_resampled_as_in_the_paper(self):
+        dataset = self.load('imagenette/full-size-v2', 16, data_dir=DATA_DIR, resplit_per_class=100)
+        self.assertEqual(dataset.class_names, tuple(data._SYNSETS.values()))
+        self.assertLen(dataset.train, 12_394)
+        np.testing.assert_array_equal(np.bincount(dataset.test.labels), [100] * 10)
+
+
+if __name__ == '__main__':
+    absltest.main()
