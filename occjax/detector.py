@@ -118,6 +118,7 @@ def fit(
     Returns:
         The fitted variables.
     """
+    maps, is_adversarial, weight = map(jnp.asarray, (maps, is_adversarial, weight))
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     count = jnp.sum(weight > 0)
 
@@ -180,7 +181,7 @@ def fit_bank(
         return fit(key, variables, maps, is_adversarial, weight, **hyperparameters)
 
     keys = jax.random.split(key, num_classes)
-    return jax.vmap(fit_one)(keys, bank, *map(jnp.asarray, (maps, is_adversarial, weight)))
+    return jax.vmap(fit_one)(keys, bank, maps, is_adversarial, weight)
 
 
 def score(bank: Bank, maps: Array, predicted: Array) -> Array:

@@ -3,6 +3,7 @@
 Dimensions: M maps, K classes.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import platform
@@ -29,8 +30,11 @@ def load_shards(run: Run, split_name: str) -> tuple[HeatmapSet, list[dict]]:
         for name in names
         if name.startswith(split_name)
     ]
-    fields = ([shard[field] for shard in shards] for field in HeatmapSet._fields)
-    return HeatmapSet(*map(np.concatenate, fields)), shards
+    stored = {
+        field.name: np.concatenate([shard[field.name] for shard in shards])
+        for field in dataclasses.fields(HeatmapSet)
+    }
+    return HeatmapSet(**stored), shards
 
 
 def divide_maps(run: Run, protocol: str) -> tuple[HeatmapSet, HeatmapSet]:
@@ -146,7 +150,7 @@ def examples(shards: list[dict]) -> list[report.Example]:
     found = []
     for shard in shards:
         if len(shard['example_id']):
-            maps = HeatmapSet(*(shard[field] for field in HeatmapSet._fields))
+            maps = HeatmapSet(**{f.name: shard[f.name] for f in dataclasses.fields(HeatmapSet)})
             here = maps.image_id == shard['example_id'][0]
             clean, attacked = (maps.select(here & (maps.is_adversarial == a)) for a in (0, 1))
             found.append(

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INK, _MUTED, _WRONG, _ACCENT = '#1c2330', '#5b6675', '#b3261e', '#00a3ff'
+_KINDS = ('correct', 'adversarial')
 _COLOURS = {'cmap': 'inferno', 'vmin': 0.0, 'vmax': 1.0}
-_SCALE = 'P(predicted class) with the window covered'
+_SCALE = 'P(predicted class), window covered'
+_GAP, _HEAD = 0.14, 0.5  # inches between panels, and above one for its title
 
 
 class Example(NamedTuple):
@@ -43,9 +45,16 @@ def attack_figure(
         return _message('No successful attack')
     # A single pair stands side by side as in the paper, several stand in columns.
     rows, columns = (1, 2) if len(examples) == 1 else (2, len(examples))
-    figure = _figure(2.6 * columns, 3.0 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).reshape(2, len(examples))
-    for example, (above, below) in zip(examples, axes.T, strict=True):
+    side = 2.5
+    figure = _figure(columns * (side + _GAP) + _GAP, rows * (side + _HEAD) + _GAP)
+    places = [
+        (_GAP + column * (side + _GAP), _HEAD + row * (side + _HEAD))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    panels = [_panel(figure, *place, side) for place in places]
+    for i, example in enumerate(examples):
+        above, below = panels[i], panels[i + len(examples)]
         _draw_image(above, example.clean)
         _title(above, 'Clean, classified as', class_names[example.label])
         _draw_image(below, example.adversarial)
@@ -73,25 +82,31 @@ def occlusion_figure(
     pairs = [('Clean', example.clean, example.clean_map, example.label)]
     if example.predicted != example.label:
         pairs.append(('FGSM', example.adversarial, example.adversarial_map, example.predicted))
-    figure = _figure(2.1 * (len(shown) + 1.3), 2.55 * len(pairs))
-    widths = [1] * len(shown) + [1.08]
-    axes = figure.subplots(len(pairs), len(widths), squeeze=False, width_ratios=widths)
-    for (kind, image, heatmap, k), (*panels, last) in zip(pairs, axes, strict=True):
+    side, foot = 1.8, 0.45
+    width = (len(shown) + 1) * (side + _GAP) + 1.6
+    figure = _figure(width, len(pairs) * (side + _HEAD + foot))
+    for row, (kind, image, heatmap, k) in enumerate(pairs):
+        top = _HEAD + row * (side + _HEAD + foot)
         fill = np.asarray(config.fill or image.mean((0, 1)), np.float32)
-        for number, (panel, cell) in enumerate(zip(panels, shown, strict=True), 1):
+        for number, cell in enumerate(shown, 1):
+            panel = _panel(figure, _GAP + (number - 1) * (side + _GAP), top, side)
             covered = occlusion.occlude(image, origins[cell], size=config.size, fill=fill)
             _draw_image(panel, np.asarray(covered))
             _outline(panel, origins[cell] - 0.5, config.size)
             p = heatmap.flat[cell]
             _title(panel, f'{kind}, window {number}', f'P({class_names[k]}) = {p:.2f}')
+        last = _panel(figure, width - side - 1.05, top, side)
         drawn = _draw_map(last, heatmap)
-        _title(last, f'{kind}, all {heatmap.size:,} windows', f'P({class_names[k]})')
+        _title(last, '{}, map of {}×{} cells'.format(kind, *heatmap.shape), f'P({class_names[k]})')
         for number, cell in enumerate(shown, 1):
             row, column = np.unravel_index(cell, heatmap.shape)
             _outline(last, (row - 0.5, column - 0.5), 1)
-            last.text(column, row, number, color=_ACCENT, weight='bold', ha='center', va='center')
-        last.set(xlabel='column', ylabel='row', xticks=_ends(heatmap, 1), yticks=_ends(heatmap, 0))
-    _colour_bar(figure, drawn, ax=list(axes[:, -1]), shrink=0.9, pad=0.08)
+            _number(last, row, column, number)
+        last.set(xticks=_ends(heatmap, 1), yticks=_ends(heatmap, 0))
+        last.set_xlabel('column', fontsize=8.5, color=_MUTED, labelpad=1)
+        last.set_ylabel('row', fontsize=8.5, color=_MUTED, labelpad=1)
+        last.tick_params(labelsize=8, colors=_MUTED)
+    _colour_bar(figure, drawn, width - 0.9, _HEAD, top + side - _HEAD)
     return figure
 
 
@@ -108,29 +123,33 @@ def maps_figure(
         np.flatnonzero((maps.predicted == k) & (maps.is_adversarial == kind)) for kind in (0, 1)
     ]
     side = 4 if max(map(len, sets)) > 9 else 3
-    figure = _figure(10, 4.9)
-    *halves, margin = figure.subfigures(1, 3, wspace=0.02, width_ratios=(1, 1, 0.14))
+    whole, small = 4.2, 0.08
+    figure = _figure(2 * whole + 5 * _GAP + 0.8, whole + _HEAD + _GAP)
     heads = ('Correctly classified as', 'Adversarial, classified as')
     drawn = None
-    for half, head, kind, index in zip(
-        halves, heads, ('correct', 'adversarial'), sets, strict=True
-    ):
-        noun = 'map' if len(index) == 1 else 'maps'
-        title = f'{head} {class_names[k]} ({len(index):,} {noun})'
-        half.suptitle(title, fontsize=11, color=_INK, weight='bold')
-        axes = half.subplots(side, side, squeeze=False).ravel()
-        for panel in axes:
-            panel.set_axis_off()
+    for kind, (head, noun, index) in enumerate(zip(heads, _KINDS, sets, strict=True)):
+        left = _GAP + kind * (whole + 2 * _GAP)
+        middle = (left + whole / 2) / figure.get_figwidth()
+        plural = 'map' if len(index) == 1 else 'maps'
+        title = f'{head} {class_names[k]} ({len(index):,} {plural})'
+        style = {'ha': 'center', 'va': 'center'}
+        y = 1 - _HEAD / 2 / figure.get_figheight()
+        size = _fitting(title, whole)
+        figure.text(middle, y, title, fontsize=size, color=_INK, weight='bold', **style)
         if not len(index):
-            half.text(0.5, 0.47, f'no {kind} maps', color=_MUTED, fontsize=12, ha='center')
+            figure.text(middle, 0.5, f'no {noun} maps', color=_MUTED, fontsize=12, **style)
             continue
         chosen = index[np.linspace(0, len(index) - 1, min(side**2, len(index))).astype(int)]
-        # The probabilities of the whole set would be computed for these few.
-        for panel, heatmap in zip(axes, maps.select(chosen).maps, strict=False):
+        pitch = (whole + small) / side
+        # `maps.maps` would compute the probabilities of the whole set for these few.
+        for i, heatmap in enumerate(maps.select(chosen).maps):
+            row, column = divmod(i, side)
+            place = (left + column * pitch, _HEAD + row * pitch)
+            panel = _panel(figure, *place, pitch - small)
             drawn = _draw_map(panel, heatmap)
             panel.set_axis_off()
     if drawn is not None:
-        _colour_bar(figure, drawn, cax=margin.add_axes((0.05, 0.12, 0.2, 0.7)))
+        _colour_bar(figure, drawn, 2 * whole + 4 * _GAP, _HEAD, whole)
     return figure
 
 
@@ -138,7 +157,7 @@ def captions(config: config_lib.Config, map_mean: dict) -> dict[str, str]:
     """Returns what stands below each figure, by file name."""
     window = config.occlusion
     fill = ', '.join(f'{v:g}' for v in window.fill) or "the training mean, drawn as the image's own"
-    means = [map_mean.get(kind) for kind in ('correct', 'adversarial')]
+    means = [map_mean.get(kind) for kind in _KINDS]
     darker = ''
     if None not in means:
         darker = ' Mean cell of all maps: correct {:.3f}, adversarial {:.3f}.'.format(*means)
@@ -174,9 +193,18 @@ def _figure(width, height):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure((width, height), dpi=150, layout='constrained', facecolor='white')
+    figure = Figure((width, height), dpi=120, facecolor='white')
     FigureCanvasAgg(figure)
     return figure
+
+
+def _panel(figure, left, top, width, height=None):
+    """Returns new axes whose corner is so many inches from the figure's top left one."""
+    across, down = figure.get_size_inches()
+    height = width if height is None else height
+    return figure.add_axes(
+        (left / across, 1 - (top + height) / down, width / across, height / down)
+    )
 
 
 def _message(text):
@@ -209,19 +237,34 @@ def _outline(panel, origin, size):
     panel.add_patch(Rectangle((column, row), size, size, fill=False, edgecolor=_ACCENT, lw=1.8))
 
 
+def _number(panel, row, column, number):
+    """Writes a number into a cell, legible on every colour."""
+    from matplotlib import patheffects
+
+    text = panel.text(column, row, number, color='white', fontsize=9, weight='bold')
+    text.set(ha='center', va='center_baseline')
+    text.set_path_effects([patheffects.withStroke(linewidth=2.2, foreground=_INK)])
+
+
 def _title(panel, head, verdict, colour=_INK):
     """Puts two lines above a panel: what it is, and in bold what the classifier says."""
-    panel.set_title(verdict, fontsize=10, color=colour, weight='bold', pad=4)
+    panel.set_title(head, fontsize=8.5, color=_MUTED, pad=19)
     panel.annotate(
-        head,
+        verdict,
         (0.5, 1),
-        (0, 19),
+        (0, 5),
         xycoords='axes fraction',
         textcoords='offset points',
         ha='center',
-        fontsize=8.5,
-        color=_MUTED,
+        fontsize=_fitting(verdict, panel.get_position().width * panel.figure.get_figwidth()),
+        color=colour,
+        weight='bold',
     )
+
+
+def _fitting(text, inches):
+    """Returns the font size in which bold text is about so wide, at most 10.5."""
+    return max(5, min(10.5, 105 * inches / len(text)))
 
 
 def _ends(heatmap, axis):
@@ -229,9 +272,10 @@ def _ends(heatmap, axis):
     return sorted({0, heatmap.shape[axis] - 1})
 
 
-def _colour_bar(figure, drawn, **place):
+def _colour_bar(figure, drawn, left, top, height):
     """Adds the one colour bar of all maps."""
-    bar = figure.colorbar(drawn, ticks=[0, 0.25, 0.5, 0.75, 1], **place)
+    panel = _panel(figure, left, top, 0.14, height)
+    bar = figure.colorbar(drawn, cax=panel, ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.set_label(_SCALE, fontsize=8.5, color=_MUTED)
-    bar.ax.tick_params(labelsize=8, colors=_MUTED)
+    panel.tick_params(labelsize=8, colors=_MUTED)
     bar.outline.set_visible(False)

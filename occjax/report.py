@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from occjax import config as config_lib
-from occjax import figures, paper, vgg
-from occjax.figures import Example  # noqa: F401  What `write` takes.
+from occjax import figures, paper, storage, vgg
+from occjax.figures import Example
 from occjax.types import HeatmapSet
 
 _COUNTS = {'n_correct': 'n correct', 'n_adversarial': 'n adversarial'}
@@ -53,7 +53,7 @@ def write(
 ) -> None:
     """Writes results.json, tables.md, fig1.png, fig2.png, fig3.png and report.html.
 
-    Each file appears whole or not at all, and none if making one of them fails.
+    Each file appears whole or not at all, and none if one of them can't be made.
 
     Args:
         directory: where to; made if missing.
@@ -84,17 +84,13 @@ def write(
     manifest = Table('Manifest', ('Field', 'Value'), _leaves(results['manifest']), text_columns=2)
     page = _page(facts, summary, listed, pictures, manifest)
     head = [f'- {label}: {_escape(value)}' for label, value in facts]
-    head += [f'- {label}: **{value}** ({detail})' for label, value, detail in summary]
+    head += [f'- {label}: **{value}**, {detail}' for label, value, detail in summary]
     markdown = [f'# {_heading(facts)}', '\n'.join(head), tables(results, rows, class_names)]
     files['tables.md'] = '\n\n'.join(markdown).encode()
     files['report.html'] = page.encode()
-    as_json = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False)
-    files['results.json'] = as_json.encode()
-    Path(directory).mkdir(parents=True, exist_ok=True)
+    storage.write_json(Path(directory, 'results.json'), results)
     for name, content in files.items():
-        temporary = Path(directory, f'{name}.{os.getpid()}.tmp')
-        temporary.write_bytes(content)
-        os.replace(temporary, Path(directory, name))
+        storage.write_bytes(Path(directory, name), content)
 
 
 def tables(results: dict, rows: list[vgg.Row], class_names: Sequence[str]) -> str:
@@ -186,7 +182,10 @@ def _class_table(protocol, detection, class_names, theirs):
         return tuple(map(_cell, (label, *ours, _stated(entry.get('paper_accuracy')), *others)))
 
     rivals = [(baseline or {}).get('per_class') or {} for baseline in baselines.values()]
-    note = 'Raw accuracy is over all maps scored; the majority baseline names the larger kind.'
+    note = (
+        'Raw accuracy is over all maps scored; the majority baseline always names the larger kind. '
+        'Overall is the unweighted mean of the classes, and the sum of n.'
+    )
     if theirs:
         note += (
             " Some of the paper's accuracies lie below the majority baseline of its own counts, so "
@@ -257,20 +256,22 @@ def _summary(results, class_names):
     stated = _cell(_stated(results['classifier'].get('paper_test_accuracy')))
     implied = _cell(theirs and theirs.attack_success)
     test_accuracy = _cell(results['classifier']['test_accuracy'])
+    success = _cell(attack['success_rate'])
     detail = f'FGSM with ε = {attack["epsilon"]:g}; paper {implied}'
     lines = [
-        ('Classifier test accuracy', test_accuracy, f'paper {stated}'),
-        ('Attack success rate', _cell(attack['success_rate']), detail),
+        ('Classifier, test accuracy', test_accuracy, f'paper {stated}'),
+        ('Attack, success rate', success, detail),
     ]
     for protocol, detection in results['detection'].items():
         baselines = (detection.get('baselines') or {}).items()
+        values, rivals = [], []
         for key in _RIVAL:
-            rated = [(b[key], _words(n)) for n, b in baselines if (b or {}).get(key) is not None]
+            values.append(_cell((detection.get('overall') or {}).get(key)))
+            rated = [(b[key], n) for n, b in baselines if (b or {}).get(key) is not None]
             value, name = max(rated, default=(None, 'none'))
-            detail = f'protocol {protocol}; best baseline {_cell(value)}, {name.lower()}'
-            ours = _cell((detection.get('overall') or {}).get(key))
-            label = _METRICS[key] if _METRICS[key].isupper() else _METRICS[key].lower()
-            lines.append((f'Detector {label}', ours, detail))
+            rivals.append(f'{_cell(value)} ({_words(name).lower()})')
+        detail = f'balanced accuracy / AUROC; best baselines {" / ".join(rivals)}'
+        lines.append((f'Detectors, protocol {protocol}', ' / '.join(values), detail))
     return lines
 
 
@@ -360,7 +361,8 @@ def _page(facts, summary, listed, pictures, manifest):
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{title}</title><style>{_STYLE}</style></head>\n<body><main>\n'
         f'<header><h1>{title}</h1><dl class="facts">{named}</dl></header>\n'
-        f'<dl class="cards">{cards}</dl>\n<h2>Tables</h2>\n{"".join(map(_html, listed))}'
+        f'<dl class="cards">{cards}</dl>\n<h2>Tables</h2>\n<div class="tables">'
+        f'{"".join(map(_html, listed))}</div>\n'
         f'<h2>Figures</h2>\n{shown}<h2>Provenance</h2>\n{_html(manifest)}</main></body></html>\n'
     )
 
@@ -380,33 +382,39 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 24px 20px 64px; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 8px 0 16px; }
-h2 { font-size: 1.3rem; margin: 40px 0 12px; padding-top: 12px; border-top: 2px solid var(--line); }
+main { max-width: 1240px; margin: 0 auto; padding: 24px 16px 64px; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 8px 0 16px; overflow-wrap: anywhere; }
+h2 { font-size: 1.3rem; margin: 40px 0 0; padding-top: 12px; border-top: 2px solid var(--line); }
 h3 { font-size: 1rem; margin: 24px 0 8px; }
 dl, dd, figure { margin: 0; }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; }
-.facts dt, .note, figcaption, .cards { color: var(--soft); font-size: 0.87rem; }
-.facts dd { overflow-wrap: anywhere; font-size: 0.87rem; }
+.facts, .note, figcaption, .cards { color: var(--soft); font-size: 0.87rem; }
+.facts dd { color: var(--ink); overflow-wrap: anywhere; }
 .cards { display: grid; gap: 12px; margin-top: 20px;
-  grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
 .cards > div, .scroll, figure { background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; }
 .cards > div { padding: 12px 16px; }
-.cards dt { color: var(--ink); }
-.cards b { display: block; color: var(--accent); font-size: 1.8rem; line-height: 1.3; }
+.cards dt, .cards b { color: var(--ink); }
+.cards b { display: block; color: var(--accent); font-size: 1.7rem; line-height: 1.3; }
+.tables { display: flex; flex-wrap: wrap; align-items: flex-start; column-gap: 40px; }
+section { max-width: 100%; }
 .scroll { overflow-x: auto; max-width: 100%; width: fit-content; }
-table { border-collapse: collapse; font-size: 0.83rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--line); }
-thead th { vertical-align: bottom; background: var(--band); font-weight: 600; line-height: 1.25; }
-tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--card); }
+table { border-collapse: collapse; font-size: 0.82rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 7px; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+thead th { vertical-align: bottom; background: var(--band); font-size: 0.76rem; font-weight: 600;
+  line-height: 1.25; white-space: normal; }
+tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--card);
+  min-width: 9.9em; white-space: normal; }
 thead tr > :first-child { background: var(--band); }
 tbody th { font-weight: 400; }
 tfoot th, tfoot td { font-weight: 700; border-top: 2px solid var(--line); }
 tbody:last-child tr:last-child > *, tfoot tr > * { border-bottom: 0; }
-.words-2 tr > :nth-child(2) { text-align: left; overflow-wrap: anywhere; min-width: 8em; }
+.words-2 tr > :nth-child(2) { text-align: left; }
+.words-2 tr > :nth-child(2):last-child { white-space: normal; overflow-wrap: anywhere; }
 .note { max-width: 75ch; margin: 6px 0 0; }
-figure { padding: 16px; margin-bottom: 20px; }
+figure { padding: 16px; margin-top: 20px; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff;
   border-radius: 4px; }
 figcaption { max-width: 90ch; margin-top: 10px; }

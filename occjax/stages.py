@@ -169,7 +169,7 @@ def collect(run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray) -
     )
     attacked = adversarial[correct]
     example = np.flatnonzero(successful)[:1]  # One a shard, for the figures.
-    return maps._asdict() | {
+    return vars(maps) | {
         'attempted': correct.sum(),
         'max_perturbation': np.max(np.abs(attacked - images[correct]), initial=0),
         'nan_count': np.isnan(attacked).sum(),

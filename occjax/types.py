@@ -4,6 +4,7 @@ Dimensions: B batch, N images of a split, H W C image, K classes, h w heatmap gr
 windows, M heatmaps. Images are NHWC; outside of `vgg` pixels are float32 in [0, 1].
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ class UsageError(ValueError):
     """A mistake of the user's: one line that names the culprit and the way out."""
 
 
-class Split(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Split:
     """Decoded images on the host, possibly memory-mapped."""
 
     images: np.ndarray  # u8[N, H, W, C], or `data.Rows` of it: indexed by image, gathered then
@@ -48,7 +50,8 @@ class Batch(NamedTuple):
     is_real: np.ndarray  # bool[B]
 
 
-class HeatmapSet(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeatmapSet:
     """What the detectors, baselines and tables are made from, without the classifier."""
 
     logits: np.ndarray  # f32[M, h, w, K] of the image under each window
@@ -74,4 +77,4 @@ class HeatmapSet(NamedTuple):
 
     def select(self, chosen) -> 'HeatmapSet':
         """Returns the maps that an index or boolean array chooses."""
-        return HeatmapSet(*(field[chosen] for field in self))
+        return HeatmapSet(**{name: array[chosen] for name, array in vars(self).items()})

@@ -1,0 +1,131 @@
+"""Laws of the detectors: one bank is K separate fits, and padding is nothing."""
+
+import jax
+import numpy as np
+from absl.testing import parameterized
+
+from occjax import detector
+from occjax.types import HeatmapSet
+
+FIT = dict(steps=60, batch_size=16, learning_rate=3e-3)
+
+
+def toy_maps(counts, *, grid=(4, 4), seed=0):
+    """Returns maps of `counts[k] = (correct, adversarial)`; adversarial ones are darker."""
+    rng = np.random.default_rng(seed)
+    num_classes, parts = len(counts), []
+    for k, kinds in enumerate(counts):
+        for is_adversarial, count in enumerate(kinds):
+            logits = rng.normal(size=(count, *grid, num_classes)).astype(np.float32)
+            logits[..., k] += 1 if is_adversarial else 4
+            unoccluded = rng.uniform(size=(count, num_classes)).astype(np.float32)
+            unoccluded[:, k] = 9
+            label = np.full(count, (k + is_adversarial) % num_classes, np.int32)
+            kind = np.full(count, bool(is_adversarial))
+            parts.append((logits, unoccluded, label, np.arange(count), kind))
+    names = ('logits', 'unoccluded', 'label', 'image_id', 'is_adversarial')
+    fields = map(np.concatenate, zip(*parts, strict=True))
+    return HeatmapSet(**dict(zip(names, fields, strict=True)))
+
+
+def toy_groups(counts, balance='undersample', **settings):
+    return detector.group_by_class(
+        toy_maps(counts, **settings),
+        num_classes=len(counts),
+        balance=balance,
+        rng=np.random.default_rng(0),
+    )
+
+
+class BankTest(parameterized.TestCase):
+    @parameterized.parameters(((4, 4), 113_409), ((14, 14), 159_489))
+    def test_has_the_paper_s_size(self, grid, parameters):
+        bank = detector.init_bank(jax.random.key(0), num_classes=3, grid=grid)
+        self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(bank)), 3 * parameters)
+        self.assertEqual({len(leaf) for leaf in jax.tree.leaves(bank)}, {3})
+
+    def test_equals_separate_fits(self):
+        """Classes of unequal size, one of them without adversarial maps."""
+        groups = toy_groups([(30, 10), (8, 50), (20, 0)])
+        key = jax.random.key(1)
+        bank = detector.init_bank(jax.random.key(0), num_classes=3, grid=(4, 4))
+        fitted = detector.fit_bank(key, bank, *groups, **FIT)
+        for k in range(3):
+            real = max(1, int((groups.weight[k] > 0).sum()))
+            alone = detector.fit(
+                jax.random.split(key, 3)[k],
+                detector.detector_for(bank, k),
+                *(field[k, :real] for field in groups),
+                **FIT,
+            )
+            jax.tree.map(
+                lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5),
+                detector.detector_for(fitted, k),
+                alone,
+            )
+
+    def test_a_class_with_nothing_to_learn_stays_as_it_is(self):
+        bank = detector.init_bank(jax.random.key(0), num_classes=2, grid=(4, 4))
+        groups = toy_groups([(30, 10), (20, 0)])
+        fitted = detector.fit_bank(jax.random.key(1), bank, *groups, **FIT)
+        before, after = (detector.detector_for(b, 1) for b in (bank, fitted))
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+        with self.assertRaises(AssertionError):
+            before, after = (detector.detector_for(b, 0) for b in (bank, fitted))
+            jax.tree.map(np.testing.assert_array_equal, before, after)
+
+    def test_learns_to_tell_dark_maps(self):
+        counts = [(60, 60), (60, 60)]
+        bank = detector.init_bank(jax.random.key(0), num_classes=2, grid=(4, 4))
+        bank = detector.fit_bank(jax.random.key(1), bank, *toy_groups(counts), **FIT)
+        fresh = toy_maps(counts, seed=1)
+        scores = detector.score(bank, fresh.maps, fresh.predicted)
+        self.assertGreater(np.mean((scores > 0) == fresh.is_adversarial), 0.95)
+
+    def test_score_asks_the_detector_of_the_predicted_class(self):
+        bank = detector.init_bank(jax.random.key(0), num_classes=3, grid=(2, 5))
+        maps = np.random.default_rng(0).uniform(size=(7, 2, 5)).astype(np.float32)
+        predicted = np.array([0, 2, 1, 1, 0, 2, 2])
+        expected = [
+            detector.MLP().apply(detector.detector_for(bank, k), maps[m : m + 1])[0]
+            for m, k in enumerate(predicted)
+        ]
+        np.testing.assert_allclose(detector.score(bank, maps, predicted), expected, atol=1e-6)
+
+    def test_refuses_shapes_that_do_not_belong_together(self):
+        bank = detector.init_bank(jax.random.key(0), num_classes=3, grid=(4, 4))
+        maps, is_adversarial, weight = toy_groups([(30, 10), (8, 50), (20, 20)])
+        with self.assertRaisesRegex(ValueError, 'Expected is_adversarial of shape'):
+            detector.fit_bank(jax.random.key(0), bank, maps, is_adversarial[:2], weight)
+        with self.assertRaisesRegex(ValueError, 'Expected weight of shape'):
+            detector.fit_bank(jax.random.key(0), bank, maps, is_adversarial, weight[:, :3])
+
+
+class GroupsTest(parameterized.TestCase):
+    COUNTS = ((30, 10), (8, 50), (20, 0))
+
+    @parameterized.parameters('undersample', 'weights', 'none')
+    def test_holds_the_maps_of_each_class(self, balance):
+        maps, groups = toy_maps(self.COUNTS), toy_groups(self.COUNTS, balance)
+        for k in range(3):
+            real = groups.weight[k] > 0
+            self.assertTrue(np.all(real[: real.sum()]), 'padding stands at the end')
+            own = maps.maps[maps.predicted == k]
+            for heatmap in groups.maps[k, real]:
+                self.assertTrue((own == heatmap).all((1, 2)).any())
+
+    @parameterized.parameters(
+        ('undersample', ((10, 10), (8, 8), (0, 0))),
+        ('weights', ((30, 10), (8, 50), (0, 0))),
+        ('none', ((30, 10), (8, 50), (0, 0))),
+    )
+    def test_counts_and_weights(self, balance, expected):
+        groups = toy_groups(self.COUNTS, balance)
+        for k, counts in enumerate(expected):
+            real = groups.weight[k] > 0
+            kinds = groups.is_adversarial[k, real]
+            self.assertEqual((np.sum(~kinds), np.sum(kinds)), counts)
+            sums = [groups.weight[k, real][kinds == kind].sum() for kind in (False, True)]
+            self.assertAlmostEqual(sum(sums), sum(counts), places=3)
+            if balance != 'none':
+                self.assertAlmostEqual(sums[0], sums[1], places=3)
