@@ -219,7 +219,7 @@ def _combine(matrix, parts):
 
 
 def _to_tiles(images, matrix, th, tw, m):
-    """Cuts th x tw windows at stride m, multiplies both sides by `matrix`: [positions, tiles, C]."""
+    """Cuts windows at stride m, multiplies both sides by `matrix`: [positions, tiles, C]."""
     width = matrix.shape[1]
     rows = _combine(matrix, [images[:, i : i + m * (th - 1) + 1 : m] for i in range(width)])
     # Without the barrier XLA computes each row anew for every column: 2 to 3 times slower.

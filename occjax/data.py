@@ -9,35 +9,19 @@ Dimensions: N images, S image side, B batch.
 
 import contextlib
 import hashlib
-import io
 import itertools
 import os
 import sys
-import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from occjax import sources
 from occjax.types import Batch, Dataset, Split, UsageError
 
-_EXTENSIONS = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.pgm', '.gif', '.tif', '.tiff'}
-_DIGITS = ('Zero', 'One', 'Two', 'Three', 'Four', 'Five', 'Six', 'Seven', 'Eight', 'Nine')
-_SYNSETS = {
-    'n01440764': 'Tench',
-    'n02102040': 'English Springer',
-    'n02979186': 'Cassette Player',
-    'n03000684': 'Chain Saw',
-    'n03028079': 'Church',
-    'n03394916': 'French Horn',
-    'n03417042': 'Garbage Truck',
-    'n03425413': 'Gas Pump',
-    'n03445777': 'Golf Ball',
-    'n03888257': 'Parachute',
-}
 _DECODER = 1  # Another number when images come out differently, so that caches are not used.
 _RESPLIT, _TRAIN, _TEST = range(3)  # One random stream for each choice that `load` makes.
 
@@ -92,8 +76,12 @@ def load(
     if image_size < 1:
         raise UsageError(f'Expected data.image_size >= 1, got {image_size}.')
     folder = Path(data_dir).expanduser() if data_dir else None
-    if folder and not (os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)):
-        raise UsageError(f'Cannot read --data_dir={folder}: no such directory, or no permission.')
+    if (
+        folder
+        and folder.exists()
+        and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK))
+    ):
+        raise UsageError(f'Cannot read --data_dir={folder}: no directory, or no permission.')
     if name == 'digits':
         if folder:
             raise UsageError(
@@ -102,11 +90,11 @@ def load(
             )
         if resplit_per_class is None:
             raise UsageError('The digits have no test split: set data.resplit_per_class.')
-        class_names, num_train = _DIGITS, 0
-        images, labels = _digits(image_size)
+        class_names, num_train = sources.DIGITS, 0
+        images, labels = sources.digits(image_size)
     else:
         is_folder = name == 'folder' or (folder and (folder / 'train').is_dir())
-        source = _folder(folder) if is_folder else _tfds(name, folder)
+        source = sources.folder(folder) if is_folder else sources.tfds_directory(name, folder)
         class_names, num_train = source.class_names, source.num_train
         images, labels = _decoded(name, source, image_size, cache_dir)
 
@@ -137,6 +125,17 @@ def take(split: Split, index: np.ndarray) -> np.ndarray:
     images = np.asarray(split.images[index], np.float32)
     images /= 255
     return images
+
+
+def pixel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean and standard deviation of each channel, `f32[C]` of [0, 1] pixels."""
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, len(split), 1024):
+        pixels = np.asarray(split.images[start : start + 1024], np.float64) / 255
+        count += pixels[..., 0].size
+        total, squares = total + pixels.sum((0, 1, 2)), squares + (pixels**2).sum((0, 1, 2))
+    mean = total / count
+    return mean.astype(np.float32), np.sqrt(squares / count - mean**2).astype(np.float32)
 
 
 def batches(split: Split, batch_size: int) -> Iterator[Batch]:
@@ -205,9 +204,8 @@ def _decoded(name, source, image_size, cache_dir):
     try:
         stats = [(file.absolute(), file.stat()) for file in source.files]
     except OSError as error:
-        raise UsageError(f'Cannot read the images of {name}: {_line(error)}') from error
-    stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    state = (_DECODER, source.class_names, stats)
+        raise UsageError(f'Cannot read the images of {name}: {sources.one_line(error)}') from error
+    state = [_DECODER, *((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     stem = f'{name.replace("/", "-").replace(":", "-")}-{image_size}-{key}'
     paths = cache / f'{stem}-images.npy', cache / f'{stem}-labels.npy'
@@ -230,8 +228,8 @@ def _decoded(name, source, image_size, cache_dir):
         return _mapped(paths, shape)
     except OSError as error:
         raise UsageError(
-            f'Cannot keep the decoded images in {cache} ({_line(error)}): set XDG_CACHE_HOME to a '
-            f'folder with room for {np.prod(shape) / 1e9:.1f} GB.'
+            f'Cannot keep the decoded images in {cache} ({sources.one_line(error)}): set '
+            f'--cache_dir to a folder with room for {np.prod(shape) / 1e9:.1f} GB.'
         ) from error
 
 
@@ -262,7 +260,7 @@ def _decode(name, source, image_size):
 
     def decode(example):
         origin, image, label = example
-        return read_image(image, image_size, origin=origin), label
+        return sources.read_image(image, image_size, origin=origin), label
 
     examples, began = source.examples(), time.monotonic()
     done, told = 0, began
@@ -275,240 +273,3 @@ def _decode(name, source, image_size):
                 progress = f'{done:,} of {source.num_images:,} images, {left:.0f} s left'
                 print(f'Decoding {name}: {progress}', file=sys.stderr, flush=True)
                 told = now
-
-
-class _Source(NamedTuple):
-    """Images that are not decoded yet: first those of training, then those of the test."""
-
-    class_names: tuple[str, ...]
-    num_train: int
-    num_images: int
-    files: list[Path]  # What they are read from: when it changes, they are decoded again.
-    examples: Callable[[], Iterator[tuple[str, str | bytes, int]]]  # origin, image, label
-
-
-def read_image(file, image_size: int, *, origin: str = '') -> np.ndarray:
-    """Returns an image file, or its bytes, as `u8[S, S, 3]`.
-
-    The shorter side is scaled to S (bicubic, antialiased) and the centre cut out. Grey becomes
-    three channels, transparency is dropped, and of an animation the first frame is taken.
-
-    Raises:
-        UsageError: it cannot be decoded; named by `origin`, or else by its path.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            if image.mode.startswith('I'):  # 16 bits, which Pillow would clip instead of scale.
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            square = (image_size, image_size)
-            return np.asarray(ImageOps.fit(image.convert('RGB'), square, Image.Resampling.BICUBIC))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f'Cannot read the image {origin or file}: {_line(error)}') from error
-
-
-def _digits(image_size):
-    """Returns scikit-learn's 8x8 digits, every pixel repeated: `u8[1797, S, S, 3]`, `i32[1797]`."""
-    from sklearn.datasets import load_digits
-
-    if image_size % 8:
-        raise UsageError(f'Digits are 8x8: data.image_size={image_size} is no multiple of 8.')
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # Their values are 0 to 16.
-    images = images.repeat(image_size // 8, axis=1).repeat(image_size // 8, axis=2)
-    return np.repeat(images[..., None], 3, axis=-1), digits.target.astype(np.int32)
-
-
-def _folder(folder):
-    """Returns the source `<folder>/<split>/<class>/<file>`."""
-    if folder is None:
-        raise UsageError('A folder of images needs --data_dir=<folder with train/ and test/>.')
-    tests = [folder / split for split in ('test', 'val', 'validation')]
-    splits = [folder / 'train', next((path for path in tests if path.is_dir()), tests[0])]
-    for path in splits:
-        if not path.is_dir():
-            raise UsageError(
-                f'A folder of images is <split>/<class>/<file>, but {path} is missing.'
-            )
-    classes = [{path.name for path in _listed(split) if path.is_dir()} for split in splits]
-    for alone in sorted(classes[0] ^ classes[1]):
-        raise UsageError(f'Class {alone} stands in only one of {splits[0]} and {splits[1]}.')
-    labels = sorted(classes[0])
-    names = tuple(map(_human, labels))
-    if not names or len(set(names)) < len(names):
-        raise UsageError(f'Expected classes of different names in {splits[0]}, got {names}.')
-    found, sizes = [], []
-    for split, (k, label) in itertools.product(splits, enumerate(labels)):
-        paths = [p for p in _listed(split / label) if p.suffix.lower() in _EXTENSIONS]
-        if not paths:
-            raise UsageError(f'There is no image in {split / label}.')
-        found += [(path, k) for path in paths]
-        sizes.append(len(paths))
-    return _Source(
-        names,
-        num_train=sum(sizes[: len(labels)]),
-        num_images=len(found),
-        files=[path for path, _ in found],
-        examples=lambda: ((str(path), str(path), k) for path, k in found),
-    )
-
-
-def _listed(folder):
-    """Returns what a folder shows, in order."""
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith('.'))
-    except OSError as error:
-        raise UsageError(f'Cannot read {folder}: {_line(error)}') from error
-
-
-def _tfds(name, data_dir):
-    """Returns the source that a TFDS directory holds under this name; may prepare it first."""
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        need = 'pip install tensorflow-datasets importlib_resources pillow'
-        raise UsageError(f'Reading {name} needs TFDS ({_line(error)}): {need}') from error
-    builder = _builder(name, data_dir)
-    if not builder.is_prepared():
-        _prepare(builder)
-        builder = _builder(name, data_dir)
-    held_out = 'test' if 'test' in builder.info.splits else 'validation'
-    as_stored = {'image': tfds.decode.SkipDecoding()}
-    try:
-        splits = builder.as_data_source(['train', held_out], decoders=as_stored)
-        names = tuple(map(_human, builder.info.features['label'].names))
-    except (NotImplementedError, AttributeError, KeyError, ValueError) as error:
-        raise UsageError(
-            f'{name} in {builder.data_dir} cannot be used: it takes images with class labels, a '
-            f'train split beside a test or validation split, and the array_record format '
-            f'({_line(error)}).'
-        ) from error
-
-    def examples():
-        for split in splits:
-            for start in range(0, len(split), 1000):
-                stop = min(start + 1000, len(split))
-                try:
-                    records = split.__getitems__(range(start, stop))
-                except RuntimeError as error:
-                    raise UsageError(f'{builder.data_dir} is damaged: {_line(error)}') from error
-                for i, record in enumerate(records, start):
-                    yield f'{i} of a split of {name}', record['image'], record['label']
-
-    files = sorted(Path(builder.data_dir).iterdir())
-    return _Source(names, len(splits[0]), sum(map(len, splits)), files, examples)
-
-
-def _builder(name, data_dir):
-    """Returns TFDS's builder of this name."""
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder(name, data_dir=data_dir)
-    except tfds.core.registered.DatasetNotFoundError as error:
-        raise UsageError(f'No source is called {name}: not digits, folder or in TFDS.') from error
-    except (AssertionError, ValueError, OSError) as error:
-        raise UsageError(f'TFDS cannot read {name}: {_line(error)}') from error
-
-
-def _prepare(builder):
-    """Downloads and prepares CIFAR-10 or Imagenette as TFDS does, but without TensorFlow.
-
-    TFDS unpacks and encodes with TensorFlow. A subclass of the genuine builder replaces these two
-    steps alone, so that the genuine builder reads what it has written.
-    """
-    import requests
-    import tensorflow_datasets as tfds
-
-    if builder.name not in ('cifar10', 'imagenette'):
-        raise UsageError(
-            f'{builder.info.full_name} is not in {builder.data_dir_root}: prepare it with TFDS '
-            f"first, with file_format='array_record'."
-        )
-    config = builder.builder_config
-    archive = f'{config.dirname}.tgz' if config else 'cifar-10-binary.tar.gz'
-    url, known = next(item for item in builder.url_infos.items() if item[1].filename == archive)
-    manual = Path(builder.data_dir_root) / 'downloads' / 'manual' / archive
-
-    with tfds.core.registered.skip_registration():
-
-        class Preparer(type(builder)):
-            name = builder.name
-            url_infos = builder.url_infos
-
-            def _split_generators(self, dl_manager):
-                path = dl_manager.download(url)  # Looks at `manual` first; verifies the checksum.
-                if config:
-                    return {
-                        'train': _imagenette(path, 'train'),
-                        'validation': _imagenette(path, 'val'),
-                    }
-                with tarfile.open(path) as tar:
-                    names = tar.extractfile('cifar-10-batches-bin/batches.meta.txt').read()
-                self.info.features['label'].names = names.decode().split()
-                return {'train': _cifar10(path, 'train'), 'test': _cifar10(path, 'test')}
-
-    print(f'Preparing {builder.info.full_name} in {builder.data_dir_root}', file=sys.stderr)
-    try:
-        manual.parent.mkdir(parents=True, exist_ok=True)
-        if not manual.exists():
-            requests.head(url, timeout=20)  # Without a network TFDS would retry for minutes.
-        preparer = Preparer(data_dir=builder.data_dir_root, config=config and config.name)
-        preparer.download_and_prepare(file_format='array_record')
-    except (
-        OSError,
-        tfds.download.DownloadError,
-        tfds.core.download.download_manager.NonMatchingChecksumError,
-    ) as error:
-        raise UsageError(
-            f'Cannot prepare {builder.info.full_name}: put {url} (sha256 {known.checksum}) at '
-            f'{manual} and run again. The reason: {_line(error)}'
-        ) from error
-
-
-def _cifar10(archive, split):
-    """Yields TFDS's examples of CIFAR-10 from its binary distribution."""
-    from PIL import Image
-
-    files = [f'data_batch_{i}.bin' for i in range(1, 6)] if split == 'train' else ['test_batch.bin']
-    with tarfile.open(archive) as tar:
-        contents = [tar.extractfile(f'cifar-10-batches-bin/{file}').read() for file in files]
-    records = np.frombuffer(b''.join(contents), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
-    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    for i, (label, image) in enumerate(zip(records[:, 0], images, strict=True)):
-        png = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(image)).save(png, 'PNG')
-        yield i, {'id': f'{split}_{i:05d}', 'image': png.getvalue(), 'label': int(label)}
-
-
-def _imagenette(archive, split):
-    """Yields TFDS's examples of Imagenette from `<root>/<split>/<class>/<file>.JPEG`."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            path = Path(member.name)
-            if member.isfile() and path.parts[1:2] == (split,) and path.suffix == '.JPEG':
-                image = tar.extractfile(member).read()
-                yield path.name, {'image': image, 'label': path.parts[2]}
-
-
-def _human(class_name):
-    """Returns a class name as the paper writes it, 'golf_ball' as 'Golf Ball'."""
-    words = class_name.replace('_', ' ').split()
-    return _SYNSETS.get(class_name) or ' '.join(word[0].upper() + word[1:] for word in words)
-
-
-def _line(error):
-    """Returns what an exception says on one line."""
-    return ' '.join(str(error).split()) or type(error).__name__
-
-
-def pixel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the mean and standard deviation of each channel, `f32[C]` of [0, 1] pixels."""
-    count, total, squares = 0, 0.0, 0.0
-    for start in range(0, len(split), 1024):
-        pixels = np.asarray(split.images[start : start + 1024], np.float64) / 255
-        count += pixels[..., 0].size
-        total, squares = total + pixels.sum((0, 1, 2)), squares + (pixels**2).sum((0, 1, 2))
-    mean = total / count
-    return mean.astype(np.float32), np.sqrt(squares / count - mean**2).astype(np.float32)

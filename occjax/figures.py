@@ -110,15 +110,12 @@ def occlusion_figure(
     return figure
 
 
-def maps_figure(
-    maps: HeatmapSet, *, class_names: Sequence[str], class_index: int | None = None
-) -> 'Figure':
+def maps_figure(maps: HeatmapSet, *, class_names: Sequence[str]) -> 'Figure':
     """Draws Figure 3: maps of one class, correct ones on the left, adversarial on the right.
 
-    The maps stand evenly spaced through their set: nobody chose them. Where `class_index` is
-    None the class is the paper's Golf Ball, or else the one with the most adversarial maps.
+    The class is `figure_class`'s; its maps are evenly spaced through their set: nobody chose them.
     """
-    k = figure_class(maps, class_names) if class_index is None else class_index
+    k = figure_class(maps, class_names)
     sets = [
         np.flatnonzero((maps.predicted == k) & (maps.is_adversarial == kind)) for kind in (0, 1)
     ]
@@ -132,7 +129,7 @@ def maps_figure(
         middle = (left + whole / 2) / figure.get_figwidth()
         plural = 'map' if len(index) == 1 else 'maps'
         title = f'{head} {class_names[k]} ({len(index):,} {plural})'
-        style = {'ha': 'center', 'va': 'center'}
+        style = {'ha': 'center', 'va': 'center', 'parse_math': False}
         y = 1 - _HEAD / 2 / figure.get_figheight()
         size = _fitting(title, whole)
         figure.text(middle, y, title, fontsize=size, color=_INK, weight='bold', **style)
@@ -259,6 +256,7 @@ def _title(panel, head, verdict, colour=_INK):
         fontsize=_fitting(verdict, panel.get_position().width * panel.figure.get_figwidth()),
         color=colour,
         weight='bold',
+        parse_math=False,
     )
 
 

@@ -268,8 +268,8 @@ def _summary(results, class_names):
         for key in _RIVAL:
             values.append(_cell((detection.get('overall') or {}).get(key)))
             rated = [(b[key], n) for n, b in baselines if (b or {}).get(key) is not None]
-            value, name = max(rated, default=(None, 'none'))
-            rivals.append(f'{_cell(value)} ({_words(name).lower()})')
+            value, name = max(rated, default=(None, ''))
+            rivals.append(f'{_cell(value)} ({_words(name).lower()})' if name else _cell(None))
         detail = f'balanced accuracy / AUROC; best baselines {" / ".join(rivals)}'
         lines.append((f'Detectors, protocol {protocol}', ' / '.join(values), detail))
     return lines

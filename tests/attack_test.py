@@ -66,9 +66,7 @@ class FgsmTest(parameterized.TestCase):
         """A confident neighbour would shrink a mean loss's gradient to nothing in float32."""
         images = self.images.at[1].set(1e6 * jnp.ones(IMAGE_SHAPE))
         together = occjax.fgsm(self.logits_fn, images, self.labels, epsilon=0.1, bounds=None)
-        alone = occjax.fgsm(
-            self.logits_fn, images[:1], self.labels[:1], epsilon=0.1, bounds=None
-        )
+        alone = occjax.fgsm(self.logits_fn, images[:1], self.labels[:1], epsilon=0.1, bounds=None)
         np.testing.assert_array_equal(together[:1], alone)
 
     def test_equals_pytorch(self):

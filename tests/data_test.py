@@ -14,7 +14,7 @@ from absl.testing import absltest, parameterized
 from hypothesis import strategies
 from PIL import Image
 
-from occjax import data
+from occjax import data, sources
 from occjax.types import Split, UsageError
 
 DATA_DIR = os.environ.get('OCCJAX_TEST_DATA_DIR')
@@ -161,7 +161,8 @@ class DigitsTest(parameterized.TestCase):
         ({'train_images': 1598}, 'data.train_images=1598, but there are 1597'),
         ({'test_images': 0}, 'data.test_images=0'),
         ({'data_dir': os.curdir}, '--config.data.name=folder'),
-        ({'data_dir': '/nowhere'}, '/nowhere'),
+        ({'data_dir': '/nowhere'}, '--config.data.name=folder'),
+        ({'data_dir': sys.executable}, 'no directory'),
     )
     def test_mistakes(self, kwargs, message):
         with self.assertRaisesRegex(UsageError, message):
@@ -220,9 +221,14 @@ class FolderTest(TemporaryTest):
         expected = [picture([s, k, i]) for s in range(2) for k in range(2) for i in range(3)]
         self.assertCountEqual([i.tobytes() for i in pooled], [i.tobytes() for i in expected])
 
+    def test_subsets_are_seeded(self):
+        for field in ('train_images', 'test_images'):
+            loads = [self.load(seed=seed, **{field: 3}) for seed in range(10)]
+            self.assertGreater(len({data.fingerprint(dataset) for dataset in loads}), 3)
+
     def test_second_load_decodes_nothing(self):
         first = data.fingerprint(self.load())
-        with mock.patch.object(data, 'read_image', side_effect=AssertionError):
+        with mock.patch.object(sources, 'read_image', side_effect=AssertionError):
             again = self.load()
         self.assertEqual(data.fingerprint(again), first)
         self.assertIsInstance(again.train.images.array, np.memmap)
@@ -248,14 +254,16 @@ class FolderTest(TemporaryTest):
         expected = data.fingerprint(self.load())
         (path,) = self.cache.glob(f'*-{which}.npy')
         whole = path.read_bytes()
-        for damaged in (whole[:-1], whole[:20], b'', b'x' * len(whole)):
+        shorter = io.BytesIO()
+        np.save(shorter, np.load(path)[1:])
+        for damaged in (whole[:-1], whole[:20], b'', b'x' * len(whole), shorter.getvalue()):
             path.write_bytes(damaged)
             self.assertEqual(data.fingerprint(self.load()), expected)
             self.assertEqual(path.read_bytes(), whole)
 
     def test_stopped_decoding_leaves_nothing(self):
         with (
-            mock.patch.object(data, 'read_image', side_effect=KeyboardInterrupt),
+            mock.patch.object(sources, 'read_image', side_effect=KeyboardInterrupt),
             self.assertRaises(KeyboardInterrupt),
         ):
             self.load()
@@ -263,7 +271,7 @@ class FolderTest(TemporaryTest):
 
     def test_unusable_cache(self):
         self.cache.write_text('a file')
-        self.assert_usage_error('XDG_CACHE_HOME', self.cache)
+        self.assert_usage_error('--cache_dir', self.cache)
 
     def test_default_cache(self):
         with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(self.root / 'xdg')):
@@ -292,6 +300,11 @@ class FolderTest(TemporaryTest):
         test.rename(self.folder / 'tset')
         self.assert_usage_error(f'{test} is missing')
 
+    def test_images_without_a_label(self):
+        unlabelled = np.zeros((12, 8, 8, 3), np.uint8), np.full(12, -1, np.int32)  # TFDS's mark.
+        with mock.patch.object(data, '_decoded', return_value=unlabelled):
+            self.assert_usage_error('without a label')
+
     def test_truncated_image(self):
         path = self.folder / 'test' / 'golf_ball' / '1.jpg'
         Image.fromarray(picture(0, 64, 64)).save(path)
@@ -304,9 +317,9 @@ class ReadImageTest(TemporaryTest):
         path = self.root / f'image{suffix}'
         image.save(path)
         np.testing.assert_array_equal(
-            data.read_image(path.read_bytes(), image_size), data.read_image(path, image_size)
+            sources.read_image(path.read_bytes(), image_size), sources.read_image(path, image_size)
         )
-        return data.read_image(path, image_size)
+        return sources.read_image(path, image_size)
 
     @parameterized.parameters((12, 8, 2, 0), (8, 14, 0, 3), (8, 8, 0, 0))
     def test_centre_is_cropped(self, height, width, top, left):
@@ -349,7 +362,7 @@ class ReadImageTest(TemporaryTest):
         frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
         path = self.root / 'two.gif'
         frames[0].save(path, save_all=True, append_images=frames[1:])
-        self.assertEqual(data.read_image(path, 8)[0, 0].tolist(), [255, 0, 0])
+        self.assertEqual(sources.read_image(path, 8)[0, 0].tolist(), [255, 0, 0])
 
 
 class TfdsTest(TemporaryTest):
@@ -413,21 +426,23 @@ class TfdsTest(TemporaryTest):
     def test_imagenette_is_prepared_as_tfds_does(self):
         import tensorflow_datasets as tfds
 
-        expected, contents = {'train': {}, 'val': {}}, {'imagenette2-160/noise.csv': b''}
+        contents, expected = {}, {'train': {}, 'val': {}}
+        for file in ('noise.csv', 'train/n01440764/noise.csv'):
+            contents[f'imagenette2-160/{file}'] = b''
         for split, count in (('train', 3), ('val', 2)):
-            for k, synset in enumerate(data._SYNSETS):
+            for k, synset in enumerate(sources.SYNSETS):
                 for i in range(count):
                     jpeg = io.BytesIO()
                     grey = () if i else (3,)
                     Image.fromarray(picture([k, i, count], 12, 16, grey)).save(jpeg, 'JPEG')
                     file = f'imagenette2-160/{split}/{synset}/{synset}_{i}.JPEG'
                     contents[file] = jpeg.getvalue()
-                    pixels = data.read_image(jpeg.getvalue(), 8)
+                    pixels = sources.read_image(jpeg.getvalue(), 8)
                     expected[split][pixels.tobytes()] = k
         self.archive('imagenette2-160.tgz', contents)
         dataset = self.load('imagenette/160px-v2', 8)
         self.assertNotIn('tensorflow', sys.modules)
-        self.assertEqual(dataset.class_names, tuple(data._SYNSETS.values()))
+        self.assertEqual(dataset.class_names, tuple(sources.SYNSETS.values()))
         for name, split in (('train', dataset.train), ('val', dataset.test)):
             labels = {
                 image.tobytes(): k for image, k in zip(split.images, split.labels, strict=True)
@@ -444,6 +459,17 @@ class TfdsTest(TemporaryTest):
         actual = hashlib.sha256(path.read_bytes()).hexdigest()
         self.assert_usage_error(expected, actual, path, name='cifar10')
         self.assertEmpty(list((self.folder / 'cifar10').glob('3*')))
+
+    def test_archive_is_verified_by_the_checksum_of_tfds(self):
+        from tensorflow_datasets.core.download import DownloadManager
+
+        path = self.folder / 'downloads' / 'manual' / 'imagenette2.tgz'
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b'something else')
+        checksum = '6cbfac238434d89fe99e651496f0812ebc7a10fa62bd42d6874042bf01de4efd'
+        actual = hashlib.sha256(b'something else').hexdigest()
+        with mock.patch.object(DownloadManager, '_download', side_effect=AssertionError):
+            self.assert_usage_error(checksum, actual, path, name='imagenette')
 
     @parameterized.parameters(
         ('cifar10', 'www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz', 'c4a38c50a1bc5f3a1c5537f2'),
@@ -517,7 +543,7 @@ class RealDataTest(TemporaryTest):
 
     def test_imagenette_resampled_as_in_the_paper(self):
         dataset = self.load('imagenette/full-size-v2', 16, data_dir=DATA_DIR, resplit_per_class=100)
-        self.assertEqual(dataset.class_names, tuple(data._SYNSETS.values()))
+        self.assertEqual(dataset.class_names, tuple(sources.SYNSETS.values()))
         self.assertLen(dataset.train, 12_394)
         np.testing.assert_array_equal(np.bincount(dataset.test.labels), [100] * 10)
 

@@ -90,9 +90,7 @@ class PerClassTest(parameterized.TestCase):
     def test_groups_by_the_class_named_and_means_over_classes(self):
         maps = maps_of([0, 0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 1, 0])
         scores = np.array([-1, 1, 1, 1, -1, 1, -1.0])
-        classes = metrics.per_class(
-            scores, maps, scores, maps, class_names=NAMES, threshold=0.0
-        )
+        classes = metrics.per_class(scores, maps, scores, maps, class_names=NAMES, threshold=0.0)
         self.assertAlmostEqual(classes['Zero']['balanced_accuracy'], 0.75)
         self.assertAlmostEqual(classes['One']['balanced_accuracy'], 1.0)
         self.assertIsNone(classes['Two']['balanced_accuracy'])

@@ -236,7 +236,10 @@ class MaxPoolTest(parameterized.TestCase):
         expected = np.array(
             [
                 [
-                    [image[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].max((0, 1)) for j in range(width // 2)]
+                    [
+                        image[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].max((0, 1))
+                        for j in range(width // 2)
+                    ]
                     for i in range(height // 2)
                 ]
                 for image in x

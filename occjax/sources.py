@@ -1,0 +1,259 @@
+"""Where images come from: scikit-learn's digits, a folder of images, or a TFDS directory.
+
+A `Source` knows its classes and yields images that are not decoded yet; `data` decodes and keeps
+them. CIFAR-10 and Imagenette are downloaded and prepared when they are missing, as TFDS does but
+without TensorFlow.
+"""
+
+import io
+import itertools
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from occjax.types import UsageError
+
+_EXTENSIONS = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.pgm', '.gif', '.tif', '.tiff'}
+DIGITS = ('Zero', 'One', 'Two', 'Three', 'Four', 'Five', 'Six', 'Seven', 'Eight', 'Nine')
+SYNSETS = {
+    'n01440764': 'Tench',
+    'n02102040': 'English Springer',
+    'n02979186': 'Cassette Player',
+    'n03000684': 'Chain Saw',
+    'n03028079': 'Church',
+    'n03394916': 'French Horn',
+    'n03417042': 'Garbage Truck',
+    'n03425413': 'Gas Pump',
+    'n03445777': 'Golf Ball',
+    'n03888257': 'Parachute',
+}
+
+
+class Source(NamedTuple):
+    """Images that are not decoded yet: first those of training, then those of the test."""
+
+    class_names: tuple[str, ...]
+    num_train: int
+    num_images: int
+    files: list[Path]  # What they are read from: when it changes, they are decoded again.
+    examples: Callable[[], Iterator[tuple[str, str | bytes, int]]]  # origin, image, label
+
+
+def read_image(file, image_size: int, *, origin: str = '') -> np.ndarray:
+    """Returns an image file, or its bytes, as `u8[S, S, 3]`.
+
+    The shorter side is scaled to S (bicubic, antialiased) and the centre cut out. Grey becomes
+    three channels, transparency is dropped, and of an animation the first frame is taken.
+
+    Raises:
+        UsageError: it cannot be decoded; named by `origin`, or else by its path.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            if image.mode.startswith('I'):  # 16 bits, which Pillow would clip instead of scale.
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            square = (image_size, image_size)
+            return np.asarray(ImageOps.fit(image.convert('RGB'), square, Image.Resampling.BICUBIC))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f'Cannot read the image {origin or file}: {one_line(error)}') from error
+
+
+def digits(image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns scikit-learn's 8x8 digits, every pixel repeated: `u8[1797, S, S, 3]`, `i32[1797]`."""
+    from sklearn.datasets import load_digits
+
+    if image_size % 8:
+        raise UsageError(f'Digits are 8x8: data.image_size={image_size} is no multiple of 8.')
+    loaded = load_digits()
+    images = np.round(loaded.images * (255 / 16)).astype(np.uint8)  # Their values are 0 to 16.
+    images = images.repeat(image_size // 8, axis=1).repeat(image_size // 8, axis=2)
+    return np.repeat(images[..., None], 3, axis=-1), loaded.target.astype(np.int32)
+
+
+def folder(root: Path | None) -> Source:
+    """Returns the source `<folder>/<split>/<class>/<file>`."""
+    if root is None:
+        raise UsageError('A folder of images needs --data_dir=<folder with train/ and test/>.')
+    tests = [root / split for split in ('test', 'val', 'validation')]
+    splits = [root / 'train', next((path for path in tests if path.is_dir()), tests[0])]
+    for path in splits:
+        if not path.is_dir():
+            raise UsageError(
+                f'A folder of images is <split>/<class>/<file>, but {path} is missing.'
+            )
+    classes = [{path.name for path in _listed(split) if path.is_dir()} for split in splits]
+    for alone in sorted(classes[0] ^ classes[1]):
+        raise UsageError(f'Class {alone} stands in only one of {splits[0]} and {splits[1]}.')
+    labels = sorted(classes[0])
+    names = tuple(map(_human, labels))
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f'Expected classes of different names in {splits[0]}, got {names}.')
+    found, sizes = [], []
+    for split, (k, label) in itertools.product(splits, enumerate(labels)):
+        paths = [p for p in _listed(split / label) if p.suffix.lower() in _EXTENSIONS]
+        if not paths:
+            raise UsageError(f'There is no image in {split / label}.')
+        found += [(path, k) for path in paths]
+        sizes.append(len(paths))
+    return Source(
+        names,
+        num_train=sum(sizes[: len(labels)]),
+        num_images=len(found),
+        files=[path for path, _ in found],
+        examples=lambda: ((str(path), str(path), k) for path, k in found),
+    )
+
+
+def _listed(folder):
+    """Returns what a folder shows, in order."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith('.'))
+    except OSError as error:
+        raise UsageError(f'Cannot read {folder}: {one_line(error)}') from error
+
+
+def tfds_directory(name: str, data_dir: Path | None) -> Source:
+    """Returns the source that a TFDS directory holds under this name; may prepare it first."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        need = 'pip install tensorflow-datasets importlib_resources pillow'
+        raise UsageError(f'Reading {name} needs TFDS ({one_line(error)}): {need}') from error
+    builder = _builder(name, data_dir)
+    if not builder.is_prepared():
+        _prepare(builder)
+        builder = _builder(name, data_dir)
+    held_out = 'test' if 'test' in builder.info.splits else 'validation'
+    as_stored = {'image': tfds.decode.SkipDecoding()}
+    try:
+        splits = builder.as_data_source(['train', held_out], decoders=as_stored)
+        names = tuple(map(_human, builder.info.features['label'].names))
+    except (NotImplementedError, AttributeError, KeyError, ValueError) as error:
+        raise UsageError(
+            f'{name} in {builder.data_dir} cannot be used: it takes images with class labels, a '
+            f'train split beside a test or validation split, and the array_record format '
+            f'({one_line(error)}).'
+        ) from error
+
+    def examples():
+        for split in splits:
+            for start in range(0, len(split), 1000):
+                stop = min(start + 1000, len(split))
+                try:
+                    records = split.__getitems__(range(start, stop))
+                except RuntimeError as error:
+                    raise UsageError(f'{builder.data_dir} is damaged: {one_line(error)}') from error
+                for i, record in enumerate(records, start):
+                    yield f'{i} of a split of {name}', record['image'], record['label']
+
+    files = sorted(Path(builder.data_dir).iterdir())
+    return Source(names, len(splits[0]), sum(map(len, splits)), files, examples)
+
+
+def _builder(name, data_dir):
+    """Returns TFDS's builder of this name."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise UsageError(f'No source is called {name}: not digits, folder or in TFDS.') from error
+    except (AssertionError, ValueError, OSError) as error:
+        raise UsageError(f'TFDS cannot read {name}: {one_line(error)}') from error
+
+
+def _prepare(builder):
+    """Downloads and prepares CIFAR-10 or Imagenette as TFDS does, but without TensorFlow.
+
+    TFDS unpacks and encodes with TensorFlow. A subclass of the genuine builder replaces these two
+    steps alone, so that the genuine builder reads what it has written.
+    """
+    import requests
+    import tensorflow_datasets as tfds
+
+    if builder.name not in ('cifar10', 'imagenette'):
+        raise UsageError(
+            f'{builder.info.full_name} is not in {builder.data_dir_root}: prepare it with TFDS '
+            f"first, with file_format='array_record'."
+        )
+    config = builder.builder_config
+    archive = f'{config.dirname}.tgz' if config else 'cifar-10-binary.tar.gz'
+    url, known = next(item for item in builder.url_infos.items() if item[1].filename == archive)
+    manual = Path(builder.data_dir_root) / 'downloads' / 'manual' / archive
+
+    with tfds.core.registered.skip_registration():
+
+        class Preparer(type(builder)):
+            name = builder.name
+            url_infos = builder.url_infos
+
+            def _split_generators(self, dl_manager):
+                path = dl_manager.download(url)  # Looks at `manual` first; verifies the checksum.
+                if config:
+                    return {
+                        'train': _imagenette(path, 'train'),
+                        'validation': _imagenette(path, 'val'),
+                    }
+                with tarfile.open(path) as tar:
+                    names = tar.extractfile('cifar-10-batches-bin/batches.meta.txt').read()
+                self.info.features['label'].names = names.decode().split()
+                return {'train': _cifar10(path, 'train'), 'test': _cifar10(path, 'test')}
+
+    print(f'Preparing {builder.info.full_name} in {builder.data_dir_root}', file=sys.stderr)
+    try:
+        manual.parent.mkdir(parents=True, exist_ok=True)
+        if not manual.exists():
+            requests.head(url, timeout=20)  # Without a network TFDS would retry for minutes.
+        preparer = Preparer(data_dir=builder.data_dir_root, config=config and config.name)
+        preparer.download_and_prepare(file_format='array_record')
+    except (
+        OSError,
+        tfds.download.DownloadError,
+        tfds.core.download.download_manager.NonMatchingChecksumError,
+    ) as error:
+        raise UsageError(
+            f'Cannot prepare {builder.info.full_name}: put {url} (sha256 {known.checksum}) at '
+            f'{manual} and run again. The reason: {one_line(error)}'
+        ) from error
+
+
+def _cifar10(archive, split):
+    """Yields TFDS's examples of CIFAR-10 from its binary distribution."""
+    from PIL import Image
+
+    files = [f'data_batch_{i}.bin' for i in range(1, 6)] if split == 'train' else ['test_batch.bin']
+    with tarfile.open(archive) as tar:
+        contents = [tar.extractfile(f'cifar-10-batches-bin/{file}').read() for file in files]
+    records = np.frombuffer(b''.join(contents), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    for i, (label, image) in enumerate(zip(records[:, 0], images, strict=True)):
+        png = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(image)).save(png, 'PNG')
+        yield i, {'id': f'{split}_{i:05d}', 'image': png.getvalue(), 'label': int(label)}
+
+
+def _imagenette(archive, split):
+    """Yields TFDS's examples of Imagenette from `<root>/<split>/<class>/<file>.JPEG`."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = Path(member.name)
+            if member.isfile() and path.parts[1:2] == (split,) and path.suffix == '.JPEG':
+                image = tar.extractfile(member).read()
+                yield path.name, {'image': image, 'label': path.parts[2]}
+
+
+def _human(class_name):
+    """Returns a class name as the paper writes it, 'golf_ball' as 'Golf Ball'."""
+    words = class_name.replace('_', ' ').split()
+    return SYNSETS.get(class_name) or ' '.join(word[0].upper() + word[1:] for word in words)
+
+
+def one_line(error: Exception) -> str:
+    """Returns what an exception says on one line."""
+    return ' '.join(str(error).split()) or type(error).__name__
