@@ -39,7 +39,6 @@ def launch(*arguments, cwd, **environment):
         (['--mode=report'], 'run --mode=train first'),
         (['--workdir=stranger'], 'stranger is no work directory'),
         (['--config.data.name=folder', '--data_dir=nowhere'], 'nowhere'),
-        (['--config.data.name=cifar10', '--data_dir=nowhere'], 'nowhere'),
         (['--jax_platforms=tpu'], '--jax_platforms=tpu'),
     ],
 )
