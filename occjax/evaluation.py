@@ -11,7 +11,7 @@ import platform
 import jax
 import numpy as np
 
-from occjax import config, detector, metrics, paper, report, storage, vgg
+from occjax import config, detector, metrics, paper, report, storage, tables, vgg
 from occjax.run import Run
 from occjax.types import HeatmapSet
 
@@ -142,7 +142,7 @@ def make_report(run: Run) -> str:
         maps=maps,
         config=run.config,
     )
-    return report.tables(results, rows, class_names)
+    return tables.to_markdown(tables.build(results, rows, class_names))
 
 
 def examples(shards: list[dict]) -> list[report.Example]:

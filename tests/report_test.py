@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from matplotlib import image as matplotlib_image
 
 from occjax import config as config_lib
-from occjax import figures, occlusion, paper, report, vgg
+from occjax import figures, occlusion, paper, report, tables, vgg
 from occjax.types import HeatmapSet
 
 NAMES = ('Ant', 'Bee <b>&"|', 'Cow')
@@ -208,12 +208,12 @@ class TablesTest(parameterized.TestCase):
     def test_every_number_is_where_its_header_says(self, class_names, counts_name, accuracy_name):
         results, theirs = make_results(class_names), paper.numbers(class_names)
         rows = vgg.summary(image_size=32, hidden=64)
-        tables = parse_markdown(report.tables(results, rows, class_names))
+        parsed = parse_markdown(tables.to_markdown(tables.build(results, rows, class_names)))
 
         def decimals(values, places=3):
             return ['–' if value is None else f'{value:.{places}f}' for value in values]
 
-        outcome = {label: cells for label, *cells in tables.pop('Classifier and attack')}
+        outcome = {label: cells for label, *cells in parsed.pop('Classifier and attack')}
         stated = decimals([theirs and theirs.test_accuracy], 2)
         self.assertEqual(outcome['Test accuracy'], ['0.801', *stated])
         implied = decimals([theirs and theirs.train_accuracy, theirs and theirs.attack_success])
@@ -230,10 +230,10 @@ class TablesTest(parameterized.TestCase):
 
         layers = [[r.layer, str(list(r.output_shape)), f'{r.parameters:,}'] for r in rows]
         total = f'{sum(row.parameters for row in rows):,}'
-        table = tables.pop('Table I. The classifier')
+        table = parsed.pop('Table I. The classifier')
         self.assertEqual(table[1:], [*layers, ['Total', '', total]])
 
-        _, *lines = tables.pop(f'{counts_name}. Heatmaps of training images')
+        _, *lines = parsed.pop(f'{counts_name}. Heatmaps of training images')
         counts = [list(results['heatmaps'][name].values()) for name in class_names]
         counts.append(
             [None if None in column else sum(column) for column in zip(*counts, strict=True)]
@@ -244,7 +244,7 @@ class TablesTest(parameterized.TestCase):
 
         for protocol, detection in results['detection'].items():
             baselines = detection['baselines'].values()
-            _, *lines = tables.pop(
+            _, *lines = parsed.pop(
                 f'{accuracy_name}. Detection by predicted class, protocol {protocol}'
             )
             entries = [detection['per_class'][name] for name in class_names]
@@ -274,12 +274,12 @@ class TablesTest(parameterized.TestCase):
         self.assertEmpty(lines)
 
     def test_header_widths_fit_rows(self):
-        for table in report.build_tables(make_results(), vgg.summary(image_size=32), NAMES):
+        for table in tables.build(make_results(), vgg.summary(image_size=32), NAMES):
             for row in [*table.rows, *([table.total] if table.total else [])]:
                 self.assertLen(row, len(table.header), table.title)
 
     def test_class_without_adversarial_maps_says_so(self):
-        text = report.tables(make_results(nothing=True), [], NAMES)
+        text = tables.to_markdown(tables.build(make_results(nothing=True), [], NAMES))
         self.assertIn('Ant (no adversarial maps)', text)
 
 
@@ -310,8 +310,8 @@ class WriteTest(parameterized.TestCase):
 
     def test_missing_values_print_as_dashes(self):
         write(self.directory, make_results(nothing=True))
-        tables = parse_markdown(self.read('tables.md'))
-        for title, (_, *rows) in tables.items():
+        parsed = parse_markdown(self.read('tables.md'))
+        for title, (_, *rows) in parsed.items():
             for row in rows:
                 if title.startswith(('Tables IV/V', 'Table VI')):
                     words = 2 if title.startswith('Table VI') else 1

@@ -1,0 +1,199 @@
+"""The paper's tables and ours: numbers to strings, once, for Markdown and the page alike.
+
+What is None (the paper doesn't say, a class without adversarial maps) prints as an en dash.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from occjax import paper, vgg
+
+_COUNTS = {'n_correct': 'n correct', 'n_adversarial': 'n adversarial'}
+_METRICS = {
+    'accuracy': 'Accuracy (raw)',
+    'majority_baseline': 'Majority baseline',
+    'balanced_accuracy': 'Balanced accuracy',
+    'auroc': 'AUROC',
+    'tpr_at_5_fpr': 'TPR at 5 % FPR',
+    'tpr_at_1_fpr': 'TPR at 1 % FPR',
+}
+RIVAL_RATES = ('balanced_accuracy', 'auroc')  # what the per-class tables show of a baseline
+
+
+class Table(NamedTuple):
+    """A table as strings; the first `text_columns` are words, the others numbers."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    total: tuple[str, ...] = ()  # a last row that sums up the others
+    note: str = ''
+    text_columns: int = 1
+
+
+def build(results: dict, rows: list[vgg.Row], class_names: Sequence[str]) -> list[Table]:
+    """Returns the tables in the paper's order, after one of the classifier and the attack."""
+    theirs = paper.numbers(class_names)
+    return [
+        _outcome_table(results, theirs),
+        _layer_table(rows),
+        _heatmap_table(results['heatmaps'], class_names, theirs),
+        *(
+            _class_table(protocol, detection, class_names, theirs)
+            for protocol, detection in results['detection'].items()
+        ),
+        _overall_table(results['detection'], theirs),
+    ]
+
+
+def _outcome_table(results, theirs):
+    """The classifier and the attack, beside what the paper says or implies."""
+    classifier, attack = results['classifier'], results['attack']
+    map_mean, low_high = results.get('map_mean') or {}, ('min_pixel', 'max_pixel')
+    lines = [
+        (
+            'Test accuracy',
+            classifier['test_accuracy'],
+            stated(classifier.get('paper_test_accuracy')),
+        ),
+        ('Training accuracy', classifier['train_accuracy'], theirs and theirs.train_accuracy),
+        (
+            'ε of FGSM',
+            f'{attack["epsilon"]:g}',
+            theirs and theirs.epsilon and f'{theirs.epsilon:g}',
+        ),
+        ('Images attacked', attack['attempted'], theirs and theirs.correct),
+        ('Successful attacks', attack['successful'], theirs and theirs.adversarial),
+        ('Attack success rate', attack['success_rate'], theirs and theirs.attack_success),
+        ('Largest change of a pixel', attack['max_perturbation'], None),
+        ('Range of attacked pixels', ' to '.join(cell(attack.get(k)) for k in low_high), None),
+        ('Attacked pixels that are not numbers', attack.get('nan_count'), None),
+        ('Mean of correct maps', map_mean.get('correct'), None),
+        ('Mean of adversarial maps', map_mean.get('adversarial'), None),
+    ]
+    return Table(
+        'Classifier and attack',
+        ('Quantity', 'Ours', 'Paper'),
+        [tuple(map(cell, line)) for line in lines],
+        note='The paper states its test accuracy (§III-B) and one ε (Figure 1); its training '
+        'accuracy and attack numbers are computed from Tables II and III.',
+    )
+
+
+def _layer_table(rows):
+    """Table I."""
+    lines = [(row.layer, str(list(row.output_shape)), cell(row.parameters)) for row in rows]
+    total = ('Total', '', cell(sum(row.parameters for row in rows)))
+    note = f"The paper's Table I, for images of 224 pixels, sums to {paper.PARAMETERS:,}."
+    header = ('Layer', 'Output shape', 'Parameters')
+    return Table('Table I. The classifier', header, lines, total, note, text_columns=2)
+
+
+def _heatmap_table(heatmaps, class_names, theirs):
+    """Tables II and III."""
+    keys = ('correct', 'adversarial', 'paper_correct', 'paper_adversarial')
+    columns = [[(heatmaps.get(name) or {}).get(key) for name in class_names] for key in keys]
+    sums = [None if None in column else sum(column) for column in columns]
+    return Table(
+        f'{theirs.counts_table if theirs else "Tables II/III"}. Heatmaps of training images',
+        ('Class', 'Correct', 'Adversarial', "Paper's correct", "Paper's adversarial"),
+        [tuple(map(cell, line)) for line in zip(class_names, *columns, strict=True)],
+        ('Sum', *map(cell, sums)),
+        'Adversarial maps count for the class that the attacked image is taken for.',
+    )
+
+
+def _class_table(protocol, detection, class_names, theirs):
+    """Table IV or V under one protocol, with the baselines beside the detector."""
+    baselines = detection.get('baselines') or {}
+
+    def line(label, entry, rivals):
+        entry = entry or {}
+        label = f'{label} ({entry["note"]})' if entry.get('note') else label
+        ours = [entry.get(key) for key in (*_COUNTS, *_METRICS)]
+        others = [(rival or {}).get(key) for rival in rivals for key in RIVAL_RATES]
+        return tuple(map(cell, (label, *ours, stated(entry.get('paper_accuracy')), *others)))
+
+    rivals = [(baseline or {}).get('per_class') or {} for baseline in baselines.values()]
+    note = (
+        'Raw accuracy is over all maps scored; the majority baseline always names the larger kind. '
+        'Overall is the unweighted mean of the classes, and the sum of n.'
+    )
+    if theirs:
+        note += (
+            " Some of the paper's accuracies lie below the majority baseline of its own counts, so "
+            'its sets were probably balanced: they compare with balanced accuracy.'
+        )
+    others = tuple(f'{words(name)}: {_METRICS[key]}' for name in baselines for key in RIVAL_RATES)
+    return Table(
+        f'{theirs.accuracy_table if theirs else "Tables IV/V"}. Detection by predicted class, '
+        f'protocol {protocol}',
+        ('Class', *_COUNTS.values(), *_METRICS.values(), "Paper's accuracy", *others),
+        [
+            line(name, detection['per_class'].get(name), [rival.get(name) for rival in rivals])
+            for name in class_names
+        ],
+        line('Overall', detection.get('overall'), baselines.values()),
+        note,
+    )
+
+
+def _overall_table(detections, theirs):
+    """Table VI: the detectors and every baseline, under every protocol."""
+    lines = []
+    for protocol, detection in detections.items():
+        overall = detection.get('overall') or {}
+        baselines = (detection.get('baselines') or {}).items()
+        for method, entry in [('Detector', overall), *((words(n), b or {}) for n, b in baselines)]:
+            counts = [overall.get(key) for key in _COUNTS]
+            numbers = [*counts, *(entry.get(key) for key in _METRICS)]
+            printed = stated(overall.get('paper_accuracy')) if method == 'Detector' else None
+            lines.append(tuple(map(cell, (protocol, method, *numbers, printed))))
+    return Table(
+        f'Table VI. Overall{", " + theirs.dataset if theirs else ""}',
+        ('Protocol', 'Method', *_COUNTS.values(), *_METRICS.values(), "Paper's accuracy"),
+        lines,
+        note='Unweighted means over the classes; n are sums.',
+        text_columns=2,
+    )
+
+
+def cell(value):
+    """Returns what a reader sees: an en dash for nothing, 12,345 for counts, 0.123 for others."""
+    if value is None or value != value or value == '':
+        return '–'
+    if isinstance(value, str):
+        return value
+    return f'{value:,}' if isinstance(value, int) else f'{value:.3f}'
+
+
+def stated(value):
+    """Returns a number of the paper's with the two decimals that it has there."""
+    return None if value is None else f'{value:.2f}'
+
+
+def words(name):
+    """Returns a baseline's name as a reader sees it."""
+    return name.replace('_', ' ').capitalize()
+
+
+def escape(text):
+    """Returns text that Markdown takes literally, on one line."""
+    for special in '\\|<':
+        text = text.replace(special, f'\\{special}')
+    return ' '.join(text.split())
+
+
+def markdown(table):
+    """Renders a table as Markdown."""
+    left = table.text_columns
+    lines = [table.header, (':--',) * left + ('--:',) * (len(table.header) - left)]
+    lines += [tuple(map(escape, row)) for row in table.rows]
+    lines += [tuple(cell and f'**{escape(cell)}**' for cell in table.total)] if table.total else []
+    note = f'\n\n{table.note}' if table.note else ''
+    return f'## {table.title}\n\n' + '\n'.join(f'| {" | ".join(row)} |' for row in lines) + note
+
+
+def to_markdown(listed: list[Table]) -> str:
+    """Renders all tables as Markdown."""
+    return '\n\n'.join(map(markdown, listed)) + '\n'
