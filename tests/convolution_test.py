@@ -1,4 +1,5 @@
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -91,15 +92,95 @@ class ConvolutionTest(parameterized.TestCase):
         actual = convolution._winograd_kernel_grad(images, grads, pad, m=m)
         self.assert_close(actual, by_kernel)
 
-    @parameterized.product(tile_bytes=(1, 70_000, 150_000), padding=tuple(PADS))
+    @parameterized.product(tile_bytes=(1, 80_000, 150_000), padding=tuple(PADS))
     def test_chunks_do_not_change_result(self, tile_bytes, padding):
-        """Seven images in chunks of 1, 2 and 4 or so: the last one is not full."""
+        """Seven images, some at a time: the last chunk is not full."""
         images, kernel = sample((7, 6, 5, WIDE), (3, 3, WIDE, WIDE))
         pad = PADS[padding]
-        with self.enter_tile_bytes(tile_bytes):
+        with mock.patch.object(convolution, '_TILE_BYTES', tile_bytes):
             out = convolution._winograd(images, kernel, pad, m=2)
             (grads,) = sample(out.shape)
-            # The kernel itself is small enough here for the chunk to follow `tile_bytes`.
             by_kernel = convolution._winograd_kernel_grad(images, grads, pad, m=2)
         self.assert_close(out, naive(images, kernel, pad))
         self.assert_close(by_kernel, gradients(images, kernel, grads, pad)[1])
+
+    @parameterized.parameters(2, 4)
+    def test_wide_sums_stay_accurate(self, m):
+        """Rounding grows with the channels; the customary points of F(4x4) fail here."""
+        images, kernel = sample((1, 28, 28, 512), (3, 3, 512, 16))
+        out = convolution._winograd(images, kernel, 1, m=m)
+        self.assert_close(out, naive(images, kernel, 1), tolerance=5e-6)
+
+    @parameterized.product(axes=((0, None), (None, 0), (0, 0)), channels=(NARROW, WIDE))
+    def test_vmap_equals_loop(self, axes, channels):
+        """Also of the gradients, and the gradients of a vmap."""
+        shapes = (2, 4, 5, channels), (3, 3, channels, WIDE)
+        stacked = [shape if axis is None else (3, *shape) for shape, axis in zip(shapes, axes)]
+        images, kernel = sample(*stacked)
+
+        def value(images, kernel):
+            return jnp.sum(convolution.conv3x3(images, kernel) ** 3)
+
+        each = [
+            jax.value_and_grad(value, (0, 1))(
+                images if axes[0] is None else images[i], kernel if axes[1] is None else kernel[i]
+            )
+            for i in range(3)
+        ]
+        expected = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+        actual = jax.vmap(jax.value_and_grad(value, (0, 1)), axes)(images, kernel)
+        jax.tree.map(self.assert_close, actual, expected)
+        summed = jax.grad(lambda *xs: jnp.sum(jax.vmap(value, axes)(*xs)), (0, 1))
+        for out, grads, axis in zip(summed(images, kernel), expected[1], axes, strict=True):
+            self.assert_close(out, grads.sum(0) if axis is None else grads)
+
+    def test_vmapped_images_are_one_batch(self):
+        """A product of its own for each mapped image would cost a transposition."""
+        images, kernel = sample((3, 2, 4, 4, WIDE), (3, 3, WIDE, WIDE))
+        mapped = jax.vmap(lambda x: convolution.conv3x3(x, kernel))
+        shapes = [
+            eqn.invars[0].aval.shape
+            for eqn in jax.make_jaxpr(mapped)(images).eqns
+            if eqn.primitive.name == 'dot_general'
+        ]
+        self.assertIn((36, 6, WIDE), shapes)
+
+    @parameterized.parameters(NARROW, WIDE)
+    def test_bfloat16(self, channels):
+        images, kernel = sample((2, 6, 6, channels), (3, 3, channels, WIDE))
+        images, kernel = images.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+        out, vjp = jax.vjp(convolution.conv3x3, images, kernel)
+        self.assertEqual(out.dtype, jnp.bfloat16)
+        self.assert_close(out, naive(images, kernel, 1), tolerance=2**-8)
+        for actual, expected in zip(
+            vjp(out), gradients(images, kernel, np.asarray(out, float), 1), strict=True
+        ):
+            self.assertEqual(actual.dtype, jnp.bfloat16)
+            self.assert_close(actual, expected, tolerance=2**-8)
+
+    def test_other_backends_take_the_direct_form(self):
+        images, kernel = sample((2, 6, 6, WIDE), (3, 3, WIDE, WIDE))
+        with mock.patch.object(jax, 'default_backend', return_value='gpu'):
+            jaxpr = jax.make_jaxpr(convolution.conv3x3)(images, kernel)
+            out = convolution.conv3x3(images, kernel)
+        self.assertEqual(
+            [e.primitive.name for e in jaxpr.eqns if 'convert' not in e.primitive.name],
+            ['conv_general_dilated'],
+        )
+        self.assert_close(out, naive(images, kernel, 1))
+
+    @parameterized.parameters(
+        ((2, 6, 6, 3), (3, 3, 4, 5), 'SAME', 'got .*3.* and .*4'),
+        ((2, 6, 6, 3), (5, 5, 3, 4), 'SAME', 'kernel'),
+        ((2, 6, 6, 3), (3, 3, 3), 'SAME', 'kernel'),
+        ((6, 6, 3), (3, 3, 3, 4), 'SAME', 'images'),
+        ((2, 2, 6, 3), (3, 3, 3, 4), 'VALID', 'at least 3x3'),
+        ((2, 6, 6, 3), (3, 3, 3, 4), 'FULL', "'FULL'"),
+    )
+    def test_refuses(self, images, kernel, padding, message):
+        with self.assertRaisesRegex(ValueError, message):
+            convolution.conv3x3(jnp.zeros(images), jnp.zeros(kernel), padding=padding)
+
+
+if __name__ == '__main__':
+    absltest.main()

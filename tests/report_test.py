@@ -258,7 +258,7 @@ class TablesTest(parameterized.TestCase):
                 wanted += decimals(o[key] for o in others for key in ('balanced_accuracy', 'auroc'))
                 self.assertEqual(line, wanted)
 
-        ((title, (_, *lines)),) = tables.items()
+        ((title, (_, *lines)),) = parsed.items()
         self.assertStartsWith(title, 'Table VI')
         for protocol, detection in results['detection'].items():
             methods = {'Detector': detection['overall']}

@@ -1,0 +1,73 @@
+"""What every public function promises: a docstring, and numbers by keyword."""
+
+import doctest
+import importlib
+import inspect
+import pathlib
+import pkgutil
+
+import pytest
+
+import occjax
+
+MODULES = [
+    importlib.import_module(f'occjax.{module.name}')
+    for module in pkgutil.iter_modules(occjax.__path__)
+]
+FUNCTIONS = [
+    pytest.param(function, id=f'{module.__name__}.{name}')
+    for module in MODULES
+    for name, function in vars(module).items()
+    if inspect.isroutine(inspect.unwrap(function))
+    and getattr(function, '__module__', '') == module.__name__
+    and not name.startswith('_')
+]
+
+# Other programs call these by name.
+CONTRACTS = {
+    'fgsm': '(logits_fn, images, labels, *, epsilon, bounds)',
+    'grid_shape': '(image_shape, *, size, stride, grid)',
+    'occluded_logits': '(logits_fn, images, *, size, stride, fill, grid, chunk_size)',
+    'heatmaps': '(logits_fn, images, classes, *, size, stride, fill, grid, chunk_size)',
+    'vgg.init': '(key, *, image_size, num_classes, hidden, plan, channels, mean, std)',
+    'vgg.logits': '(variables, images, *, plan)',
+    'vgg.train_logits': '(variables, images, *, key, dropout_rate, plan)',
+    'vgg.summary': '(*, image_size, num_classes, hidden, plan)',
+    'vgg.from_torchvision': '(state_dict, *, mean, std)',
+    'detector.init_bank': '(key, *, num_classes, grid)',
+    'detector.score': '(bank, maps, predicted)',
+}
+
+
+def bare(signature):
+    """Returns a signature's names alone."""
+    parameters = [
+        parameter.replace(annotation=parameter.empty, default=parameter.empty)
+        for parameter in signature.parameters.values()
+    ]
+    return str(inspect.Signature(parameters))
+
+
+@pytest.mark.parametrize('name', CONTRACTS)
+def test_contract(name):
+    function = occjax
+    for part in name.split('.'):
+        function = getattr(function, part)
+    assert bare(inspect.signature(function)) == CONTRACTS[name]
+
+
+@pytest.mark.parametrize('function', FUNCTIONS)
+def test_has_a_docstring(function):
+    assert inspect.getdoc(function)
+
+
+@pytest.mark.parametrize('module', MODULES, ids=lambda module: module.__name__)
+def test_examples_in_docstrings_are_true(module):
+    assert doctest.testmod(module).failed == 0
+    assert module.__doc__
+
+
+def test_the_api_fits_on_one_screen():
+    assert len(pathlib.Path(occjax.__file__).read_text().splitlines()) <= 50
+    for name in occjax.__all__:
+        assert hasattr(occjax, name)
