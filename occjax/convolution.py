@@ -91,10 +91,8 @@ def _image_grad(grads, kernel, pad):
 
 
 def _kernel_grad(images, grads, pad):
-    c, o = images.shape[-1], grads.shape[-1]
-    if min(c, o) < _MIN_CHANNELS:
-        kernel = jnp.zeros((3, 3, c, o), grads.dtype)
-        return jax.vjp(lambda k: _columns(images, k, pad), kernel)[1](grads)[0]
+    if min(images.shape[-1], grads.shape[-1]) < _MIN_CHANNELS:
+        return _columns_kernel_grad(images, grads, pad)
     return _winograd_kernel_grad(images, grads, pad)
 
 
@@ -133,6 +131,15 @@ def _columns(images, kernel, pad):
     images = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     columns = [images[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
     return jnp.concatenate(columns, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _columns_kernel_grad(images, grads, pad):
+    """The kernel's gradient of `_columns`, with pixels last so that no operand is transposed."""
+    _, h, w, o = grads.shape
+    images = jnp.pad(jnp.moveaxis(images, 3, 0), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    columns = [images[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    product = jnp.stack(columns).reshape(9 * len(images), -1) @ grads.reshape(-1, o)
+    return product.reshape(3, 3, -1, o)
 
 
 def _winograd(images, kernel, pad, *, m=None, transposed=False):
@@ -207,15 +214,18 @@ def _transforms(m):
         g[i] = np.power(float(point), range(3)) / np.prod(np.subtract(point, others))
     a[-1, -1] = g[-1, -1] = 1  # the point at infinity
     b[-1] = np.poly(points)[::-1]
-    return a, b, g
+    # What rounding left of whole numbers would cost products of its own.
+    return a.round(12), b.round(12), g
 
 
 def _combine(matrix, parts):
     """The product of a small matrix with a list of arrays, as additions that XLA fuses."""
-    return [
-        sum(float(x) * part for x, part in zip(row, parts, strict=True) if abs(x) > 1e-9)
-        for row in matrix
-    ]
+
+    def scaled(x, part):
+        return part if x == 1 else -part if x == -1 else float(x) * part
+
+    terms = [[scaled(x, part) for x, part in zip(row, parts, strict=True) if x] for row in matrix]
+    return [functools.reduce(jnp.add, row) for row in terms]
 
 
 def _to_tiles(images, matrix, th, tw, m):

@@ -73,7 +73,7 @@ def detection(run: Run, protocol: str) -> dict:
     per_class = functools.partial(metrics.per_class, class_names=class_names)
     scores = [np.asarray(detector.score(bank, m.maps, m.predicted)) for m in (maps, fit_maps)]
     by_class = per_class(scores[0], maps, scores[1], fit_maps, threshold=0.0)
-    published = paper.numbers(tuple(class_names))
+    published = paper.numbers(class_names)
     for name, entry in by_class.items():
         entry['paper_accuracy'] = published.accuracy[name] if published else None
     overall = metrics.overall(by_class)
@@ -85,28 +85,23 @@ def detection(run: Run, protocol: str) -> dict:
     return {'per_class': by_class, 'overall': overall, 'baselines': baselines}
 
 
-def make_report(run: Run) -> str:
-    """Writes the report from what is stored, without classifier or images; returns its tables."""
+def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:
+    """Returns what results.json holds, from the training images' maps and all that is stored."""
     accuracies = storage.read_json(run.workdir / 'classifier' / 'metrics.json', mode='train')
-    maps, shards = load_shards(run, 'train')
     class_names = run.description['class_names']
-    published = paper.numbers(tuple(class_names))
+    published = paper.numbers(class_names)
+    correct, adversarial = (maps.select(maps.is_adversarial == kind) for kind in (False, True))
+    counts = [np.bincount(m.predicted, minlength=len(class_names)) for m in (correct, adversarial)]
     attempted = int(sum(shard['attempted'] for shard in shards))
-    successful = int(maps.is_adversarial.sum())
-    counts = {
-        kind: np.bincount(maps.predicted[maps.is_adversarial == flag], minlength=len(class_names))
-        for kind, flag in (('correct', False), ('adversarial', True))
-    }
-    means = [maps.maps[maps.is_adversarial == flag] for flag in (False, True)]
-    results = {
+    return {
         'manifest': manifest(run),
         'classifier': accuracies
         | {'paper_test_accuracy': published.test_accuracy if published else None},
         'attack': {
             'epsilon': run.config.attack.epsilon,
             'attempted': attempted,
-            'successful': successful,
-            'success_rate': successful / attempted if attempted else None,
+            'successful': len(adversarial),
+            'success_rate': len(adversarial) / attempted if attempted else None,
             'max_perturbation': float(max(shard['max_perturbation'] for shard in shards)),
             'nan_count': int(sum(shard['nan_count'] for shard in shards)),
             'min_pixel': float(min(shard['pixel_range'][0] for shard in shards)),
@@ -114,19 +109,26 @@ def make_report(run: Run) -> str:
         },
         'heatmaps': {
             name: {
-                'correct': int(counts['correct'][k]),
-                'adversarial': int(counts['adversarial'][k]),
+                'correct': int(counts[0][k]),
+                'adversarial': int(counts[1][k]),
                 'paper_correct': published.counts[name][0] if published else None,
                 'paper_adversarial': published.counts[name][1] if published else None,
             }
             for k, name in enumerate(class_names)
         },
         'map_mean': {
-            kind: float(m.mean()) if len(m) else None
-            for kind, m in zip(('correct', 'adversarial'), means, strict=True)
+            kind: float(m.maps.mean()) if len(m) else None
+            for kind, m in (('correct', correct), ('adversarial', adversarial))
         },
         'detection': {protocol: detection(run, protocol) for protocol in PROTOCOLS},
     }
+
+
+def make_report(run: Run) -> str:
+    """Writes the report from what is stored, without classifier or images; returns its tables."""
+    maps, shards = load_shards(run, 'train')
+    results = gather(run, maps, shards)
+    class_names = run.description['class_names']
     rows = vgg.summary(
         image_size=run.config.data.image_size,
         num_classes=len(class_names),

@@ -85,6 +85,11 @@ class Run:
         return math.ceil(self.batch_size / 4 / jax.device_count()) * jax.device_count()
 
     @property
+    def shard_size(self) -> int:
+        """Source images a stored shard, 512 of 32×32 pixels; no flag may change it in mid-run."""
+        return max(32, 2**19 // self.config.data.image_size**2)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """The shape of a heatmap."""
         side, wanted = self.config.data.image_size, self.config.occlusion

@@ -15,7 +15,7 @@ import optax
 
 from occjax import attack, classifier, data, detector, evaluation, occlusion, storage, vgg
 from occjax.run import Progress, Run, say
-from occjax.types import HeatmapSet, Split
+from occjax.types import HeatmapSet, Split, UsageError
 
 SPLITS = ('train', 'test')
 
@@ -104,6 +104,11 @@ def train(run: Run):
             plan=run.plan,
             on_batch=progress,
         )
+        if not np.isfinite(values['loss']):
+            raise UsageError(
+                f'Training diverged in epoch {epoch + 1}: try a lower '
+                f'--config.classifier.learning_rate than {settings.learning_rate:g}.'
+            )
         say(
             f'epoch {epoch + 1}/{settings.epochs}: loss {values["loss"]:.4f}, '
             f'accuracy {values["accuracy"]:.4f}, {progress.rate:.0f} images/s'
@@ -143,7 +148,7 @@ def collect(run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray) -
     adversarial, before, after = run.in_batches(
         attack_fn, images, labels, batch_size=run.batch_size
     )
-    correct, successful, predicted = jax.device_get(attack.outcome(before, after, labels))
+    correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))
     kinds = (correct, successful)
     logits = np.zeros((0, *run.grid, before.shape[-1]), np.float32)
     if correct.any():
@@ -171,9 +176,9 @@ def collect(run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray) -
     example = np.flatnonzero(successful)[:1]  # One a shard, for the figures.
     return vars(maps) | {
         'attempted': correct.sum(),
-        'max_perturbation': np.max(np.abs(attacked - images[correct]), initial=0),
         'nan_count': np.isnan(attacked).sum(),
-        'pixel_range': [np.min(attacked, initial=1), np.max(attacked, initial=0)],
+        'max_perturbation': np.nanmax(np.abs(attacked - images[correct]), initial=0),
+        'pixel_range': [np.nanmin(attacked, initial=1), np.nanmax(attacked, initial=0)],
         'example_id': ids[example],
         'example_clean': images[example],
         'example_adversarial': adversarial[example],
@@ -190,9 +195,9 @@ def heatmaps(run: Run):
         split = getattr(run.dataset, name)
         limit = getattr(run.config.occlusion, f'{name}_images') or len(split)
         ids = run.rng(_MAPPED_IMAGES, split_number).permutation(len(split))[:limit]
-        for start in range(0, len(ids), 4 * run.batch_size):
+        for start in range(0, len(ids), run.shard_size):
             path = directory / f'{name}-{start:07d}.npz'
-            shards.append((path, split, ids[start : start + 4 * run.batch_size]))
+            shards.append((path, split, ids[start : start + run.shard_size]))
     progress = Progress(sum(len(ids) for *_, ids in shards), 'heatmaps, images')
     for path, split, ids in shards:
         if path.exists():

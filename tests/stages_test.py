@@ -153,7 +153,7 @@ def test_a_finished_run_computes_nothing_again(finished, monkeypatch):
 
 
 def test_resuming_equals_an_uninterrupted_run(finished, tmp_path, monkeypatch):
-    """Killed in the second epoch, then after the first shard, then going on."""
+    """Killed in the second epoch, then after the first shard, then going on with other flags."""
     run, tables = finished
     interrupted = make_run(tmp_path / 'run')
 
@@ -179,11 +179,12 @@ def test_resuming_equals_an_uninterrupted_run(finished, tmp_path, monkeypatch):
         patch.setattr(stages, 'collect', kill_after(1, stages.collect))
         run_all(make_run(interrupted.workdir))
     assert len(list((interrupted.workdir / 'heatmaps').glob('*.npz'))) == 1
-    assert run_all(make_run(interrupted.workdir)) == tables
+    run_all(make_run(interrupted.workdir, eval_batch_size=12, chunk_size=7))
     for name in stages.SPLITS:
         ours, theirs = (evaluation.load_shards(r, name)[0] for r in (interrupted, run))
         for field in dataclasses.fields(HeatmapSet):
-            np.testing.assert_array_equal(getattr(ours, field.name), getattr(theirs, field.name))
+            ours_field, theirs_field = getattr(ours, field.name), getattr(theirs, field.name)
+            np.testing.assert_allclose(ours_field, theirs_field, atol=1e-4)
 
 
 @pytest.mark.parametrize('flags', [dict(chunk_size=5), dict(eval_batch_size=12)])
