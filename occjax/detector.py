@@ -6,6 +6,7 @@ applied by `vmap`. A map is judged by the detector of the class that the classif
 Dimensions: K classes, h w heatmap grid, M maps, N maps a class (padded to the largest).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -31,7 +32,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, maps: Array) -> Array:
         """Returns `[M]` logits."""
-        x = maps.reshape(len(maps), -1)
+        x = maps.reshape(len(maps), math.prod(maps.shape[1:]))
         for width in self.features:
             x = nn.relu(nn.Dense(width)(x))
         return nn.Dense(1)(x)[:, 0]
@@ -81,9 +82,15 @@ def group_by_class(
         groups.append((np.concatenate(kinds), np.concatenate([*weights, np.zeros(0)])))
 
     longest = max(1, *(len(index) for index, _ in groups))
-    index = np.stack([np.pad(index, (0, longest - len(index))) for index, _ in groups])
-    weight = np.stack([np.pad(weight, (0, longest - len(weight))) for _, weight in groups])
-    return Groups(pixels[index], maps.is_adversarial[index], weight.astype(np.float32))
+    # Padding points to a row of zeros behind the last map, which is there even if no map is.
+    nothing = [(0, longest - len(index)) for index, _ in groups]
+    index = np.stack(
+        [np.pad(g[0], n, constant_values=len(maps)) for g, n in zip(groups, nothing, strict=True)]
+    )
+    weight = np.stack([np.pad(g[1], n) for g, n in zip(groups, nothing, strict=True)])
+    pixels = np.concatenate([pixels, np.zeros_like(pixels, shape=(1, *pixels.shape[1:]))])
+    kinds = np.append(maps.is_adversarial, False)
+    return Groups(pixels[index], kinds[index], weight.astype(np.float32))
 
 
 def init(key: Array, *, grid: tuple[int, int]) -> Any:

@@ -36,7 +36,7 @@ def launch(*arguments, cwd, **environment):
         (['--chunk_size=0'], 'chunk_size'),
         (['--chunksize=1'], "Unknown command line flag 'chunksize'"),
         (['train'], "Unknown argument 'train'"),
-        (['--mode=report'], 'run --mode=train first'),
+        (['--mode=report'], 'run --mode=heatmaps first'),
         (['--workdir=stranger'], 'stranger is no work directory'),
         (['--config.data.name=folder', '--data_dir=nowhere'], 'nowhere'),
         (['--jax_platforms=tpu'], '--jax_platforms=tpu'),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -214,6 +215,23 @@ def test_four_devices_are_one(finished):
     alone = jax.make_mesh((1,), ('data',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     one = stages.map_batch(variables, images, fill, mesh=alone, **geometry)
     np.testing.assert_allclose(four, one, atol=1e-4)
+
+
+def test_a_classifier_that_is_never_right_is_reported_too(finished, tmp_path, monkeypatch):
+    """No image is correct, so there is no map of either kind: dashes, no NaN, no error."""
+    run = make_run(tmp_path / 'run')
+    shutil.copytree(finished[0].workdir / 'classifier', run.workdir / 'classifier')
+
+    def never_right(before, after, labels):
+        nothing = np.zeros(len(labels), bool)
+        return attack.Outcome(nothing, nothing, after.argmax(-1))
+
+    monkeypatch.setattr(attack, 'outcome', never_right)
+    tables = run_all(run)
+    assert 'no correct or adversarial maps' in tables
+    results = json.loads((run.workdir / 'report' / 'results.json').read_text())
+    assert results['attack']['success_rate'] is None
+    assert results['detection']['paper']['overall']['auroc'] is None
 
 
 def test_other_images_are_refused(finished):
