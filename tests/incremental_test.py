@@ -64,7 +64,7 @@ def settings(draw):
 
 
 class EnginesTest(parameterized.TestCase):
-    @hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
+    @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
     @hypothesis.given(settings())
     def test_agree(self, setting):
         plan, image_shape, geometry, fill, chunk_size = setting
