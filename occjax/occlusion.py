@@ -92,7 +92,7 @@ def occlude(images: Array, origin: Array, *, size: int, fill: float | Array = 0.
     return jnp.where(covered[..., None], jnp.asarray(fill, images.dtype), images)
 
 
-def _default_chunk(image_shape: tuple[int, ...]) -> int:
+def default_chunk(image_shape: tuple[int, ...]) -> int:
     """Returns how many masked images one call of the classifier should see."""
     # On CPU XLA's convolutions slow down threefold once a batch's activations leave the cache:
     # about 2 million input values were best at 224 pixels (14 images) and no worse at 32 (682).
@@ -148,7 +148,7 @@ def occluded_logits(
     logits = map_chunks(
         jax.vmap(logits_of),
         len(images) * len(origins),
-        chunk_size=chunk_size or _default_chunk(images.shape[1:]),
+        chunk_size=chunk_size or default_chunk(images.shape[1:]),
     )
     return logits.reshape(len(images), *grid_shape(images.shape[1:3], **geometry), -1)
 

@@ -113,8 +113,9 @@ def init(
 
 
 def normalize(variables: Variables, images: Array) -> Array:
-    """Returns `[B, H, W, C]` pixels as the first convolution wants them."""
-    return (images - variables.pixel_stats['mean']) / variables.pixel_stats['std']
+    """Returns `[B, H, W, C]` pixels as the first convolution wants them, in its weights' type."""
+    x = (images - variables.pixel_stats['mean']) / variables.pixel_stats['std']
+    return x.astype(variables.params['conv'][0]['kernel'].dtype)
 
 
 def batch_norm(x: Array, layer: dict, mean: Array, var: Array) -> Array:
@@ -159,7 +160,7 @@ def _linear_input(variables: Variables, features: Array) -> Array:
 
 
 def layers(variables: Variables, plan: Plan) -> Iterator[tuple[dict, dict]]:
-    """Returns each convolution's parameters and running statistics; raises if the plan is another."""
+    """Returns each convolution's parameters and statistics; raises if the plan is another."""
     widths = [width for width in plan if width != 'M']
     found = [len(layer['bias']) for layer in variables.params['conv']]
     if widths != found:
@@ -174,11 +175,16 @@ def conv_block(x: Array, layer: dict, stats: dict, *, padding: str = 'SAME') -> 
 
 
 def _features(variables: Variables, images: Array, plan: Plan, block_fn: Callable) -> Array:
-    """Returns the last `[B, h, w, C]` feature map; `block_fn(x, layer, stats)` is a convolution's."""
+    """Returns the last `[B, h, w, C]` feature map; `block_fn(x, layer, stats)` convolves."""
     x, parts = normalize(variables, images), layers(variables, plan)
     for width in plan:
         x = max_pool(x) if width == 'M' else block_fn(x, *next(parts))
     return x
+
+
+def features(variables: Variables, images: Array, *, plan: Plan = VGG11) -> Array:
+    """Returns the last `[B, h, w, C]` feature map, of which `head` makes the logits."""
+    return _features(variables, images, plan, conv_block)
 
 
 def head(variables: Variables, features: Array, dropout_fn: Callable | None = None) -> Array:
@@ -205,7 +211,7 @@ def logits(variables: Variables, images: Array, *, plan: Plan = VGG11) -> Array:
     Raises:
         ValueError: if images, plan and variables don't fit each other.
     """
-    return head(variables, _features(variables, images, plan, conv_block))
+    return head(variables, features(variables, images, plan=plan))
 
 
 def train_logits(
