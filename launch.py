@@ -2,6 +2,10 @@
 
 The config (`--config`, and `--config.attack.epsilon=0.05` to change one number of it) is all that
 changes results; the other flags say where and how fast. README lists modes and flags.
+
+JAX's own flags work too. --jax_compilation_cache_dir=<folder> keeps compiled programs for the next
+run: those that took a second to compile, or fewer with
+--jax_persistent_cache_min_compile_time_secs=0.
 """
 
 import os
@@ -12,13 +16,13 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from occjax import stages, storage
 from occjax.config import Config
-from occjax.run import Run
 from occjax.types import UsageError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'digits.py'
-MODES = (*stages.STAGES, 'all')
+# Spelled out: what the stages import takes seconds, too long for --help or a mistyped flag.
+MODES = ('train', 'heatmaps', 'detectors', 'report', 'all', 'benchmark')
+ENGINES = ('auto', 'full', 'incremental')
 
 # A default of its own would be read, and fail, before any error could be caught: see `parse`.
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; default digits.')
@@ -31,19 +35,54 @@ _CACHE_DIR = flags.DEFINE_string(
     'cache_dir', None, 'Where decoded images are kept; default ~/.cache/occjax.'
 )
 _CHUNK_SIZE = flags.DEFINE_integer(
-    'chunk_size', None, 'Masked images a call of the classifier sees; default: by device.', 1
+    'chunk_size', None, 'Most windows computed at once; default: by device, size and memory.', 1
 )
 _EVAL_BATCH_SIZE = flags.DEFINE_integer(
     'eval_batch_size', None, 'Images evaluated or attacked at once; default: by image size.', 1
+)
+_ENGINE = flags.DEFINE_enum(
+    'engine',
+    'auto',
+    ENGINES,
+    'How heatmaps are computed; auto takes incremental where that is less work. Benchmarking '
+    'takes auto for all.',
+)
+_MEMORY_LIMIT = flags.DEFINE_string(
+    'memory_limit',
+    None,
+    'What heatmaps may take: on CPU of memory in all, else on each device, such as 4GiB; default: '
+    'half of the memory, or what JAX may use of a device.',
+)
+_BENCHMARK_IMAGES = flags.DEFINE_integer('benchmark_images', 4, 'Images that are timed.', 1)
+_BENCHMARK_REPEATS = flags.DEFINE_integer('benchmark_repeats', 5, 'How often they are timed.', 1)
+_BENCHMARK_PEER = flags.DEFINE_enum(
+    'benchmark_peer', None, ['captum'], 'Another library to time: pip install torch captum.'
+)
+_BENCHMARK_DTYPE = flags.DEFINE_enum(
+    'benchmark_dtype', 'float32', ['float32', 'bfloat16'], 'Type of the weights that are timed.'
+)
+_BENCHMARK_THRESHOLD = flags.DEFINE_float(
+    'benchmark_threshold',
+    0.4,
+    "The approximate engine's: share of a side that is recomputed.",
+    0.0,
+    1.0,
+)
+_BENCHMARK_EVERY = flags.DEFINE_integer(
+    'benchmark_every', 2, "The approximate engine's: cells a side for one that is computed.", 1
 )
 
 
 def main(_):
     """Opens the work directory and runs the stages that the mode names."""
+    from occjax import benchmark, memory, stages, storage
+    from occjax.run import Run
+
     config, config_file = _CONFIG.value, config_flags.get_config_filename(flags.FLAGS['config'])
     if not isinstance(config, Config):
         raise UsageError(f'Cannot read --config={config_file}: no such file, or no Config in it.')
     config.validate()
+    limit = memory.parse(_MEMORY_LIMIT.value) if _MEMORY_LIMIT.value is not None else None
     workdir = _WORKDIR.value or os.path.join('runs', pathlib.Path(config_file).stem)
     check_devices()
     run = Run(
@@ -53,11 +92,21 @@ def main(_):
         cache_dir=_CACHE_DIR.value,
         chunk_size=_CHUNK_SIZE.value,
         eval_batch_size=_EVAL_BATCH_SIZE.value,
+        engine=_ENGINE.value,
+        memory_limit=limit,
+        benchmark_images=_BENCHMARK_IMAGES.value,
+        benchmark_repeats=_BENCHMARK_REPEATS.value,
+        benchmark_peer=_BENCHMARK_PEER.value,
+        benchmark_dtype=_BENCHMARK_DTYPE.value,
+        benchmark_threshold=_BENCHMARK_THRESHOLD.value,
+        benchmark_every=_BENCHMARK_EVERY.value,
     )
+    modes = stages.STAGES | {'benchmark': benchmark.benchmark}
     for mode in stages.STAGES if _MODE.value == 'all' else [_MODE.value]:
-        tables = stages.STAGES[mode](run)
+        tables = modes[mode](run)
         if tables:
             print(tables)
+        if mode == 'report':
             print(f'Report: {run.workdir / "report" / "report.html"}')
 
 

@@ -3,21 +3,38 @@
 Dimensions: B batch, H W C image, K classes, h w heatmap grid, M maps.
 """
 
-from occjax import attack, classifier, config, data, detector, metrics, occlusion, vgg
-from occjax.attack import fgsm
-from occjax.occlusion import grid_shape, heatmaps, occluded_logits
+import importlib
 
-__all__ = [
+_MODULES = (
+    'approximate',
     'attack',
+    'benchmark',
     'classifier',
     'config',
     'data',
     'detector',
-    'fgsm',
-    'grid_shape',
-    'heatmaps',
+    'incremental',
     'metrics',
-    'occluded_logits',
     'occlusion',
     'vgg',
-]
+)
+_FUNCTIONS = {
+    'fgsm': 'attack',
+    'grid_shape': 'occlusion',
+    'heatmaps': 'occlusion',
+    'occluded_logits': 'occlusion',
+}
+
+__all__ = sorted([*_MODULES, *_FUNCTIONS])
+
+
+def __getattr__(name):
+    # On first use (PEP 562): all modules together take seconds to import.
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    module = importlib.import_module(f'{__name__}.{_FUNCTIONS.get(name, name)}')
+    return getattr(module, name) if name in _FUNCTIONS else module
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -7,6 +7,8 @@ Dimensions: B batch, H W C image, K classes, h w heatmap grid, P = h * w windows
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +92,7 @@ def occlude(images: Array, origin: Array, *, size: int, fill: float | Array = 0.
     return jnp.where(covered[..., None], jnp.asarray(fill, images.dtype), images)
 
 
-def _default_chunk(image_shape: tuple[int, ...]) -> int:
+def default_chunk(image_shape: tuple[int, ...]) -> int:
     """Returns how many masked images one call of the classifier should see."""
     # On CPU XLA's convolutions slow down threefold once a batch's activations leave the cache:
     # about 2 million input values were best at 224 pixels (14 images) and no worse at 32 (682).
@@ -133,27 +135,52 @@ def occluded_logits(
     References:
         Zeiler & Fergus, https://arxiv.org/abs/1311.2901
     """
-    images = jnp.asarray(images)
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f'Expected images [B, H, W, C], at least one, got shape {images.shape}.')
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f'Expected chunk_size >= 1, got {chunk_size}.')
+    images = check_images(images)
     geometry = dict(size=size, stride=stride, grid=grid)
     origins = jnp.asarray(window_origins(images.shape[1:3], **geometry))
     fill = jnp.broadcast_to(jnp.asarray(fill, images.dtype), images.shape)
-    pairs = len(images) * len(origins)
-    chunks = math.ceil(pairs / (chunk_size or _default_chunk(images.shape[1:])))
-    chunk = math.ceil(pairs / chunks)
 
     def logits_of(pair):
         image, origin = pair // len(origins), origins[pair % len(origins)]
         occluded = occlude(images[image], origin, size=size, fill=fill[image])
         return logits_fn(occluded[None])[0]
 
-    # The last chunk is filled up with pairs from the start, which are cut off again.
-    pair = (jnp.arange(chunks * chunk) % pairs).reshape(chunks, chunk)
-    logits = jax.lax.map(jax.vmap(logits_of), pair).reshape(chunks * chunk, -1)[:pairs]
+    logits = map_chunks(
+        jax.vmap(logits_of),
+        len(images) * len(origins),
+        chunk_size=chunk_size or default_chunk(images.shape[1:]),
+    )
     return logits.reshape(len(images), *grid_shape(images.shape[1:3], **geometry), -1)
+
+
+def check_images(images: Array) -> Array:
+    """Returns the images as an array, or raises if they are not `[B, H, W, C]`."""
+    images = jnp.asarray(images)
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f'Expected images [B, H, W, C], at least one, got shape {images.shape}.')
+    return images
+
+
+def check_classes(images: Array, classes: Array) -> Array:
+    """Returns the classes as an array, or raises if they are not one integer for each image."""
+    classes = jnp.asarray(classes)
+    if classes.shape != (len(images),) or not jnp.issubdtype(classes.dtype, jnp.integer):
+        raise ValueError(
+            f'Expected {len(images)} integer classes, got {classes.dtype}{list(classes.shape)}.'
+        )
+    return classes
+
+
+def map_chunks(fn: Callable[[Array], Any], count: int, *, chunk_size: int) -> Any:
+    """Returns `fn(arange(count))`, computed for at most `chunk_size` numbers at once."""
+    if chunk_size < 1:
+        raise ValueError(f'Expected chunk_size >= 1, got {chunk_size}.')
+    chunks = math.ceil(count / chunk_size)
+    size = math.ceil(count / chunks)
+    # The last chunk is filled up with numbers from the start, which are cut off again.
+    numbers = (jnp.arange(chunks * size) % count).reshape(chunks, size)
+    mapped = jax.lax.map(fn, numbers)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], mapped)
 
 
 def probabilities(logits: Array, classes: Array) -> Array:
@@ -187,10 +214,6 @@ def heatmaps(
     Raises:
         ValueError: as `occluded_logits`, and if `classes` is not one integer for each image.
     """
-    images, classes = jnp.asarray(images), jnp.asarray(classes)
-    if classes.shape != images.shape[:1] or not jnp.issubdtype(classes.dtype, jnp.integer):
-        raise ValueError(
-            f'Expected {len(images)} integer classes, got {classes.dtype}{list(classes.shape)}.'
-        )
+    classes = check_classes(images, classes)
     geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
     return probabilities(occluded_logits(logits_fn, images, **geometry), classes)

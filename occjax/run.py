@@ -10,16 +10,26 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from occjax import data, occlusion, storage, vgg
+from occjax import data, memory, occlusion, storage, vgg
+from occjax import engine as engine_lib
 from occjax.config import Config
 from occjax.types import Dataset, UsageError
 
 PLANS = {'vgg11': vgg.VGG11, 'vgg13': vgg.VGG13, 'vgg16': vgg.VGG16, 'vgg19': vgg.VGG19}
+
+
+class Mapping(NamedTuple):
+    """How heatmaps are computed: by which engine, and how many windows and images at once."""
+
+    engine: str
+    chunk_size: int
+    batch_size: int
+    estimated_bytes: int  # of one device, an upper bound
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,14 @@ class Run:
     cache_dir: str | None = None
     chunk_size: int | None = None
     eval_batch_size: int | None = None
+    engine: str = 'auto'
+    memory_limit: int | None = None
+    benchmark_images: int = 4
+    benchmark_repeats: int = 5
+    benchmark_peer: str | None = None
+    benchmark_dtype: str = 'float32'
+    benchmark_threshold: float = 0.4
+    benchmark_every: int = 2
 
     @property
     def plan(self) -> vgg.Plan:
@@ -90,11 +108,38 @@ class Run:
         return max(32, 2**19 // self.config.data.image_size**2)
 
     @property
+    def image_shape(self) -> tuple[int, int]:
+        """The shape `(H, W)` of the images."""
+        return (self.config.data.image_size,) * 2
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Where the windows are: size, stride and grid."""
+        wanted = self.config.occlusion
+        return dict(size=wanted.size, stride=wanted.stride, grid=wanted.grid)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """The shape of a heatmap."""
-        side, wanted = self.config.data.image_size, self.config.occlusion
-        geometry = dict(size=wanted.size, stride=wanted.stride, grid=wanted.grid)
-        return occlusion.grid_shape((side, side), **geometry)
+        return occlusion.grid_shape(self.image_shape, **self.geometry)
+
+    def mapping(self, num_classes: int, engine: str | None = None) -> Mapping:
+        """Returns the engine, the chosen or the given one, and how much of it memory allows.
+
+        Raises:
+            UsageError: if the memory limit is too small for one window.
+        """
+        where = dict(plan=self.plan, **self.geometry)
+        engine = engine or engine_lib.choose(self.engine, self.image_shape, **where)
+        head = dict(num_classes=num_classes, hidden=self.config.classifier.hidden)
+        needs = memory.needs(engine, self.image_shape, **where, **head)
+        images, windows = needs.fit(
+            memory.per_device(self.memory_limit or memory.available()),
+            images=self.map_batch_size // jax.device_count(),
+            windows=self.chunk_size or occlusion.default_chunk((*self.image_shape, 3)),
+        )
+        estimate = needs.total(images, windows)
+        return Mapping(engine, windows, images * jax.device_count(), estimate)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:

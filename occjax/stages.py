@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from occjax import attack, classifier, data, detector, evaluation, occlusion, storage, vgg
+from occjax import attack, classifier, data, detector, evaluation, storage, vgg
+from occjax import engine as engine_lib
 from occjax.run import Progress, Run, say
 from occjax.types import HeatmapSet, Split, UsageError
 
@@ -38,15 +39,16 @@ def attack_batch(variables, images, labels, *, epsilon, clip, plan):
     return adversarial, logits_fn(images), logits_fn(adversarial)
 
 
-@functools.partial(
-    jax.jit, static_argnames=('mesh', 'size', 'stride', 'grid', 'chunk_size', 'plan')
-)
-def map_batch(variables, images, fill, *, mesh, plan, **geometry):
+_KNOBS = ('size', 'stride', 'grid', 'chunk_size', 'plan', 'engine', 'threshold', 'every')
+
+
+@functools.partial(jax.jit, static_argnames=('mesh', *_KNOBS))
+def map_batch(variables, images, fill, *, mesh, plan, engine='full', **geometry):
     """Returns the `[B, h, w, K]` logits under every window; each device maps its own images."""
 
     def occluded_logits(variables, images, fill):
-        logits_fn = functools.partial(vgg.logits, variables, plan=plan)
-        return occlusion.occluded_logits(logits_fn, images, fill=fill, **geometry)
+        settings = dict(plan=plan, engine=engine, fill=fill, **geometry)
+        return engine_lib.occluded_logits(variables, images, **settings)
 
     by_image = jax.P('data')
     return jax.shard_map(
@@ -134,13 +136,18 @@ def load_variables(run: Run) -> vgg.Variables:
     return run.replicate(storage.restore_checkpoint(directory, like, mode='train').variables)
 
 
+def fill_of(run: Run, variables: vgg.Variables) -> np.ndarray:
+    """Returns what covers a window, one value or one a channel; by default the training mean."""
+    return np.asarray(run.config.occlusion.fill or variables.pixel_stats['mean'], np.float32)
+
+
 def collect(run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray) -> dict:
     """Returns a shard: the heatmaps of some images and their attacks, and what the attack did.
 
     Correctly classified images and successful attacks on them have maps (§III-C), stored as the
     logits of all classes, so that every detector and table follows without the classifier.
     """
-    settings, geometry = run.config.attack, run.config.occlusion
+    settings = run.config.attack
     images, labels = data.take(split, ids), split.labels[ids]
     attack_fn = functools.partial(
         attack_batch, variables, epsilon=settings.epsilon, clip=settings.clip, plan=run.plan
@@ -152,19 +159,19 @@ def collect(run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray) -
     kinds = (correct, successful)
     logits = np.zeros((0, *run.grid, before.shape[-1]), np.float32)
     if correct.any():
+        mapping = run.mapping(before.shape[-1])
         map_fn = functools.partial(
             map_batch,
             variables,
-            fill=np.asarray(geometry.fill or variables.pixel_stats['mean'], np.float32),
+            fill=fill_of(run, variables),
             mesh=run.mesh,
-            size=geometry.size,
-            stride=geometry.stride,
-            grid=geometry.grid,
-            chunk_size=run.chunk_size,
             plan=run.plan,
+            engine=mapping.engine,
+            chunk_size=mapping.chunk_size,
+            **run.geometry,
         )
         chosen = np.concatenate([images[correct], adversarial[successful]])
-        logits = run.in_batches(map_fn, chosen, batch_size=run.map_batch_size)
+        logits = run.in_batches(map_fn, chosen, batch_size=mapping.batch_size)
     maps = HeatmapSet(
         logits=logits,
         unoccluded=np.concatenate([before[correct], after[successful]]),

@@ -12,7 +12,7 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -113,8 +113,9 @@ def init(
 
 
 def normalize(variables: Variables, images: Array) -> Array:
-    """Returns `[B, H, W, C]` pixels as the first convolution wants them."""
-    return (images - variables.pixel_stats['mean']) / variables.pixel_stats['std']
+    """Returns `[B, H, W, C]` pixels as the first convolution wants them, in its weights' type."""
+    x = (images - variables.pixel_stats['mean']) / variables.pixel_stats['std']
+    return x.astype(variables.params['conv'][0]['kernel'].dtype)
 
 
 def batch_norm(x: Array, layer: dict, mean: Array, var: Array) -> Array:
@@ -158,21 +159,32 @@ def _linear_input(variables: Variables, features: Array) -> Array:
     return features.reshape(len(features), -1)
 
 
-def _features(variables: Variables, images: Array, plan: Plan, norm_fn: Callable) -> Array:
-    """Returns the last `[B, h, w, C]` feature map; `norm_fn(x, layer, stats)` is the batch norm."""
+def layers(variables: Variables, plan: Plan) -> Iterator[tuple[dict, dict]]:
+    """Returns each convolution's parameters and statistics; raises if the plan is another."""
     widths = [width for width in plan if width != 'M']
     found = [len(layer['bias']) for layer in variables.params['conv']]
     if widths != found:
         raise ValueError(f'The plan has convolutions of {widths}, the variables {found}.')
-    x = normalize(variables, images)
-    layers = zip(variables.params['conv'], variables.batch_stats, strict=True)
+    return zip(variables.params['conv'], variables.batch_stats, strict=True)
+
+
+def conv_block(x: Array, layer: dict, stats: dict, *, padding: str = 'SAME') -> Array:
+    """Returns convolution, batch normalisation by running statistics, and ReLU."""
+    x = conv3x3(x, layer['kernel'], padding=padding) + layer['bias']
+    return jax.nn.relu(batch_norm(x, layer, stats['mean'], stats['var']))
+
+
+def _features(variables: Variables, images: Array, plan: Plan, block_fn: Callable) -> Array:
+    """Returns the last `[B, h, w, C]` feature map; `block_fn(x, layer, stats)` convolves."""
+    x, parts = normalize(variables, images), layers(variables, plan)
     for width in plan:
-        if width == 'M':
-            x = max_pool(x)
-        else:
-            layer, stats = next(layers)
-            x = jax.nn.relu(norm_fn(conv3x3(x, layer['kernel']) + layer['bias'], layer, stats))
+        x = max_pool(x) if width == 'M' else block_fn(x, *next(parts))
     return x
+
+
+def features(variables: Variables, images: Array, *, plan: Plan = VGG11) -> Array:
+    """Returns the last `[B, h, w, C]` feature map, of which `head` makes the logits."""
+    return _features(variables, images, plan, conv_block)
 
 
 def head(variables: Variables, features: Array, dropout_fn: Callable | None = None) -> Array:
@@ -199,11 +211,7 @@ def logits(variables: Variables, images: Array, *, plan: Plan = VGG11) -> Array:
     Raises:
         ValueError: if images, plan and variables don't fit each other.
     """
-
-    def norm_fn(x, layer, stats):
-        return batch_norm(x, layer, stats['mean'], stats['var'])
-
-    return head(variables, _features(variables, images, plan, norm_fn))
+    return head(variables, features(variables, images, plan=plan))
 
 
 def train_logits(
@@ -231,7 +239,8 @@ def train_logits(
     """
     batch_stats = []
 
-    def norm_fn(x, layer, stats):
+    def block_fn(x, layer, stats):
+        x = conv3x3(x, layer['kernel']) + layer['bias']
         mean, var = jnp.mean(x, axis=(0, 1, 2)), jnp.var(x, axis=(0, 1, 2))
         count = x.size // x.shape[-1]
         # As in PyTorch, the running variance is the unbiased one.
@@ -239,13 +248,13 @@ def train_logits(
         keep = BATCH_NORM_MOMENTUM
         running = jax.tree.map(lambda old, now: keep * old + (1 - keep) * now, stats, new)
         batch_stats.append(jax.lax.stop_gradient(running))
-        return batch_norm(x, layer, mean, var)
+        return jax.nn.relu(batch_norm(x, layer, mean, var))
 
     def dropout_fn(i, x):
         kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - dropout_rate, x.shape)
         return jnp.where(kept, x / (1 - dropout_rate), 0)
 
-    return head(variables, _features(variables, images, plan, norm_fn), dropout_fn), batch_stats
+    return head(variables, _features(variables, images, plan, block_fn), dropout_fn), batch_stats
 
 
 def summary(
