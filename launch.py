@@ -23,6 +23,7 @@ DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'digits.py'
 # Spelled out: what the stages import takes seconds, too long for --help or a mistyped flag.
 MODES = ('train', 'heatmaps', 'detectors', 'report', 'all', 'benchmark')
 ENGINES = ('auto', 'full', 'incremental')
+PEERS = ['captum']
 
 # A default of its own would be read, and fail, before any error could be caught: see `parse`.
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; default digits.')
@@ -56,7 +57,7 @@ _MEMORY_LIMIT = flags.DEFINE_string(
 _BENCHMARK_IMAGES = flags.DEFINE_integer('benchmark_images', 4, 'Images that are timed.', 1)
 _BENCHMARK_REPEATS = flags.DEFINE_integer('benchmark_repeats', 5, 'How often they are timed.', 1)
 _BENCHMARK_PEER = flags.DEFINE_enum(
-    'benchmark_peer', None, ['captum'], 'Another library to time: pip install torch captum.'
+    'benchmark_peer', None, PEERS, 'Another library to time: pip install torch captum.'
 )
 _BENCHMARK_DTYPE = flags.DEFINE_enum(
     'benchmark_dtype', 'float32', ['float32', 'bfloat16'], 'Type of the weights that are timed.'
@@ -65,7 +66,7 @@ _BENCHMARK_THRESHOLD = flags.DEFINE_float(
     'benchmark_threshold',
     0.4,
     "The approximate engine's: share of a side that is recomputed.",
-    0.0,
+    0.01,
     1.0,
 )
 _BENCHMARK_EVERY = flags.DEFINE_integer(

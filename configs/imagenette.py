@@ -1,4 +1,8 @@
-"""The paper on Imagenette: `python launch.py --config=configs/imagenette.py`."""
+"""The paper on Imagenette: `python launch.py --config=configs/imagenette.py --data_dir=<folder>`.
+
+Not yet run as a whole: it wants an accelerator. The paper: test accuracy .81, attack success .814,
+accuracy of the detectors .75.
+"""
 
 from occjax.config import Attack, Classifier, Config, Data, Detector, Occlusion
 

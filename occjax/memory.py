@@ -31,27 +31,37 @@ class Needs(NamedTuple):
     fixed: int
     image: int
     window: int
+    grid: int  # windows of an image
 
     def total(self, images: int, windows: int) -> int:
         """Returns the bytes for so many images and windows at once."""
         return self.fixed + images * self.image + windows * self.window
 
-    def fit(self, limit: int, *, images: int, windows: int) -> tuple[int, int]:
+    def fit(self, limit: int, *, images: int, windows: int, devices: int = 1) -> tuple[int, int]:
         """Returns how many images and windows at once stay below `limit`, at most those given.
+
+        Args:
+            limit: bytes, of which each of `devices` has its part.
+            images, windows: that one device should take at once, memory permitting.
+            devices: that share the memory.
 
         Raises:
             UsageError: if not even one window of one image does.
         """
         least = self.total(1, 1)
-        if limit < least:
+        if limit // devices < least:
+            mebibytes = math.ceil(devices * least / 2**20)
             raise UsageError(
                 f'A memory limit of {limit / 2**20:.0f} MiB is too small for one window: these '
-                f'images and this classifier take --memory_limit={math.ceil(least / 2**20)}MiB.'
+                f'images and this classifier take --memory_limit={mebibytes}MiB.'
             )
-        # Windows first: too few at once idle the device, while images only wait for each other.
-        windows = min(windows, 1 + (limit - least) // self.window)
-        images = min(images, 1 + (limit - self.total(1, windows)) // self.image)
-        return images, windows
+        limit //= devices
+        for count in range(images, 0, -1):
+            # Windows at once may be of several images, but there are no more than all of them.
+            at_once = min(windows, count * self.grid)
+            if self.total(count, at_once) <= limit:
+                return count, at_once
+        return 1, 1 + (limit - least) // self.window
 
 
 def parse(text: str) -> int:
@@ -87,9 +97,9 @@ def available() -> int:
     return size // 2
 
 
-def per_device(limit: int) -> int:
-    """Returns one device's part of a limit: CPU devices share one memory, others have their own."""
-    return limit // jax.local_device_count() if jax.default_backend() == 'cpu' else limit
+def sharers() -> int:
+    """Returns how many devices share a limit: CPU devices have one memory, others their own."""
+    return jax.local_device_count() if jax.default_backend() == 'cpu' else 1
 
 
 def needs(
@@ -138,5 +148,5 @@ def needs(
     window = whole
     if name != 'full':
         image, window = image + clean + whole, patch + 2 * outputs
-    process = _PROCESS // jax.local_device_count() if on_cpu else 0
-    return Needs(_FLOAT * fixed + process, _FLOAT * image, _FLOAT * window)
+    process = _PROCESS // sharers() if on_cpu else 0
+    return Needs(_FLOAT * fixed + process, _FLOAT * image, _FLOAT * window, grid)

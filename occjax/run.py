@@ -134,9 +134,10 @@ class Run:
         head = dict(num_classes=num_classes, hidden=self.config.classifier.hidden)
         needs = memory.needs(engine, self.image_shape, **where, **head)
         images, windows = needs.fit(
-            memory.per_device(self.memory_limit or memory.available()),
+            self.memory_limit or memory.available(),
             images=self.map_batch_size // jax.device_count(),
             windows=self.chunk_size or occlusion.default_chunk((*self.image_shape, 3)),
+            devices=memory.sharers(),
         )
         estimate = needs.total(images, windows)
         return Mapping(engine, windows, images * jax.device_count(), estimate)

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import launch as launch_lib
+from occjax import engine, peer, stages
 from tests.conftest import ROOT
 
 
@@ -40,6 +42,12 @@ def launch(*arguments, cwd, **environment):
         (['--workdir=stranger'], 'stranger is no work directory'),
         (['--config.data.name=folder', '--data_dir=nowhere'], 'nowhere'),
         (['--jax_platforms=tpu'], '--jax_platforms=tpu'),
+        (['--engine=fast'], 'auto|full|incremental'),
+        (['--memory_limit=much'], '--memory_limit=much: expected bytes'),
+        (['--mode=benchmark', '--memory_limit=1MiB'], 'is too small for one window'),
+        (['--benchmark_images=0'], 'benchmark_images'),
+        (['--benchmark_threshold=0'], 'benchmark_threshold'),
+        (['--benchmark_peer=keras'], 'captum'),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, expected):
@@ -78,3 +86,62 @@ def test_help_lists_modes_and_flags(tmp_path):
     done = launch('--help', cwd=tmp_path)
     for word in ('--mode', '--config', '--data_dir', '--workdir', '--chunk_size', 'heatmaps'):
         assert word in done.stdout
+
+
+def test_a_peer_that_is_not_installed_is_said(tmp_path):
+    (tmp_path / 'captum.py').write_text('raise ImportError')
+    (tmp_path / 'torch.py').write_text('raise ImportError')
+    arguments = ['--mode=benchmark', '--benchmark_peer=captum']
+    done = launch(*arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert 'pip install torch captum' in line
+
+
+def test_modes_are_the_stages():
+    """`launch.py` spells them out, so as not to import the stages for a help text."""
+    assert (*stages.STAGES, 'all', 'benchmark') == launch_lib.MODES
+    assert ('auto', *engine.ENGINES) == launch_lib.ENGINES
+    assert list(peer.PEERS) == launch_lib.PEERS
+
+
+def test_help_imports_nothing_heavy(tmp_path):
+    """Seconds of import are for those who compute."""
+    program = (
+        'import runpy, sys\n'
+        f'sys.argv = ["launch.py", "--help"]\n'
+        'try:\n'
+        f'    runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")\n'
+        'finally:\n'
+        '    print(*sys.modules, file=sys.stderr)\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program],
+        cwd=tmp_path,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert '--mode' in done.stdout
+    loaded = done.stderr.splitlines()[-1].split()
+    assert 'jax' in loaded
+    heavy = {'flax', 'optax', 'orbax', 'sklearn', 'matplotlib', 'tensorflow_datasets', 'torch'}
+    assert not heavy & set(loaded)
+
+
+def test_a_compilation_cache_is_filled_by_its_flag(tmp_path):
+    arguments = (
+        '--mode=benchmark',
+        '--config.classifier.hidden=8',
+        '--config.data.image_size=32',
+        '--engine=full',
+        '--benchmark_images=1',
+        '--benchmark_repeats=1',
+        '--jax_compilation_cache_dir=cache',
+        '--jax_persistent_cache_min_compile_time_secs=0',
+    )
+    assert launch(*arguments, cwd=tmp_path).returncode == 0
+    kept = {path.name for path in (tmp_path / 'cache').iterdir()}
+    assert any('map_batch' in name for name in kept)

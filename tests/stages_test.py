@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from configs import digits
-from occjax import attack, classifier, data, evaluation, metrics, occlusion, stages, storage, vgg
+from occjax import (
+    attack,
+    benchmark,
+    classifier,
+    data,
+    evaluation,
+    metrics,
+    occlusion,
+    stages,
+    storage,
+    vgg,
+)
 from occjax import run as run_lib
 from occjax.types import Batch, HeatmapSet, UsageError
 
@@ -188,7 +199,15 @@ def test_resuming_equals_an_uninterrupted_run(finished, tmp_path, monkeypatch):
             np.testing.assert_allclose(ours_field, theirs_field, atol=1e-4)
 
 
-@pytest.mark.parametrize('flags', [dict(chunk_size=5), dict(eval_batch_size=12)])
+@pytest.mark.parametrize(
+    'flags',
+    [
+        dict(chunk_size=5),
+        dict(eval_batch_size=12),
+        dict(engine='incremental'),
+        dict(engine='full', memory_limit=2**30),
+    ],
+)
 def test_how_fast_changes_no_number(finished, tmp_path, flags):
     run, _ = finished
     other = make_run(tmp_path / 'run', **flags)
@@ -198,6 +217,38 @@ def test_how_fast_changes_no_number(finished, tmp_path, flags):
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4)
+
+
+def test_the_memory_limit_and_the_engine_reach_the_maps(finished, tmp_path, monkeypatch):
+    run, _ = finished
+    seen, map_batch = {}, stages.map_batch
+    monkeypatch.setattr(
+        stages,
+        'map_batch',
+        lambda *args, **kwargs: seen.update(kwargs) or map_batch(*args, **kwargs),
+    )
+    variables, ids = stages.load_variables(run), np.arange(8)
+    for name in ('full', 'incremental'):
+        limit = int(0.97 * jax.device_count() * run.mapping(10, name).estimated_bytes)
+        other = make_run(tmp_path / 'run', engine=name, memory_limit=limit)
+        mapping = other.mapping(10)
+        assert mapping.estimated_bytes * jax.device_count() <= limit
+        assert mapping.chunk_size < run.mapping(10, name).chunk_size
+        stages.collect(other, variables, run.dataset.test, ids)
+        assert (seen['engine'], seen['chunk_size']) == (name, mapping.chunk_size)
+    with pytest.raises(UsageError, match='--memory_limit='):
+        too_small = make_run(tmp_path / 'run', memory_limit=2**20)
+        stages.collect(too_small, variables, run.dataset.test, ids)
+
+
+def test_the_benchmark_takes_what_is_trained(finished, tmp_path):
+    run, _ = finished
+    shutil.copytree(run.workdir, tmp_path / 'run')
+    benchmark.benchmark(
+        make_run(tmp_path / 'run', engine='full', benchmark_images=2, benchmark_repeats=1)
+    )
+    result = json.loads((tmp_path / 'run' / 'benchmark.json').read_text())
+    assert result['weights'] == 'trained'
 
 
 def test_four_devices_are_one(finished):
