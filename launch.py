@@ -22,7 +22,7 @@ from occjax.types import UsageError
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'digits.py'
 # Spelled out: what the stages import takes seconds, too long for --help or a mistyped flag.
 MODES = ('train', 'heatmaps', 'detectors', 'report', 'all', 'benchmark')
-ENGINES = ('auto', 'full', 'incremental')
+ENGINES = ('auto', 'full', 'incremental', 'approximate')
 PEERS = ['captum']
 
 # A default of its own would be read, and fail, before any error could be caught: see `parse`.
@@ -59,6 +59,9 @@ _BENCHMARK_REPEATS = flags.DEFINE_integer('benchmark_repeats', 5, 'How often the
 _BENCHMARK_PEER = flags.DEFINE_enum(
     'benchmark_peer', None, PEERS, 'Another library to time: pip install torch captum.'
 )
+_BENCHMARK_TRAINING = flags.DEFINE_bool(
+    'benchmark_training', False, 'Time steps of training, and not heat maps.'
+)
 _BENCHMARK_DTYPE = flags.DEFINE_enum(
     'benchmark_dtype', 'float32', ['float32', 'bfloat16'], 'Type of the weights that are timed.'
 )
@@ -76,7 +79,7 @@ _BENCHMARK_EVERY = flags.DEFINE_integer(
 
 def main(_):
     """Opens the work directory and runs the stages that the mode names."""
-    from occjax import benchmark, memory, stages, storage
+    from occjax import benchmark, benchmark_training, memory, stages, storage
     from occjax.run import Run
 
     config, config_file = _CONFIG.value, config_flags.get_config_filename(flags.FLAGS['config'])
@@ -102,7 +105,8 @@ def main(_):
         benchmark_threshold=_BENCHMARK_THRESHOLD.value,
         benchmark_every=_BENCHMARK_EVERY.value,
     )
-    modes = stages.STAGES | {'benchmark': benchmark.benchmark}
+    timed = benchmark_training if _BENCHMARK_TRAINING.value else benchmark
+    modes = stages.STAGES | {'benchmark': timed.benchmark}
     for mode in stages.STAGES if _MODE.value == 'all' else [_MODE.value]:
         tables = modes[mode](run)
         if tables:

@@ -2,9 +2,9 @@
 
 Images are [N, H, W, C], kernels [3, 3, C, O]; a result [N, H', W', O] has the wider dtype of the
 two. GPUs and TPUs take XLA's own convolution. On CPU wide layers become matrix products by
-Winograd's minimal filtering (Lavin & Gray, https://arxiv.org/abs/1509.09308): F(2x2) or F(4x4),
-each within 1e-5 of the largest output in float32. Gradients take the best form of their own, so
-forward-mode differentiation is refused.
+Winograd's minimal filtering (Lavin & Gray, https://arxiv.org/abs/1509.09308): F(2x2), F(3x3) or
+F(4x4), each within 1e-5 of the largest output in float32. Gradients take the best form of their
+own, so forward-mode differentiation is refused.
 
 Times in comments: milliseconds on 2 x86-64 cores (AVX-512, 32 MB of cache), float32. A layer is
 written images x side, C -> O.
@@ -23,7 +23,7 @@ Array = jax.Array
 # What a chunk's tiles may take of the cache. 14x112, 64 -> 128: 152 at one image a time, 199 all
 # at once, XLA's own 197; 14x56, 256 -> 256: 127 by two, 168, 350; 128x16, 64 -> 128: 19 by
 # sixteen, 31, 46.
-_TILE_BYTES = 16 * 2**20
+_TILE_BYTES = 32 * 2**20
 
 # Narrower layers spend more on tiles than on products. 128x16, Winograd against XLA: 16 -> 32: 5.2
 # to 3.4; 32 -> 32: 8.4 to 9.0; 32 -> 64: 11.7 to 15.2; 64 -> 128: 19 to 46. On 2x2 maps XLA falls
@@ -198,7 +198,9 @@ def _winograd_kernel_grad(images, grads, pad, *, m=None):
 def _tile_size(n, h, w):
     """Output pixels per tile's side that cost fewest products, those of the kernel included."""
     # Writing and reading the transformed kernel takes as long as some 64 tiles' products.
-    return min((2, 4), key=lambda m: (m + 2) ** 2 * (n * math.ceil(h / m) * math.ceil(w / m) + 64))
+    return min(
+        (2, 3, 4), key=lambda m: (m + 2) ** 2 * (n * math.ceil(h / m) * math.ceil(w / m) + 64)
+    )
 
 
 @functools.cache
@@ -207,7 +209,7 @@ def _transforms(m):
     # For m = 4 the customary 0, ±1, ±2 err by 1.3e-5 of the largest output (2x28, 256 -> 512),
     # these by 3e-6; m = 2 by 6e-7, XLA's convolution by 4e-7.
     root = 2**0.5
-    points = {2: (0, 1, -1), 4: (0, root, -root, root / 2, -root / 2)}[m]
+    points = {2: (0, 1, -1), 3: (0, 1, -1, 2), 4: (0, root, -root, root / 2, -root / 2)}[m]
     a, b, g = np.zeros((m, m + 2)), np.zeros((m + 2, m + 2)), np.zeros((m + 2, 3))
     for i, point in enumerate(points):
         others = [other for other in points if other != point]

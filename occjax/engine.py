@@ -2,7 +2,7 @@
 
 `full` runs every masked image through the network, `incremental` computes only what a window
 changes. Their numbers differ in the last float bits, so the choice between them is a flag and no
-config. `approximate` is not exact, and here only to be compared.
+config. `approximate` is not exact: what it leaves out stands in the config.
 
 Dimensions: B batch, H W C image, K classes, h w heatmap grid, P = h * w windows.
 """
@@ -27,7 +27,7 @@ def choose(wanted: str, image_shape: tuple[int, int], *, plan: vgg.Plan, **geome
     """Returns the engine that `wanted` names; 'auto' takes the one with less to do.
 
     Args:
-        wanted: 'auto', 'full' or 'incremental'.
+        wanted: 'auto', or the engine itself.
         image_shape: `(H, W)`.
         plan: the VGG.
         **geometry: size, stride and grid, see `occlusion.grid_shape`.

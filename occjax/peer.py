@@ -1,7 +1,7 @@
 """What else makes occlusion maps, timed beside ours: captum's `Occlusion` on PyTorch.
 
-The same weights in the same process. Captum's grid has windows that hang over the far edge, more
-than ours, so what compares is windows a second.
+The same weights in the same process; and PyTorch's own training step. Captum's grid has windows
+that hang over the far edge, more than ours, so what compares is windows a second.
 
 Dimensions: B batch, H W C image, P windows.
 """
@@ -10,6 +10,7 @@ import importlib
 import os
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -37,8 +38,13 @@ def check(name: str):
             ) from None
 
 
-def twin(variables: vgg.Variables, *, image_size: int, plan: vgg.Plan):
-    """Returns the PyTorch module of the same weights, of `[B, C, H, W]` pixels in [0, 1]."""
+def twin(
+    variables: vgg.Variables, *, image_size: int, plan: vgg.Plan, dropout_rate: float | None = None
+):
+    """Returns the PyTorch module of the same weights, of `[B, C, H, W]` pixels in [0, 1].
+
+    With a dropout rate it is one to train, whose layers that normalise use the batch.
+    """
     import torch
     from torch import nn
 
@@ -79,7 +85,53 @@ def twin(variables: vgg.Variables, *, image_size: int, plan: vgg.Plan):
             kernel = kernel.reshape(side**2, channels, -1).swapaxes(0, 1).reshape(kernel.shape)
         linear = nn.Linear(*kernel.shape)
         parts += [load(linear, weight=kernel.T, bias=layer['bias']), nn.ReLU()]
-    return nn.Sequential(*parts[:-1]).eval().requires_grad_(False)
+        parts += [nn.Dropout(dropout_rate or 0.0)]
+    module = nn.Sequential(*parts[:-2]).eval().requires_grad_(False)
+    if dropout_rate is not None:
+        module.train().requires_grad_(True)
+        normalize.eval()
+    return module
+
+
+def _settle():
+    """Returns PyTorch's counterpart of JAX's device, with all the processor's threads."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count())
+    on_gpu = jax.default_backend() == 'gpu' and torch.cuda.is_available()
+    return torch.device('cuda' if on_gpu else 'cpu')
+
+
+def training_step(
+    run: Run,
+    variables: vgg.Variables,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    rate: float,
+    dropout_rate: float,
+) -> Callable[[], None]:
+    """Returns a function that takes one more of PyTorch's steps of Adam, and waits for it."""
+    import torch
+
+    device, layout = _settle(), torch.channels_last  # The faster layout in training at any size.
+    side = run.config.data.image_size
+    module = twin(variables, image_size=side, plan=run.plan, dropout_rate=dropout_rate)
+    module = module.to(device, memory_format=layout)
+    inputs = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
+    inputs, targets = inputs.contiguous(memory_format=layout), torch.from_numpy(labels).to(device)
+    optimizer = torch.optim.Adam(module.parameters(), lr=rate)
+
+    def step():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(module(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+
+    return step
 
 
 def measure(run: Run, variables: vgg.Variables, images: np.ndarray) -> dict:
@@ -87,10 +139,7 @@ def measure(run: Run, variables: vgg.Variables, images: np.ndarray) -> dict:
     import torch
     from captum.attr import Occlusion
 
-    torch.set_num_threads(os.cpu_count())
-    on_gpu = jax.default_backend() == 'gpu' and torch.cuda.is_available()
-    device = torch.device('cuda' if on_gpu else 'cpu')
-    side = run.config.data.image_size
+    device, side = _settle(), run.config.data.image_size
     # Channels last is PyTorch's faster layout on large images, by a quarter at 224 pixels.
     layout = torch.channels_last if side >= 64 else torch.contiguous_format
     module = twin(variables, image_size=side, plan=run.plan).to(device, memory_format=layout)

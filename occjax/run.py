@@ -119,6 +119,13 @@ class Run:
         return dict(size=wanted.size, stride=wanted.stride, grid=wanted.grid)
 
     @property
+    def knobs(self) -> dict[str, Any]:
+        """What makes maps approximate; empty where they are exact."""
+        wanted = self.config.occlusion
+        exact = not wanted.is_approximate
+        return {} if exact else dict(threshold=wanted.threshold, every=wanted.every)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """The shape of a heatmap."""
         return occlusion.grid_shape(self.image_shape, **self.geometry)
@@ -127,10 +134,22 @@ class Run:
         """Returns the engine, the chosen or the given one, and how much of it memory allows.
 
         Raises:
-            UsageError: if the memory limit is too small for one window.
+            UsageError: if the memory limit is too small for one window, or the engine makes other
+                maps than the config asks for.
         """
         where = dict(plan=self.plan, **self.geometry)
-        engine = engine or engine_lib.choose(self.engine, self.image_shape, **where)
+        if engine is None and self.knobs and self.engine not in ('auto', 'approximate'):
+            raise UsageError(
+                f'--engine={self.engine} makes exact maps, but config.occlusion has '
+                f'{self.knobs}: leave --engine=auto, or set both to 1.'
+            )
+        if engine is None and self.engine == 'approximate' and not self.knobs:
+            raise UsageError(
+                '--engine=approximate changes results, so its setting belongs to the config: add '
+                '--config.occlusion.threshold=0.5, or --config.occlusion.every=2.'
+            )
+        wanted = 'approximate' if self.knobs else self.engine
+        engine = engine or engine_lib.choose(wanted, self.image_shape, **where)
         head = dict(num_classes=num_classes, hidden=self.config.classifier.hidden)
         needs = memory.needs(engine, self.image_shape, **where, **head)
         images, windows = needs.fit(

@@ -60,6 +60,12 @@ def map_batch(variables, images, fill, *, mesh, plan, engine='full', **geometry)
     )(variables, images, fill)
 
 
+@functools.partial(jax.jit, static_argnames='side')
+def shrink(images, *, side):
+    """Returns `[B, side, side, C]` images, each pixel an average of those that it stands for."""
+    return jax.image.resize(images, (len(images), side, side, images.shape[-1]), 'linear')
+
+
 fit_bank = jax.jit(detector.fit_bank, static_argnames=('steps', 'batch_size'))
 
 
@@ -96,10 +102,14 @@ def train(run: Run):
     schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
     for epoch in range(done, settings.epochs):
         progress = Progress(len(split), f'epoch {epoch + 1}/{settings.epochs}, images')
+        side = dict(enumerate(settings.resize)).get(epoch, run.config.data.image_size)
         batches = data.training_batches(split, batch_size, seed=run.config.seed, epoch=epoch)
         state, values = classifier.fit_epoch(
             state,
-            (batch._replace(images=run.divide(batch.images)) for batch in batches),
+            (
+                batch._replace(images=shrink(run.divide(batch.images), side=side))
+                for batch in batches
+            ),
             key=jax.random.key(run.config.seed + 1),
             schedule=schedule,
             dropout_rate=settings.dropout_rate,
@@ -169,6 +179,7 @@ def collect(run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray) -
             engine=mapping.engine,
             chunk_size=mapping.chunk_size,
             **run.geometry,
+            **run.knobs,
         )
         chosen = np.concatenate([images[correct], adversarial[successful]])
         logits = run.in_batches(map_fn, chosen, batch_size=mapping.batch_size)

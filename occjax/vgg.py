@@ -170,8 +170,10 @@ def layers(variables: Variables, plan: Plan) -> Iterator[tuple[dict, dict]]:
 
 def conv_block(x: Array, layer: dict, stats: dict, *, padding: str = 'SAME') -> Array:
     """Returns convolution, batch normalisation by running statistics, and ReLU."""
-    x = conv3x3(x, layer['kernel'], padding=padding) + layer['bias']
-    return jax.nn.relu(batch_norm(x, layer, stats['mean'], stats['var']))
+    # Fixed statistics fold into kernel and bias, once instead of at every pixel.
+    scale = layer['scale'] * jax.lax.rsqrt(stats['var'] + BATCH_NORM_EPSILON)
+    bias = layer['offset'] + (layer['bias'] - stats['mean']) * scale
+    return jax.nn.relu(conv3x3(x, layer['kernel'] * scale, padding=padding) + bias)
 
 
 def _features(variables: Variables, images: Array, plan: Plan, block_fn: Callable) -> Array:

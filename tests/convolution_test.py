@@ -117,7 +117,7 @@ class ConvolutionTest(parameterized.TestCase):
         self.assert_close(out, naive(images, kernel, pad))
         self.assert_close(by_kernel, gradients(images, kernel, grads, pad)[1])
 
-    @parameterized.parameters(2, 4)
+    @parameterized.parameters(2, 3, 4)
     def test_wide_sums_stay_accurate(self, m):
         """Rounding grows with the channels; the customary points of F(4x4) fail here."""
         images, kernel = sample((1, 28, 28, 512), (3, 3, 512, 16))

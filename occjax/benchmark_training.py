@@ -1,0 +1,117 @@
+"""Steps of training a second, and PyTorch's beside them.
+
+A step is forward and backward through the VGG with batch statistics and dropout, and Adam, on one
+batch that lies on the device already. Weights and images are random.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from occjax import classifier, peer, storage, vgg
+from occjax.run import Run, say
+
+_NUM_CLASSES = 10
+
+
+def benchmark(run: Run) -> str:
+    """Times steps, writes `benchmark_training.json`, and returns a table.
+
+    The steps of both libraries alternate, so that what else the machine does hits both.
+
+    Raises:
+        UsageError: if a peer is asked for that is not installed.
+    """
+    if run.benchmark_peer:
+        peer.check(run.benchmark_peer)
+    settings, rng = run.config.classifier, np.random.default_rng(run.config.seed)
+    shape = (settings.batch_size, *run.image_shape, 3)
+    images = rng.uniform(size=shape).astype(np.float32)
+    labels = rng.integers(0, _NUM_CLASSES, settings.batch_size)
+    init = functools.partial(
+        vgg.init,
+        image_size=run.config.data.image_size,
+        num_classes=_NUM_CLASSES,
+        hidden=settings.hidden,
+        plan=run.plan,
+    )
+    variables = jax.jit(init)(jax.random.key(run.config.seed))
+    steps = {}
+    if run.benchmark_peer:
+        hyperparameters = dict(rate=settings.learning_rate, dropout_rate=settings.dropout_rate)
+        steps['PyTorch'] = peer.training_step(run, variables, images, labels, **hyperparameters)
+    steps = {'occjax': _step(run, variables, images, labels)} | steps
+    compile_seconds = {name: _seconds(step) for name, step in steps.items()}  # The warm-up.
+    seconds = {name: [] for name in steps}
+    for repeat in range(run.benchmark_repeats):
+        say(f'benchmark: step {repeat + 1} of {run.benchmark_repeats}')
+        for name, step in steps.items():
+            seconds[name].append(_seconds(step))
+    result = {
+        'device': jax.devices()[0].device_kind,
+        'devices': jax.device_count(),
+        'plan': settings.plan,
+        'image_size': run.config.data.image_size,
+        'batch_size': settings.batch_size,
+        'steps': {
+            name: {
+                'seconds': values,
+                'seconds_median': statistics.median(values),
+                'images_per_second': settings.batch_size / statistics.median(values),
+                'first_step_seconds': compile_seconds[name],
+            }
+            for name, values in seconds.items()
+        },
+    }
+    path = run.workdir / 'benchmark_training.json'
+    storage.write_json(path, result)
+    return table(result) + f'\nWritten: {path}\n'
+
+
+def table(result: dict) -> str:
+    """Returns what `benchmark_training.json` holds as lines for a person."""
+    lines = [
+        '{plan}, batches of {batch_size} images of {image_size}x{image_size}, '
+        '{devices} x {device}, float32'.format(**result),
+        '',
+        f'{"":10}images/s  seconds a step, median (least to most)  first step s',
+    ]
+    for name, row in result['steps'].items():
+        spread = '{:.3f} ({:.3f} to {:.3f})'.format(
+            row['seconds_median'], min(row['seconds']), max(row['seconds'])
+        )
+        rate, first = row['images_per_second'], row['first_step_seconds']
+        lines.append(f'{name:10}{rate:<8.1f}  {spread:39} {first:.1f}')
+    return '\n'.join(lines) + '\n'
+
+
+def _step(run, variables, images, labels) -> Callable[[], None]:
+    """Returns a function that takes one more step, and waits for it."""
+    settings = run.config.classifier
+    state = run.replicate(classifier.init_state(variables))
+    images, labels = run.divide(images), run.divide(labels)
+
+    def step():
+        nonlocal state
+        state, _ = classifier.train_step(
+            state,
+            images,
+            labels,
+            key=jax.random.key(0),
+            learning_rate=settings.learning_rate,
+            dropout_rate=settings.dropout_rate,
+            plan=run.plan,
+        )
+        jax.block_until_ready(state)
+
+    return step
+
+
+def _seconds(fn):
+    began = time.perf_counter()
+    fn()
+    return time.perf_counter() - began
