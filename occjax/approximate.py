@@ -13,26 +13,13 @@ References:
     Nakandala et al., https://adalabucsd.github.io/papers/2019_Krypton_SIGMOD.pdf
 """
 
-import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from occjax import incremental, occlusion, vgg
 from occjax.types import Array
-
-
-class Quality(NamedTuple):
-    """What a setting costs and what it keeps of the exact maps."""
-
-    threshold: float
-    every: int
-    flop_ratio: float  # full / approximate, a map
-    ssim: float  # mean over maps
-    spearman: float  # mean over maps
 
 
 def _knots(count: int, every: int) -> list[int]:
@@ -154,7 +141,7 @@ def occluded_logits(
     logits = logits.reshape(len(images), *map(len, knots), -1)
     if every == 1:
         return logits
-    rows, columns = _weights(h, knots[0]), _weights(w, knots[1])
+    rows, columns = map(_weights, (h, w), knots)
     return jnp.einsum('bijk,hi,wj->bhwk', logits, rows, columns, precision='highest')
 
 
@@ -211,33 +198,3 @@ def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
     norms = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
     return np.divide((a * b).sum(axis=1), norms, where=norms > 0, out=np.full(len(a), np.nan))
-
-
-def trade_off(
-    variables: vgg.Variables,
-    images: Array,
-    classes: Array,
-    *,
-    thresholds: Sequence[float],
-    every: int = 1,
-    **options: Any,
-) -> list[Quality]:
-    """Returns what each threshold costs and keeps; for `every` and the options see `heatmaps`."""
-
-    def maps(**knobs):
-        # Weights are arguments, so that they aren't compiled into the program.
-        return jax.jit(functools.partial(heatmaps, **options, **knobs))(variables, images, classes)
-
-    geometry = {
-        name: options[name] for name in ('size', 'stride', 'grid', 'plan') if name in options
-    }
-    linear = variables.params['linear']
-    geometry |= dict(num_classes=len(linear[-1]['bias']), hidden=len(linear[0]['bias']))
-    exact, result = maps(), []
-    for threshold in thresholds:
-        knobs = dict(threshold=threshold, every=every)
-        approximate = maps(**knobs)
-        ratio = flop_ratio(images.shape[1:3], **geometry, **knobs)
-        agreement = (float(np.mean(f(exact, approximate))) for f in (ssim, spearman))
-        result.append(Quality(threshold, every, ratio, *agreement))
-    return result

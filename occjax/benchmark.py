@@ -44,7 +44,7 @@ def benchmark(run: Run) -> str:
     dtype = jnp.dtype(run.benchmark_dtype)
     types = ('float32', dtype.name) if jax.default_backend() == 'cpu' else ('float32', 'bfloat16')
     rates = {name: matrix_rate(name) for name in dict.fromkeys(types)}
-    expected = _plain_maps(run, variables, images)
+    expected = plain_maps(run, variables, images)
     result = {
         'device': jax.devices()[0].device_kind,
         'backend': jax.default_backend(),
@@ -63,7 +63,11 @@ def benchmark(run: Run) -> str:
     }
     for name in names:
         say(f'benchmark: {name}')
-        result['engines'][name] = _measure(run, name, variables, images, expected)
+        knobs = {}
+        if name == 'approximate':
+            given = dict(threshold=run.benchmark_threshold, every=run.benchmark_every)
+            knobs = run.knobs or given
+        result['engines'][name] = measure(run, name, variables, images, expected, **knobs)
         share = result['engines'][name]['flops_per_second'] / rates[dtype.name]
         # CPU devices are parts of one machine, which `matrix_rate` had to itself.
         share /= 1 if jax.default_backend() == 'cpu' else jax.device_count()
@@ -151,8 +155,10 @@ def _maps(logits, unoccluded):
     return np.asarray(occlusion.probabilities(logits, jnp.argmax(unoccluded, axis=-1)))
 
 
-def _plain_maps(run, variables, images):
-    """Returns the first images' logits, and their maps by definition."""
+def plain_maps(
+    run: Run, variables: vgg.Variables, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first images' `[B, K]` logits, and their `[B, h, w]` maps by definition."""
     mapping = run.mapping(_num_classes(variables), 'full')
     images = images[: mapping.batch_size // jax.device_count()]
 
@@ -166,8 +172,24 @@ def _plain_maps(run, variables, images):
     return unoccluded, _maps(logits, unoccluded)
 
 
-def _measure(run, name, variables, images, expected):
-    """Returns one engine's numbers."""
+def measure(
+    run: Run,
+    name: str,
+    variables: vgg.Variables,
+    images: np.ndarray,
+    expected: tuple[np.ndarray, np.ndarray],
+    **knobs: float,
+) -> dict:
+    """Returns one engine's numbers.
+
+    Args:
+        run: the experiment, and how many repeats in which number type.
+        name: of the engine.
+        variables: of the classifier.
+        images: `[B, H, W, C]` in [0, 1].
+        expected: `plain_maps` of them.
+        **knobs: of the approximate engine.
+    """
     mapping = run.mapping(_num_classes(variables), name)
     devices = jax.device_count()
     batch_size = min(mapping.batch_size, math.ceil(len(images) / devices) * devices)
@@ -175,9 +197,6 @@ def _measure(run, name, variables, images, expected):
     # Pixels and their normalisation stay float32: it costs nothing.
     cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
     cast = cast._replace(pixel_stats=variables.pixel_stats)
-    knobs = {}
-    if name == 'approximate':
-        knobs = dict(threshold=run.benchmark_threshold, every=run.benchmark_every)
     settings = dict(mesh=run.mesh, plan=run.plan, engine=name, chunk_size=mapping.chunk_size)
     began = time.perf_counter()
     batch = run.divide(images[np.arange(batch_size) % len(images)])

@@ -141,10 +141,11 @@ class Detector:
     balance: str = 'undersample'
     paper_fit_fraction: float = 0.8
     held_out_fit_fraction: float = 0.5
+    seeds: int = 5
 
     def validate(self):
         """Raises `UsageError` for the first field that makes no sense."""
-        for field in ('steps', 'batch_size'):
+        for field in ('steps', 'batch_size', 'seeds'):
             value = getattr(self, field)
             _require(value >= 1, f'detector.{field}', value, 'at least 1')
         rate = self.learning_rate

@@ -7,6 +7,7 @@ Dimensions: K classes, h w heatmap grid, M maps, N maps a class (padded to the l
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from occjax.types import Array, HeatmapSet
+from occjax.types import Array
 
 Bank = Any  # The variables of `MLP`, each leaf with a leading axis of K.
 
@@ -47,12 +48,20 @@ class Groups(NamedTuple):
 
 
 def group_by_class(
-    maps: HeatmapSet, *, num_classes: int, balance: str, rng: np.random.Generator
+    maps: np.ndarray,
+    predicted: np.ndarray,
+    is_adversarial: np.ndarray,
+    *,
+    num_classes: int,
+    balance: str,
+    rng: np.random.Generator,
 ) -> Groups:
     """Sorts maps into their detectors' training sets (§III-C groups by the class named).
 
     Args:
-        maps: both kinds of maps.
+        maps: `[M, h, w]`, or `[M, ...]` of whatever else the detectors shall see.
+        predicted: `[M]` integer classes that the classifier names for the images.
+        is_adversarial: `bool[M]`.
         num_classes: K.
         balance: what evens out the two kinds within a class (ours: not stated): `undersample`
             the larger one, `weights` that give both the same sum, or `none`.
@@ -62,11 +71,9 @@ def group_by_class(
         Groups for `fit_bank`. A class with maps of one kind only gets no weight at all: there is
         nothing for its detector to learn.
     """
-    pixels, predicted, groups = maps.maps, maps.predicted, []
+    groups = []
     for k in range(num_classes):
-        kinds = [
-            np.flatnonzero((predicted == k) & (maps.is_adversarial == kind)) for kind in (0, 1)
-        ]
+        kinds = [np.flatnonzero((predicted == k) & (is_adversarial == kind)) for kind in (0, 1)]
         fewest = min(map(len, kinds))
         if fewest == 0:
             kinds = [kind[:0] for kind in kinds]
@@ -88,14 +95,35 @@ def group_by_class(
         [np.pad(g[0], n, constant_values=len(maps)) for g, n in zip(groups, nothing, strict=True)]
     )
     weight = np.stack([np.pad(g[1], n) for g, n in zip(groups, nothing, strict=True)])
-    pixels = np.concatenate([pixels, np.zeros_like(pixels, shape=(1, *pixels.shape[1:]))])
-    kinds = np.append(maps.is_adversarial, False)
-    return Groups(pixels[index], kinds[index], weight.astype(np.float32))
+    maps = np.concatenate([maps, np.zeros_like(maps, shape=(1, *maps.shape[1:]))])
+    kinds = np.append(is_adversarial, False)
+    return Groups(maps[index], kinds[index], weight.astype(np.float32))
 
 
-def init(key: Array, *, grid: tuple[int, int]) -> Any:
+def stack_groups(groups: Sequence[Groups]) -> Groups:
+    """Returns the groups of several seeds as one, `[S, K, N, ...]`, padded to the longest."""
+
+    def padded(array, count):
+        return np.pad(array, [(0, 0), (0, count)] + [(0, 0)] * (array.ndim - 2))
+
+    longest = max(group.weight.shape[1] for group in groups)
+    return Groups(
+        *(
+            np.stack([padded(array, longest - array.shape[1]) for array in arrays])
+            for arrays in zip(*groups, strict=True)
+        )
+    )
+
+
+def init(key: Array, *, grid: tuple[int, ...], features: tuple[int, ...] = MLP.features) -> Any:
     """Returns the variables of one detector for maps of shape `grid`."""
-    return MLP().init(key, jnp.zeros((1, *grid)))
+    return MLP(features).init(key, jnp.zeros((1, *grid)))
+
+
+def apply(variables: Any, maps: Array) -> Array:
+    """Returns the `[M]` logits of one detector, whatever its widths."""
+    *hidden, _ = variables['params'].values()
+    return MLP(tuple(len(layer['bias']) for layer in hidden)).apply(variables, maps)
 
 
 def fit(
@@ -130,7 +158,7 @@ def fit(
     count = jnp.sum(weight > 0)
 
     def loss(variables, rows):
-        logits = MLP().apply(variables, maps[rows])
+        logits = apply(variables, maps[rows])
         losses = optax.sigmoid_binary_cross_entropy(logits, is_adversarial[rows])
         return jnp.mean(weight[rows] * losses)
 
@@ -145,9 +173,23 @@ def fit(
     return variables
 
 
-def init_bank(key: Array, *, num_classes: int, grid: tuple[int, int]) -> Bank:
-    """Returns K fresh detectors for maps of shape `grid = (h, w)` as one bank."""
-    return jax.vmap(lambda key: init(key, grid=grid))(jax.random.split(key, num_classes))
+def init_bank(
+    key: Array,
+    *,
+    num_classes: int,
+    grid: tuple[int, ...],
+    features: tuple[int, ...] = MLP.features,
+) -> Bank:
+    """Returns K fresh detectors as one bank.
+
+    Args:
+        key: JAX random key.
+        num_classes: K.
+        grid: `(h, w)`, or the shape of whatever else the detectors shall see.
+        features: widths of the hidden layers, the paper's by default; `()` for a linear one.
+    """
+    keys = jax.random.split(key, num_classes)
+    return jax.vmap(lambda key: init(key, grid=grid, features=features))(keys)
 
 
 def fit_bank(
@@ -199,7 +241,7 @@ def score(bank: Bank, maps: Array, predicted: Array) -> Array:
         maps: `[M, h, w]` heatmaps.
         predicted: `[M]` integer classes that the classifier names for the images.
     """
-    by_detector = jax.vmap(MLP().apply, in_axes=(0, None))(bank, jnp.asarray(maps))  # [K, M]
+    by_detector = jax.vmap(apply, in_axes=(0, None))(bank, jnp.asarray(maps))  # [K, M]
     return jnp.take_along_axis(by_detector, jnp.asarray(predicted)[None], axis=0)[0]
 
 

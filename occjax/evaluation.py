@@ -11,14 +11,12 @@ import platform
 import jax
 import numpy as np
 
-from occjax import config, detector, metrics, paper, report, storage, tables, vgg
+from occjax import config, detector, judging, metrics, paper, report, storage, tables, vgg
 from occjax.run import Run
 from occjax.types import HeatmapSet
 
-PROTOCOLS = ('paper', 'held_out')
-
-# Purposes of random numbers: each has its own stream under the config's one seed.
-_PAPER_SPLIT, _HELD_OUT_SPLIT = 1, 2
+# The split whose maps each protocol divides.
+PROTOCOLS = {'paper': 'train', 'held_out': 'test'}
 
 
 def load_shards(run: Run, split_name: str) -> tuple[HeatmapSet, list[dict]]:
@@ -37,52 +35,36 @@ def load_shards(run: Run, split_name: str) -> tuple[HeatmapSet, list[dict]]:
     return HeatmapSet(**stored), shards
 
 
-def divide_maps(run: Run, protocol: str) -> tuple[HeatmapSet, HeatmapSet]:
-    """Returns the maps to fit detectors on and the maps to judge them by (readings A13).
-
-    `paper` divides the maps of training images at random, as the paper seems to have done;
-    `held_out` divides the maps of test images, which the classifier has not seen, by image, so
-    that an image and its attacked twin stand on one side.
-    """
-    if protocol == 'paper':
-        maps, _ = load_shards(run, 'train')
-        units, unit = np.arange(len(maps)), np.arange(len(maps))
-        rng, fraction = run.rng(_PAPER_SPLIT), run.config.detector.paper_fit_fraction
-    else:
-        maps, _ = load_shards(run, 'test')
-        units, unit = np.unique(maps.image_id), maps.image_id
-        rng, fraction = run.rng(_HELD_OUT_SPLIT), run.config.detector.held_out_fit_fraction
-    fitted = np.isin(unit, rng.permutation(units)[: round(fraction * len(units))])
-    return maps.select(fitted), maps.select(~fitted)
+def divide(run: Run, protocol: str) -> judging.Division:
+    """Returns a protocol's maps, divided for every seed."""
+    maps, _ = load_shards(run, PROTOCOLS[protocol])
+    return judging.divide(maps, protocol, run.config.detector, run.rng)
 
 
-def init_bank(run: Run, maps: HeatmapSet) -> detector.Bank:
-    """Returns unfitted detectors for these maps."""
-    _, h, w, num_classes = maps.logits.shape
-    key = jax.random.key(run.config.seed + 2)
-    return detector.init_bank(key, num_classes=num_classes, grid=(h, w))
+def init_banks(run: Run, division: judging.Division) -> detector.Bank:
+    """Returns the unfitted detectors of all seeds for a protocol's maps."""
+    num_classes, key = division.maps.unoccluded.shape[-1], jax.random.key(run.config.seed + 2)
+    return judging.init_banks(key, division, division.maps.maps, num_classes=num_classes)
 
 
 def detection(run: Run, protocol: str) -> dict:
     """Returns how the fitted detectors and the baselines do under one protocol."""
-    fit_maps, maps = divide_maps(run, protocol)
-    like = jax.eval_shape(lambda: init_bank(run, fit_maps))
+    division, class_names = divide(run, protocol), run.description['class_names']
+    maps, published = division.maps, paper.numbers(class_names)
+    like = jax.eval_shape(lambda: init_banks(run, division))
     directory = run.workdir / 'detectors' / protocol
-    bank = storage.restore_checkpoint(directory, like, mode='detectors')
-    class_names = run.description['class_names']
-    per_class = functools.partial(metrics.per_class, class_names=class_names)
-    scores = [np.asarray(detector.score(bank, m.maps, m.predicted)) for m in (maps, fit_maps)]
-    by_class = per_class(scores[0], maps, scores[1], fit_maps, threshold=0.0)
-    published = paper.numbers(class_names)
-    for name, entry in by_class.items():
+    banks = storage.restore_checkpoint(directory, like, mode='detectors')
+    judge = functools.partial(judging.judge, division=division, class_names=class_names)
+    result = judge(judging.score_banks(banks, maps.maps, maps.predicted), threshold=0.0)
+    for name, entry in result['per_class'].items():
         entry['paper_accuracy'] = published.accuracy[name] if published else None
-    overall = metrics.overall(by_class)
-    overall['paper_accuracy'] = published.overall if published else None
-    baselines = {}
-    for name, score_fn in metrics.BASELINES.items():
-        entries = per_class(score_fn(maps), maps, score_fn(fit_maps), fit_maps)
-        baselines[name] = metrics.overall(entries) | {'per_class': entries}
-    return {'per_class': by_class, 'overall': overall, 'baselines': baselines}
+    result['overall']['paper_accuracy'] = published.overall if published else None
+    baselines = {name: judge(score_fn(maps)) for name, score_fn in metrics.BASELINES.items()}
+    result['baselines'] = {
+        name: entry['overall'] | {'per_class': entry['per_class']}
+        for name, entry in baselines.items()
+    }
+    return result
 
 
 def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:
@@ -174,7 +156,7 @@ def manifest(run: Run) -> dict:
     return {
         'config': config.to_json(run.config),
         'config_hash': config.digest(run.config),
-        'seeds': [run.config.seed],
+        'seeds': {'config': run.config.seed, 'detectors': list(range(run.config.detector.seeds))},
         'versions': {'python': platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
         'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',

@@ -7,7 +7,10 @@ with maps of one kind only) is None, never NaN.
 Dimensions: M heatmaps.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from occjax.types import HeatmapSet
@@ -137,3 +140,47 @@ def overall(classes: dict[str, dict]) -> dict:
         for name in ('n_correct', 'n_adversarial')
     }
     return counts | {name: float(np.mean(v)) if v else None for name, v in values.items()}
+
+
+def interval(values: Sequence[float], *, judged_over_fitted: float) -> tuple[float, float] | None:
+    """Returns the 95 % interval of a rate that several random divisions of one set measured.
+
+    The divisions share maps, so their spread alone says too little: Nadeau and Bengio's corrected
+    t interval adds what the set itself might have been otherwise.
+
+    Args:
+        values: one a division.
+        judged_over_fitted: how many maps judge for one that is fitted on.
+
+    Returns:
+        Its ends, None for fewer than two values.
+
+    References:
+        Nadeau & Bengio, https://doi.org/10.1023/A:1024068626366
+    """
+    if len(values) < 2:
+        return None
+    variance = (1 / len(values) + judged_over_fitted) * np.var(values, ddof=1)
+    reach = stats.t.ppf(0.975, len(values) - 1) * np.sqrt(variance)
+    return float(np.mean(values) - reach), float(np.mean(values) + reach)
+
+
+def over_seeds(entries: Sequence[dict], *, judged_over_fitted: float) -> dict:
+    """Returns the mean over seeds of each of their `rates` or `overall`s, and its interval.
+
+    The counts are means as well, to the nearest whole; a rate that a seed lacks is the mean over
+    those that have it, and None if none does.
+    """
+    result = {
+        name: round(np.mean([entry[name] for entry in entries]))
+        for name in ('n_correct', 'n_adversarial')
+    }
+    intervals = {}
+    for name in RATES:
+        values = [entry[name] for entry in entries if entry[name] is not None]
+        result[name] = float(np.mean(values)) if values else None
+        intervals[name] = interval(values, judged_over_fitted=judged_over_fitted)
+    notes = [entry['note'] for entry in entries if 'note' in entry]
+    if notes and result['auroc'] is None:
+        result['note'] = notes[0]
+    return result | {'interval': intervals}

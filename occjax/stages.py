@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from occjax import attack, classifier, data, detector, evaluation, storage, vgg
+from occjax import attack, classifier, data, evaluation, judging, storage, vgg
 from occjax import engine as engine_lib
 from occjax.run import Progress, Run, say
 from occjax.types import HeatmapSet, Split, UsageError
 
 SPLITS = ('train', 'test')
 
-# Purposes of random numbers: each has its own stream under the config's one seed.
-_MAPPED_IMAGES, _UNDERSAMPLING = 0, 3
+# A purpose of random numbers: each has its own stream under the config's one seed.
+_MAPPED_IMAGES = 0
 
 
 @functools.partial(jax.jit, static_argnames='plan')
@@ -64,9 +64,6 @@ def map_batch(variables, images, fill, *, mesh, plan, engine='full', **geometry)
 def shrink(images, *, side):
     """Returns `[B, side, side, C]` images, each pixel an average of those that it stands for."""
     return jax.image.resize(images, (len(images), side, side, images.shape[-1]), 'linear')
-
-
-fit_bank = jax.jit(detector.fit_bank, static_argnames=('steps', 'batch_size'))
 
 
 def init_variables(run: Run) -> vgg.Variables:
@@ -227,28 +224,23 @@ def heatmaps(run: Run):
 
 
 def detectors(run: Run):
-    """Fits a bank of detectors for each protocol."""
+    """Fits a bank of detectors for each protocol and seed."""
     settings = run.config.detector
     for protocol in evaluation.PROTOCOLS:
         directory = run.workdir / 'detectors' / protocol
         if storage.latest_step(directory) is not None:
             continue
-        began, (fit_maps, _) = time.monotonic(), evaluation.divide_maps(run, protocol)
-        groups = detector.group_by_class(
-            fit_maps,
-            num_classes=fit_maps.unoccluded.shape[-1],
-            balance=settings.balance,
-            rng=run.rng(_UNDERSAMPLING),
-        )
-        bank = fit_bank(
+        began, division = time.monotonic(), evaluation.divide(run, protocol)
+        banks = judging.fit_banks(
             jax.random.key(run.config.seed + 3),
-            evaluation.init_bank(run, fit_maps),
-            *groups,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
+            evaluation.init_banks(run, division),
+            division,
+            division.maps.maps,
+            division.maps.predicted,
+            settings,
+            run.rng,
         )
-        storage.save_checkpoint(directory, settings.steps, bank)
+        storage.save_checkpoint(directory, settings.steps, banks)
         say(f'detectors ({protocol}): fitted in {time.monotonic() - began:.0f} s')
 
 

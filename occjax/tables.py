@@ -146,14 +146,16 @@ def _overall_table(detections, theirs):
         baselines = (detection.get('baselines') or {}).items()
         for method, entry in [('Detector', overall), *((words(n), b or {}) for n, b in baselines)]:
             counts = [overall.get(key) for key in _COUNTS]
-            numbers = [*counts, *(entry.get(key) for key in _METRICS)]
+            numbers = [*counts, *(with_interval(entry, key) for key in _METRICS)]
             printed = stated(overall.get('paper_accuracy')) if method == 'Detector' else None
             lines.append(tuple(map(cell, (protocol, method, *numbers, printed))))
     return Table(
         f'Table VI. Overall{", " + theirs.dataset if theirs else ""}',
         ('Protocol', 'Method', *_COUNTS.values(), *_METRICS.values(), "Paper's accuracy"),
         lines,
-        note='Unweighted means over the classes; n are sums.',
+        note='Unweighted means over the classes; n are sums. Means over several seeds, each with '
+        'its own division, initial weights and undersampling; ± is a 95 % interval (Nadeau and '
+        "Bengio's, for divisions that share maps), n the mean of the seeds.",
         text_columns=2,
     )
 
@@ -165,6 +167,12 @@ def cell(value):
     if isinstance(value, str):
         return value
     return f'{value:,}' if isinstance(value, int) else f'{value:.3f}'
+
+
+def with_interval(entry, key):
+    """Returns a rate and half the width of its 95 % interval, where it has one."""
+    ends = (entry.get('interval') or {}).get(key)
+    return f'{cell(entry[key])} ± {(ends[1] - ends[0]) / 2:.3f}' if ends else entry.get(key)
 
 
 def stated(value):

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from configs import digits
-from occjax import benchmark, engine, occlusion, peer, storage, vgg
+from occjax import (
+    benchmark,
+    benchmark_training,
+    classifier,
+    engine,
+    occlusion,
+    peer,
+    storage,
+    vgg,
+)
 from occjax import run as run_lib
 from occjax.types import UsageError
 
@@ -30,6 +39,12 @@ def make_run(workdir, **flags):
     config.occlusion.fill = (0.2, 0.5, 0.9)
     flags = dict(benchmark_images=3, benchmark_repeats=2) | flags
     return run_lib.Run(config=config, workdir=storage.open_workdir(workdir, config), **flags)
+
+
+def make_run_without_directory():
+    config = digits.get_config()
+    config.data.image_size, config.classifier.hidden = 16, 32
+    return run_lib.Run(config=config, workdir=None)
 
 
 def random_variables(side):
@@ -206,3 +221,49 @@ def test_a_peer_that_is_not_there_is_said_before_anything_runs(tmp_path, monkeyp
     monkeypatch.setattr(benchmark, 'matrix_rate', None)
     with pytest.raises(UsageError, match='pip install torch captum'):
         benchmark.benchmark(make_run(tmp_path / 'run', benchmark_peer='captum'))
+
+
+def test_training_steps_are_timed(tmp_path):
+    run = make_run(tmp_path / 'run')
+    run.config.classifier.batch_size = 4
+    printed = benchmark_training.benchmark(run)
+    result = json.loads((run.workdir / 'benchmark_training.json').read_text())
+    row = result['steps']['occjax']
+    assert len(row['seconds']) == 2
+    assert row['images_per_second'] == pytest.approx(4 / np.median(row['seconds']))
+    assert 'occjax' in printed
+    assert 'PyTorch' not in printed
+
+
+def test_the_twin_takes_the_same_step():
+    """Without dropout, whose random numbers are each library's own, one step of Adam is one."""
+    torch = pytest.importorskip('torch')
+    pytest.importorskip('captum')
+    variables, images = random_variables(16), random_images(4, 16)
+    run = make_run_without_directory()
+    labels = np.array([1, 5, 5, 9])
+    hyperparameters = dict(rate=1e-3, dropout_rate=0.0)
+    losses = []
+    cross_entropy = torch.nn.functional.cross_entropy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.nn.functional,
+            'cross_entropy',
+            lambda *args: losses.append(cross_entropy(*args)) or losses[-1],
+        )
+        step = peer.training_step(run, variables, images, labels, **hyperparameters)
+        for _ in range(3):
+            step()
+    state, ours = classifier.init_state(variables), []
+    for _ in range(3):
+        state, metrics = classifier.train_step(
+            state,
+            images,
+            labels,
+            key=jax.random.key(0),
+            learning_rate=1e-3,
+            dropout_rate=0.0,
+            plan=SMALL,
+        )
+        ours.append(metrics['loss'])
+    np.testing.assert_allclose(ours, [float(loss.detach()) for loss in losses], rtol=1e-3)

@@ -29,8 +29,11 @@ def toy_maps(counts, *, grid=(4, 4), seed=0):
 
 
 def toy_groups(counts, balance='undersample', **settings):
+    maps = toy_maps(counts, **settings)
     return detector.group_by_class(
-        toy_maps(counts, **settings),
+        maps.maps,
+        maps.predicted,
+        maps.is_adversarial,
         num_classes=len(counts),
         balance=balance,
         rng=np.random.default_rng(0),

@@ -41,6 +41,17 @@ def test_what_is_no_size_is_said(text):
         memory.parse(text)
 
 
+def bytes_planned(name, plan, side, images, windows, **geometry):
+    """Returns what XLA plans to take for so many images and windows at once."""
+    init = functools.partial(vgg.init, image_size=side, hidden=64, plan=plan)
+    variables = jax.eval_shape(init, jax.random.key(0))
+    settings = dict(engine=name, plan=plan, chunk_size=windows, fill=0.5, **geometry)
+    function = jax.jit(functools.partial(engine.occluded_logits, **settings))
+    batch = jax.ShapeDtypeStruct((images, side, side, 3), jnp.float32)
+    planned = function.lower(variables, batch).compile().memory_analysis()
+    return sum(getattr(planned, f'{kind}_size_in_bytes') for kind in ('temp', 'argument', 'output'))
+
+
 @pytest.mark.parametrize('name', engine.ENGINES)
 @pytest.mark.parametrize(
     ('plan', 'side', 'size', 'stride', 'images', 'windows'),
@@ -54,18 +65,21 @@ def test_what_is_no_size_is_said(text):
 )
 def test_the_estimate_is_above_what_xla_plans(name, plan, side, size, stride, images, windows):
     geometry = dict(size=size, stride=stride, grid='paper')
-    init = functools.partial(vgg.init, image_size=side, hidden=64, plan=plan)
-    variables = jax.eval_shape(init, jax.random.key(0))
     needs = memory.needs(name, (side, side), hidden=64, plan=plan, **geometry)
     process = memory._PROCESS // jax.local_device_count()
-    settings = dict(engine=name, plan=plan, chunk_size=windows, fill=0.5, **geometry)
-    function = jax.jit(functools.partial(engine.occluded_logits, **settings))
-    batch = jax.ShapeDtypeStruct((images, side, side, 3), jnp.float32)
-    planned = function.lower(variables, batch).compile().memory_analysis()
-    planned = sum(
-        getattr(planned, f'{kind}_size_in_bytes') for kind in ('temp', 'argument', 'output')
-    )
+    planned = bytes_planned(name, plan, side, images, windows, **geometry)
     assert planned < needs.total(images, windows) - process
+
+
+@pytest.mark.parametrize('name', engine.ENGINES)
+@pytest.mark.parametrize(('plan', 'side', 'size'), [(NARROW, 64, 16), (WIDE, 64, 16)])
+def test_a_window_more_takes_no_more_than_is_said(name, plan, side, size):
+    """What all windows share has slack; each window's own part has none to hide in."""
+    geometry = dict(size=size, stride=4, grid='paper')
+    needs = memory.needs(name, (side, side), hidden=64, plan=plan, **geometry)
+    one, many = (bytes_planned(name, plan, side, 1, n, **geometry) for n in (1, 48))
+    assert many - one <= 47 * needs.window + memory.convolution._TILE_BYTES
+    assert many - one >= 47 * needs.window / 12, 'and the bound is of some use'
 
 
 @pytest.mark.parametrize('name', engine.ENGINES)

@@ -1,6 +1,7 @@
 """Laws of the numbers: a toy by hand, and what thresholds may not see."""
 
 import dataclasses
+import math
 
 import numpy as np
 from absl.testing import parameterized
@@ -122,3 +123,45 @@ class BaselinesTest(parameterized.TestCase):
         scores = {name: fn(maps) for name, fn in metrics.BASELINES.items()}
         np.testing.assert_allclose(scores['max_probability'], [-3 / 5, -8 / 10], rtol=1e-6)
         np.testing.assert_allclose(scores['map_mean'], [-1 / 2, -1 / 3], rtol=1e-6)
+
+
+class IntervalTest(parameterized.TestCase):
+    @parameterized.parameters((5, 0.5), (5, 0.8))
+    def test_covers_the_truth_at_about_its_level(self, seeds, fraction):
+        """Scores of a known AUROC, 0.5 + erf(1/2)/2, in a set divided anew for every seed."""
+        truth, rng = 0.5 + 0.5 * math.erf(0.5), np.random.default_rng(0)
+        covered, naive = 0, 0
+        for _ in range(300):
+            kinds = np.arange(120) % 2
+            scores, values = rng.normal(size=120) + kinds, []
+            for _ in range(seeds):
+                judged = rng.permutation(120)[round(fraction * 120) :]
+                rates = metrics.rates(
+                    scores[judged],
+                    kinds[judged] == 1,
+                    threshold=0.5,
+                    fit_clean_scores=scores[:2],
+                )
+                values.append(rates['auroc'])
+            ratio = (1 - fraction) / fraction
+            low, high = metrics.interval(values, judged_over_fitted=ratio)
+            covered += low <= truth <= high
+            low, high = metrics.interval(values, judged_over_fitted=0.0)
+            naive += low <= truth <= high
+        self.assertBetween(covered / 300, 0.9, 0.995)
+        self.assertLess(naive, covered, 'the spread alone promises too much')
+
+    def test_one_seed_has_none(self):
+        self.assertIsNone(metrics.interval([0.7], judged_over_fitted=1.0))
+
+    def test_means_over_seeds_by_hand(self):
+        seeds = [
+            {'n_correct': 4, 'n_adversarial': 2} | dict.fromkeys(metrics.RATES, value)
+            for value in (0.5, 0.7, None)
+        ]
+        mean = metrics.over_seeds(seeds, judged_over_fitted=0.5)
+        self.assertEqual((mean['n_correct'], mean['n_adversarial']), (4, 2))
+        self.assertAlmostEqual(mean['auroc'], 0.6)
+        # t(0.975, 1) = 12.706; the variance of 0.5 and 0.7 is 0.02, and 1/2 + 1/2 of it counts.
+        reach = 12.7062 * math.sqrt(0.02)
+        np.testing.assert_allclose(mean['interval']['auroc'], [0.6 - reach, 0.6 + reach], rtol=1e-4)

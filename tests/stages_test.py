@@ -14,7 +14,10 @@ from occjax import (
     benchmark,
     classifier,
     data,
+    detector,
     evaluation,
+    fidelity,
+    judging,
     metrics,
     occlusion,
     stages,
@@ -130,38 +133,97 @@ def test_results_are_the_stored_maps_counted_by_hand(finished):
     )
     assert 0 < attacked['max_perturbation'] <= 0.3 + 2**-23
     for protocol in evaluation.PROTOCOLS:
-        _, judged = evaluation.divide_maps(run, protocol)
+        division = evaluation.divide(run, protocol)
         detection = results['detection'][protocol]
-        entries = detection['per_class'].values()
-        assert sum(entry['n_adversarial'] for entry in entries) == judged.is_adversarial.sum()
-        values = [e['balanced_accuracy'] for e in entries if e['balanced_accuracy'] is not None]
-        assert detection['overall']['balanced_accuracy'] == pytest.approx(np.mean(values))
         assert set(detection['baselines']) == set(metrics.BASELINES)
+        judged = [division.maps.select(~fitted) for fitted in division.is_fitted]
+        for k, name in enumerate(run.dataset.class_names):
+            counted = [np.sum(maps.is_adversarial & (maps.predicted == k)) for maps in judged]
+            assert detection['per_class'][name]['n_adversarial'] == round(np.mean(counted))
+
+
+def test_every_seed_is_a_fit_of_its_own(finished):
+    """The program of all seeds gives what a bank fitted alone on that seed's maps gives."""
+    run, _ = finished
+    division, settings = evaluation.divide(run, 'held_out'), run.config.detector
+    like = jax.eval_shape(lambda: evaluation.init_banks(run, division))
+    directory = run.workdir / 'detectors' / 'held_out'
+    banks = storage.restore_checkpoint(directory, like, mode='detectors')
+    untrained, keys = (
+        evaluation.init_banks(run, division),
+        jax.random.split(jax.random.key(run.config.seed + 3), settings.seeds),
+    )
+    for seed in (0, settings.seeds - 1):
+        maps = division.maps.select(division.is_fitted[seed])
+        groups = detector.group_by_class(
+            maps.maps,
+            maps.predicted,
+            maps.is_adversarial,
+            num_classes=10,
+            balance='undersample',
+            rng=run.rng(3, seed),
+        )
+        alone = detector.fit_bank(
+            keys[seed],
+            jax.tree.map(lambda leaf, seed=seed: leaf[seed], untrained),
+            *groups,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+        )
+        jax.tree.map(
+            lambda one, all_, seed=seed: np.testing.assert_allclose(one, all_[seed], atol=1e-4),
+            alone,
+            banks,
+        )
+    first, last = (division.is_fitted[seed] for seed in (0, -1))
+    assert not np.array_equal(first, last)
+    leaves = [jax.tree.leaves(untrained)[1][seed] for seed in (0, -1)]
+    assert not np.array_equal(*leaves)
 
 
 def test_an_image_and_its_twin_stand_on_one_side(finished):
     run, _ = finished
-    fitted, judged = evaluation.divide_maps(run, 'held_out')
-    assert not set(fitted.image_id) & set(judged.image_id)
-    maps, _ = evaluation.load_shards(run, 'test')
-    assert len(fitted) + len(judged) == len(maps)
+    division = evaluation.divide(run, 'held_out')
+    for fitted in division.is_fitted:
+        ids = division.maps.image_id
+        assert not set(ids[fitted]) & set(ids[~fitted])
+        assert 0 < fitted.sum() < len(fitted)
 
 
 def test_the_paper_s_split_is_80_to_20_of_all_maps(finished):
-    run, _ = finished
-    fitted, judged = evaluation.divide_maps(run, 'paper')
-    maps, _ = evaluation.load_shards(run, 'train')
-    assert (len(fitted), len(judged)) == (
-        round(0.8 * len(maps)),
-        len(maps) - round(0.8 * len(maps)),
-    )
+    division = evaluation.divide(finished[0], 'paper')
+    count = len(division.maps)
+    assert set(division.is_fitted.sum(axis=1)) == {round(0.8 * count)}
 
 
 def test_a_finished_run_computes_nothing_again(finished, monkeypatch):
     run, tables = finished
-    for name in ('attack_batch', 'map_batch', 'fit_bank', 'predict'):
+    for name in ('attack_batch', 'map_batch', 'predict'):
         monkeypatch.setattr(stages, name, None)
+    monkeypatch.setattr(judging, 'fit_banks', None)
     assert run_all(make_run(run.workdir)) == tables
+
+
+def test_shrunk_images_are_averages_and_train_the_same_network(tmp_path):
+    images = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
+    np.testing.assert_array_equal(stages.shrink(images, side=8), images)
+    flat = np.full((1, 9, 9, 3), 0.3, np.float32)
+    np.testing.assert_allclose(stages.shrink(flat, side=4), 0.3, rtol=1e-6)
+    # Antialiased: the mean of the whole stays, up to the edges' part.
+    assert abs(stages.shrink(images, side=4).mean() - images.mean()) < 0.02
+    run, sides, shrink = make_run(tmp_path / 'run'), [], stages.shrink
+    run.config.classifier.resize = (8, 12)
+
+    def watched(images, *, side):
+        sides.append(side)
+        return shrink(images, side=side)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, 'shrink', watched)
+        stages.train(run)
+    assert list(dict.fromkeys(sides)) == [8, 12, 16]
+    assert len(sides) % 3 == 0
 
 
 def test_resuming_equals_an_uninterrupted_run(finished, tmp_path, monkeypatch):
@@ -330,3 +392,43 @@ def test_evaluate_divides_once():
     guesses = iter([np.array([1, 1]), np.array([1, 0]), np.array([0, 0])])
     batches = [Batch(np.zeros((2, 1, 1, 1)), labels, labels, is_real) for is_real in real]
     assert classifier.evaluate(lambda images: next(guesses), batches) == 2 / 5
+
+
+def test_fidelity_of_exact_maps_is_perfect_and_of_others_counted(finished, tmp_path, monkeypatch):
+    """What is stored is mapped again, without a difference where nothing is left out."""
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    run = make_run(tmp_path / 'run', benchmark_images=1, benchmark_repeats=1)
+    monkeypatch.setattr(fidelity, 'THRESHOLDS', (1.0, 0.999, 0.4))
+    monkeypatch.setattr(fidelity, 'EVERY', (1, 2))
+    printed = fidelity.fidelity(run)
+    result = json.loads((run.workdir / 'fidelity.json').read_text())
+    rows = {(row['threshold'], row['every']): row for row in result['settings']}
+    assert len(rows) == 6
+    # Images of 16 pixels have no side of which 0.999 leaves less than the whole patch.
+    for key in ((1.0, 1), (0.999, 1)):
+        assert rows[key]['ssim'] == pytest.approx(1, abs=1e-3)
+        assert rows[key]['spearman'] == pytest.approx(1, abs=1e-2)
+    assert rows[1.0, 1]['auroc_difference'] == 0
+    assert rows[1.0, 1]['auroc'] == pytest.approx(result['exact_auroc'])
+    assert rows[0.4, 1]['ssim'] < 0.999
+    assert rows[0.4, 2]['ssim'] < 1
+    assert f'{result["exact_auroc"]:.3f}' in printed
+    assert (run.workdir / 'fidelity.png').read_bytes().startswith(b'\x89PNG')
+    maps, _ = evaluation.load_shards(run, 'test')
+    assert result['adversarial_maps'] == maps.is_adversarial.sum()
+
+
+def test_approximate_maps_are_asked_for_by_the_config(finished, tmp_path):
+    run = finished[0]
+    approximate = make_run(tmp_path / 'run')
+    approximate.config.occlusion.threshold = 0.4
+    assert approximate.mapping(10).engine == 'approximate'
+    variables, ids = stages.load_variables(run), np.arange(8)
+    ours, exact = (
+        stages.collect(r, variables, run.dataset.test, ids)['logits'] for r in (approximate, run)
+    )
+    assert np.abs(ours - exact).max() > 1e-3
+    for engine, config in (('full', approximate.config), ('approximate', run.config)):
+        wrong = dataclasses.replace(run, config=config, engine=engine)
+        with pytest.raises(UsageError, match='config.occlusion'):
+            wrong.mapping(10)

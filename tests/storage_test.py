@@ -27,6 +27,27 @@ def test_a_workdir_is_one_experiment_s(tmp_path):
         storage.open_workdir(workdir, other)
 
 
+def test_a_field_that_came_later_has_its_default(tmp_path):
+    """A directory from before the field was there is the experiment that it was."""
+    workdir = storage.open_workdir(tmp_path / 'run', digits.get_config())
+    stored = storage.read_json(workdir / 'config.json', mode='all')
+    del (
+        stored['occlusion']['threshold'],
+        stored['detector']['seeds'],
+        stored['classifier']['resize'],
+    )
+    storage.write_json(workdir / 'config.json', stored)
+    assert storage.open_workdir(workdir, digits.get_config()) == workdir
+    other = digits.get_config()
+    other.occlusion.threshold = 0.5
+    with pytest.raises(UsageError, match=r'occlusion\.threshold: 1\.0 -> 0\.5'):
+        storage.open_workdir(workdir, other)
+    del stored['occlusion']['size']  # It has no default.
+    storage.write_json(workdir / 'config.json', stored)
+    with pytest.raises(UsageError, match=r'occlusion\.size: None -> '):
+        storage.open_workdir(workdir, digits.get_config())
+
+
 def test_a_stranger_s_directory_is_refused_and_left_alone(tmp_path):
     (tmp_path / 'thesis.tex').write_text('mine')
     with pytest.raises(UsageError, match='is no work directory'):
@@ -122,6 +143,11 @@ def test_configs_are_valid_and_survive_json(module):
         ('classifier.plan', 'vgg12', 'one of vgg11, vgg13'),
         ('classifier.dropout_rate', 1.0, 'a probability below 1'),
         ('classifier.epochs', 0, 'at least 1'),
+        ('classifier.resize', (16,), 'sides from 32'),
+        ('classifier.resize', (32,) * 99, 'one for each epoch'),
+        ('occlusion.threshold', 0.0, 'a share above 0'),
+        ('occlusion.every', 0, 'at least 1'),
+        ('detector.seeds', 0, 'at least 1'),
         ('attack.epsilon', 8.0, 'a number from 0 to 1'),
         ('occlusion.size', 33, 'a side from 1 to the 32 pixels'),
         ('occlusion.size', 32, 'under grid=paper'),

@@ -151,6 +151,18 @@ class LogitsTest(parameterized.TestCase):
             atol=1e-5,
         )
 
+    def test_weights_say_which_type_is_computed_with(self):
+        """bfloat16 weights take bfloat16 products, for all that images are float32."""
+        variables = vgg.init(jax.random.key(0), image_size=8, hidden=16, plan=SMALL)
+        halved = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
+        halved = halved._replace(pixel_stats=variables.pixel_stats)
+        images = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 8, 8, 3)), jnp.float32)
+        self.assertEqual(vgg.features(halved, images, plan=SMALL).dtype, jnp.bfloat16)
+        actual, expected = (vgg.logits(v, images, plan=SMALL) for v in (halved, variables))
+        self.assertEqual(actual.dtype, jnp.bfloat16)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(actual.astype(float) / scale, expected / scale, atol=0.05)
+
     def test_refuses_what_does_not_fit(self):
         variables = vgg.init(jax.random.key(0), image_size=8, hidden=16, plan=SMALL)
         with self.assertRaisesRegex(ValueError, 'The plan has convolutions of'):
@@ -188,7 +200,7 @@ class TrainLogitsTest(parameterized.TestCase):
         gradients, (logits, batch_stats) = jax.grad(total, has_aux=True)(variables.params)
         expected = twin(torch.tensor(images.transpose(0, 3, 1, 2)))
         (expected**2).sum().backward()
-        largest = float(expected.abs().max())
+        largest = float(expected.detach().abs().max())
         np.testing.assert_allclose(logits, expected.detach().numpy(), atol=1e-4 * largest)
         norm, conv = twin.features[1], twin.features[3]
         np.testing.assert_allclose(batch_stats[0]['mean'], norm.running_mean.numpy(), atol=1e-5)
