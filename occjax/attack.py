@@ -69,3 +69,25 @@ def outcome(clean_logits: Array, adversarial_logits: Array, labels: Array) -> Ou
     correct_before = jnp.argmax(clean_logits, axis=-1) == labels
     predicted_after = jnp.argmax(adversarial_logits, axis=-1)
     return Outcome(correct_before, correct_before & (predicted_after != labels), predicted_after)
+
+
+def sign_noise(
+    images: Array,
+    *,
+    key: Array,
+    epsilon: float,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+) -> Array:
+    """Moves every pixel by epsilon, up or down at random: the size of FGSM's step, not its aim.
+
+    Args:
+        images: `[B, H, W, C]` in [0, 1].
+        key: JAX random key.
+        epsilon: in pixels.
+        bounds: what pixels are clipped to, or None.
+
+    Returns:
+        `[B, H, W, C]`.
+    """
+    noisy = images + epsilon * jax.random.rademacher(key, images.shape, images.dtype)
+    return noisy if bounds is None else jnp.clip(noisy, *bounds)

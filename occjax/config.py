@@ -131,6 +131,19 @@ class Occlusion:
         _require(self.every >= 1, 'occlusion.every', self.every, 'at least 1, for all windows')
 
 
+# Of `methods.METHODS`, spelled out: what stands there imports JAX and more.
+METHODS = (
+    'detector',
+    'pooled',
+    'linear_probe',
+    'relative_map',
+    'shuffled_cells',
+    'log_map',
+    'unoccluded_logits',
+    'all_logits',
+)
+
+
 @dataclasses.dataclass(kw_only=True)
 class Detector:
     """The MLPs (§III-D), how they are fitted, and how maps are divided into fitting and scoring."""
@@ -142,6 +155,7 @@ class Detector:
     paper_fit_fraction: float = 0.8
     held_out_fit_fraction: float = 0.5
     seeds: int = 5
+    methods: tuple[str, ...] = METHODS
 
     def validate(self):
         """Raises `UsageError` for the first field that makes no sense."""
@@ -153,6 +167,9 @@ class Detector:
         balances = ('undersample', 'weights', 'none')
         expected = f'one of {", ".join(balances)}'
         _require(self.balance in balances, 'detector.balance', self.balance, expected)
+        known = set(self.methods) <= set(METHODS) and 'detector' in self.methods
+        expected = f"'detector' and others of {', '.join(METHODS[1:])}"
+        _require(known, 'detector.methods', self.methods, expected)
         for field in ('paper_fit_fraction', 'held_out_fit_fraction'):
             value = getattr(self, field)
             _require(0 < value < 1, f'detector.{field}', value, 'a share between 0 and 1')

@@ -6,14 +6,16 @@ Dimensions: M maps, K classes.
 import dataclasses
 import functools
 import importlib.metadata
+import math
 import platform
 
 import jax
 import numpy as np
 
-from occjax import config, detector, judging, metrics, paper, report, storage, tables, vgg
+from occjax import config, detector, engine, judging, metrics, paper, report, storage, tables, vgg
+from occjax.methods import METHODS
 from occjax.run import Run
-from occjax.types import HeatmapSet
+from occjax.types import CONTROLS, HeatmapSet, UsageError
 
 # The split whose maps each protocol divides.
 PROTOCOLS = {'paper': 'train', 'held_out': 'test'}
@@ -41,30 +43,77 @@ def divide(run: Run, protocol: str) -> judging.Division:
     return judging.divide(maps, protocol, run.config.detector, run.rng)
 
 
-def init_banks(run: Run, division: judging.Division) -> detector.Bank:
-    """Returns the unfitted detectors of all seeds for a protocol's maps."""
-    num_classes, key = division.maps.unoccluded.shape[-1], jax.random.key(run.config.seed + 2)
-    return judging.init_banks(key, division, division.maps.maps, num_classes=num_classes)
+def load_controls(run: Run) -> dict[str, HeatmapSet]:
+    """Returns the maps of test images that neither fit nor judge detectors, by `CONTROLS`."""
+    _, shards = load_shards(run, 'test')
+    if not all(f'{kind}_logits' in shard for shard in shards for kind in CONTROLS):
+        raise UsageError(
+            f'{run.workdir / "heatmaps"} lacks the maps of {", ".join(CONTROLS)}, which later '
+            'versions store: delete that folder and run --mode=all.'
+        )
+    fields = [field.name for field in dataclasses.fields(HeatmapSet)]
+    return {
+        kind: HeatmapSet(
+            **{
+                name: np.concatenate([shard[f'{kind}_{name}'] for shard in shards])
+                for name in fields
+            }
+        )
+        for kind in CONTROLS
+    }
+
+
+def init_banks(run: Run, division: judging.Division, name: str) -> detector.Bank:
+    """Returns a method's unfitted banks of all seeds for a protocol's maps."""
+    key = jax.random.key(run.config.seed + 2)
+    return judging.init_banks(key, division, METHODS[name])
+
+
+def fit_banks(run: Run, division: judging.Division, name: str) -> detector.Bank:
+    """Returns the same, fitted."""
+    return judging.fit_banks(
+        jax.random.key(run.config.seed + 3),
+        init_banks(run, division, name),
+        division,
+        METHODS[name],
+        run.config.detector,
+        run.rng,
+    )
+
+
+def load_banks(run: Run, division: judging.Division, protocol: str, name: str) -> detector.Bank:
+    """Returns the same, as the stage `detectors` stored them."""
+    like = jax.eval_shape(lambda: init_banks(run, division, name))
+    directory = run.workdir / 'detectors' / protocol / name
+    return storage.restore_checkpoint(directory, like, mode='detectors')
 
 
 def detection(run: Run, protocol: str) -> dict:
-    """Returns how the fitted detectors and the baselines do under one protocol."""
+    """Returns how the paper's detectors and all their rivals do under one protocol."""
     division, class_names = divide(run, protocol), run.description['class_names']
-    maps, published = division.maps, paper.numbers(class_names)
-    like = jax.eval_shape(lambda: init_banks(run, division))
-    directory = run.workdir / 'detectors' / protocol
-    banks = storage.restore_checkpoint(directory, like, mode='detectors')
-    judge = functools.partial(judging.judge, division=division, class_names=class_names)
-    result = judge(judging.score_banks(banks, maps.maps, maps.predicted), threshold=0.0)
-    for name, entry in result['per_class'].items():
+    published = paper.numbers(class_names)
+    controls = load_controls(run) if protocol == 'held_out' else {}
+    entries = {}
+    for name in (*run.config.detector.methods, *metrics.BASELINES):
+        if name in METHODS:
+            banks = load_banks(run, division, protocol, name)
+            score_fn = functools.partial(judging.score_banks, banks, METHODS[name])
+        else:
+            score_fn = metrics.BASELINES[name]
+        threshold, scores = 0.0 if name in METHODS else None, score_fn(division.maps)
+        entry = judging.judge(scores, division, class_names=class_names, threshold=threshold)
+        entries[name] = entry['overall'] | {'per_class': entry['per_class']}
+        entries[name]['controls'] = {
+            kind: judging.control_rates(score_fn(maps), maps, scores, division, threshold=threshold)
+            for kind, maps in controls.items()
+            if len(maps)
+        }
+    overall = entries.pop('detector')
+    per_class = overall.pop('per_class')
+    for name, entry in per_class.items():
         entry['paper_accuracy'] = published.accuracy[name] if published else None
-    result['overall']['paper_accuracy'] = published.overall if published else None
-    baselines = {name: judge(score_fn(maps)) for name, score_fn in metrics.BASELINES.items()}
-    result['baselines'] = {
-        name: entry['overall'] | {'per_class': entry['per_class']}
-        for name, entry in baselines.items()
-    }
-    return result
+    overall['paper_accuracy'] = published.overall if published else None
+    return {'per_class': per_class, 'overall': overall, 'baselines': entries}
 
 
 def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:
@@ -103,7 +152,32 @@ def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:
             for kind, m in (('correct', correct), ('adversarial', adversarial))
         },
         'detection': {protocol: detection(run, protocol) for protocol in PROTOCOLS},
+        'cost': cost(run),
     }
+
+
+def cost(run: Run) -> dict:
+    """Returns forward passes, FLOPs and milliseconds a verdict of every method (P9)."""
+    num_classes = len(run.description['class_names'])
+    head = dict(num_classes=num_classes, hidden=run.config.classifier.hidden, plan=run.plan)
+    name = run.mapping(num_classes).engine
+    network = dict(image_shape=run.image_shape, **head, **run.geometry)
+    windows, flops = math.prod(run.grid), engine.flops_per_map(name, **network, **run.knobs)
+    once = engine.flops_per_map('full', **network) / windows
+    path, milliseconds = run.workdir / 'benchmark.json', None
+    if path.exists():
+        timed = storage.read_json(path, mode='benchmark')['engines'].get(name)
+        milliseconds = timed and 1000 / timed['maps_per_second']
+    alone = {'forward_passes': 1, 'gflop': once / 1e9, 'milliseconds': None}
+    mapped = {
+        'forward_passes': 1 + windows,
+        'gflop': (flops + (once if name == 'full' else 0)) / 1e9,
+        'milliseconds': milliseconds,
+    }
+    return {
+        name: mapped if name not in METHODS or METHODS[name].windows else alone
+        for name in (*run.config.detector.methods, *metrics.BASELINES)
+    } | {'max_probability': alone}
 
 
 def make_report(run: Run) -> str:

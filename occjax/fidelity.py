@@ -12,7 +12,6 @@ import functools
 import io
 import math
 
-import jax
 import numpy as np
 
 from occjax import (
@@ -26,6 +25,7 @@ from occjax import (
     stages,
     storage,
 )
+from occjax.methods import METHODS
 from occjax.run import Progress, Run, say
 from occjax.types import UsageError
 
@@ -139,17 +139,8 @@ def _logits(run, variables, images, exact, *, threshold, every):
 
 def _aurocs(run, division):
     """Returns every seed's class mean of the AUROC."""
-    maps, settings = division.maps, run.config.detector
-    banks = judging.fit_banks(
-        jax.random.key(run.config.seed + 3),
-        evaluation.init_banks(run, division),
-        division,
-        maps.maps,
-        maps.predicted,
-        settings,
-        run.rng,
-    )
-    scores = np.asarray(judging.score_banks(banks, maps.maps, maps.predicted))
+    banks = evaluation.fit_banks(run, division, 'detector')
+    scores = judging.score_banks(banks, METHODS['detector'], division.maps)
     class_names = run.description['class_names']
     seeds = judging.by_seed(scores, division, class_names=class_names, threshold=0.0)
     aurocs = [metrics.overall(classes)['auroc'] for classes in seeds]

@@ -8,13 +8,14 @@ Dimensions: S seeds, M maps, K classes.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from occjax import detector, metrics
 from occjax.config import Detector
+from occjax.methods import Method
 from occjax.types import HeatmapSet
 
 # Purposes of random numbers: each has its own stream under the config's one seed.
@@ -56,12 +57,14 @@ def divide(
     return Division(maps, np.stack([np.isin(unit, units) for units in chosen]))
 
 
-def init_banks(
-    key: jax.Array, division: Division, inputs: np.ndarray, *, num_classes: int, **shape: Any
-) -> detector.Bank:
-    """Returns a fresh bank for every seed, leaves `[S, K, ...]`, that sees `[M, ...]` inputs."""
+def init_banks(key: jax.Array, division: Division, method: Method) -> detector.Bank:
+    """Returns a fresh bank of a method for every seed, leaves `[S, K, ...]`."""
+    maps = division.maps
     init = functools.partial(
-        detector.init_bank, num_classes=num_classes, grid=inputs.shape[1:], **shape
+        detector.init_bank,
+        num_classes=method.num_networks(maps),
+        grid=method.inputs_fn(maps.select(slice(0, 1))).shape[1:],
+        features=method.features,
     )
     return jax.vmap(init)(jax.random.split(key, len(division.is_fitted)))
 
@@ -76,8 +79,7 @@ def fit_banks(
     key: jax.Array,
     banks: detector.Bank,
     division: Division,
-    inputs: np.ndarray,
-    predicted: np.ndarray,
+    method: Method,
     settings: Detector,
     rng_of: Callable[..., np.random.Generator],
 ) -> detector.Bank:
@@ -87,18 +89,18 @@ def fit_banks(
         key: JAX random key.
         banks: from `init_banks`.
         division: which maps each seed has.
-        inputs: `[M, ...]`, what the detectors see of the maps.
-        predicted: `[M]`, whose detector is fitted on a map.
+        method: what the networks see.
         settings: steps, batches, rate and balance.
         rng_of: a generator for a purpose and a seed; undersamples.
     """
-    num_seeds, num_classes = jax.tree.leaves(banks)[0].shape[:2]
+    maps, num_seeds = division.maps, len(division.is_fitted)
+    inputs, predicted = method.inputs_fn(maps).astype(np.float32), method.predicted(maps)
     groups = [
         detector.group_by_class(
             inputs[fitted],
             predicted[fitted],
-            division.maps.is_adversarial[fitted],
-            num_classes=num_classes,
+            maps.is_adversarial[fitted],
+            num_classes=method.num_networks(maps),
             balance=settings.balance,
             rng=rng_of(_UNDERSAMPLING, seed),
         )
@@ -114,7 +116,13 @@ def fit_banks(
     )
 
 
-score_banks = jax.jit(jax.vmap(detector.score, in_axes=(0, None, None)))  # [S, M]
+_score_banks = jax.jit(jax.vmap(detector.score, in_axes=(0, None, None)))
+
+
+def score_banks(banks: detector.Bank, method: Method, maps: HeatmapSet) -> np.ndarray:
+    """Returns the `[S, M]` scores that every seed's bank gives to maps."""
+    inputs = method.inputs_fn(maps).astype(np.float32)
+    return np.asarray(_score_banks(banks, inputs, method.predicted(maps)))
 
 
 def by_seed(
@@ -161,3 +169,53 @@ def judge(
         'per_class': {name: mean([classes[name] for classes in seeds]) for name in class_names},
         'overall': mean([metrics.overall(classes) for classes in seeds]),
     }
+
+
+def control_rates(
+    scores: np.ndarray,
+    controls: HeatmapSet,
+    fit_scores: np.ndarray,
+    division: Division,
+    *,
+    threshold: float | None = None,
+) -> dict:
+    """Returns how many of some other maps are called adversarial, as means over the seeds.
+
+    Args:
+        scores: `[S, M]` or `[M]` scores of the controls.
+        controls: maps of one kind, of the same split; those of images that a seed's detectors were
+            fitted on don't count for it.
+        fit_scores: `[S, M]` or `[M]` scores of `division.maps`.
+        division: what detectors and thresholds were fitted on.
+        threshold: see `metrics.per_class`.
+
+    Returns:
+        `n` (the mean of the seeds), `called` and `called_at_5_fpr`, shares with their `interval`s.
+    """
+    maps = division.maps
+    called = {'called': [], 'called_at_5_fpr': []}
+    counts = []
+    for fitted, values, known in zip(
+        division.is_fitted,
+        np.broadcast_to(scores, (len(division.is_fitted), len(controls))),
+        np.broadcast_to(fit_scores, division.is_fitted.shape),
+        strict=True,
+    ):
+        levels = metrics.thresholds(
+            known[fitted], maps.select(fitted), maps.unoccluded.shape[-1], threshold=threshold
+        )[:, controls.predicted]
+        here = ~np.isin(controls.image_id, maps.image_id[fitted]) & ~np.isnan(levels[0])
+        counts.append(here.sum())
+        for kind, level in zip(called, levels, strict=True):
+            if here.any():
+                called[kind].append(float(np.mean(values[here] > level[here])))
+    ratio = division.judged_over_fitted
+    return (
+        {'n': round(np.mean(counts))}
+        | {kind: float(np.mean(v)) if v else None for kind, v in called.items()}
+        | {
+            'interval': {
+                kind: metrics.interval(v, judged_over_fitted=ratio) for kind, v in called.items()
+            }
+        }
+    )

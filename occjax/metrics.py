@@ -15,10 +15,15 @@ from sklearn import metrics as sklearn_metrics
 
 from occjax.types import HeatmapSet
 
-# What a detector must beat: a cell is a confidence, so "darker" may only mean "less confident".
+# What a detector must beat: a cell is a confidence, so "darker" may only mean "less confident". The
+# spreads are ML-LOO's (https://arxiv.org/abs/1906.03499), there of feature attributions.
 BASELINES = {
-    'max_probability': lambda maps: -_max_probability(maps),
+    'max_probability': lambda maps: -maps.max_probability,
     'map_mean': lambda maps: -maps.maps.mean(axis=(1, 2)),
+    'map_minimum': lambda maps: -maps.maps.min(axis=(1, 2)),
+    'map_deviation': lambda maps: maps.maps.std(axis=(1, 2)),
+    'map_iqr': lambda maps: np.subtract(*np.quantile(maps.maps, (0.75, 0.25), axis=(1, 2))),
+    'map_mad': lambda maps: _mad(maps.maps),
 }
 RATES = (
     'accuracy',
@@ -30,10 +35,9 @@ RATES = (
 )
 
 
-def _max_probability(maps: HeatmapSet) -> np.ndarray:
-    """Returns the `[M]` unoccluded probability of the predicted class."""
-    z = maps.unoccluded - maps.unoccluded.max(-1, keepdims=True)
-    return 1 / np.exp(z).sum(-1)  # The largest exponent is 0.
+def _mad(cells: np.ndarray) -> np.ndarray:
+    """Returns the `[M]` medians of the distances of `[M, h, w]` cells from their median."""
+    return np.median(np.abs(cells - np.median(cells, axis=(1, 2), keepdims=True)), axis=(1, 2))
 
 
 def threshold_at_fpr(clean_scores: np.ndarray, fpr: float) -> float:
@@ -114,18 +118,38 @@ def per_class(
         class_names: K names.
         threshold: for all classes; None takes each class's `best_threshold` on `fit_maps`.
     """
+    chosen, *_ = thresholds(fit_scores, fit_maps, len(class_names), threshold=threshold)
     result = {}
     for k, name in enumerate(class_names):
         here, fitted = maps.predicted == k, fit_maps.predicted == k
-        known, kinds = fit_scores[fitted], fit_maps.is_adversarial[fitted]
-        both = kinds.any() and not kinds.all()
-        chosen = best_threshold(known, kinds) if threshold is None and both else threshold or 0.0
+        known = fit_scores[fitted & ~fit_maps.is_adversarial]
         result[name] = rates(
             scores[here],
             maps.is_adversarial[here],
-            threshold=chosen,
-            fit_clean_scores=known[~kinds] if both else known[:0],
+            threshold=chosen[k],
+            fit_clean_scores=known[:0] if np.isnan(chosen[k]) else known,
         )
+    return result
+
+
+def thresholds(
+    fit_scores: np.ndarray,
+    fit_maps: HeatmapSet,
+    num_classes: int,
+    *,
+    threshold: float | None = None,
+) -> np.ndarray:
+    """Returns `[2, K]`: each class's threshold, and that of 5 % false positives.
+
+    The arguments are `per_class`'s; a class without fitting maps of both kinds has nan.
+    """
+    result = np.full((2, num_classes), np.nan)
+    for k in range(num_classes):
+        fitted = fit_maps.predicted == k
+        known, kinds = np.asarray(fit_scores[fitted], np.float64), fit_maps.is_adversarial[fitted]
+        if kinds.any() and not kinds.all():
+            best = best_threshold(known, kinds) if threshold is None else threshold
+            result[:, k] = best, threshold_at_fpr(known[~kinds], 0.05)
     return result
 
 

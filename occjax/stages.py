@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from occjax import attack, classifier, data, evaluation, judging, storage, vgg
+from occjax import attack, classifier, data, evaluation, storage, vgg
 from occjax import engine as engine_lib
 from occjax.run import Progress, Run, say
-from occjax.types import HeatmapSet, Split, UsageError
+from occjax.types import Split, UsageError
 
 SPLITS = ('train', 'test')
 
@@ -37,6 +37,16 @@ def attack_batch(variables, images, labels, *, epsilon, clip, plan):
     bounds = (0.0, 1.0) if clip else None
     adversarial = attack.fgsm(logits_fn, images, labels, epsilon=epsilon, bounds=bounds)
     return adversarial, logits_fn(images), logits_fn(adversarial)
+
+
+@functools.partial(jax.jit, static_argnames=('plan', 'clip'))
+def noise_batch(variables, images, ids, *, seed, epsilon, clip, plan):
+    """Returns images under noise of the attack's size, each image's own, and their logits."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(ids)
+    bounds = (0.0, 1.0) if clip else None
+    noise_fn = functools.partial(attack.sign_noise, epsilon=epsilon, bounds=bounds)
+    noisy = jax.vmap(lambda key, image: noise_fn(image[None], key=key)[0])(keys, images)
+    return noisy, vgg.logits(variables, noisy, plan=plan)
 
 
 _KNOBS = ('size', 'stride', 'grid', 'chunk_size', 'plan', 'engine', 'threshold', 'every')
@@ -148,11 +158,14 @@ def fill_of(run: Run, variables: vgg.Variables) -> np.ndarray:
     return np.asarray(run.config.occlusion.fill or variables.pixel_stats['mean'], np.float32)
 
 
-def collect(run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray) -> dict:
+def collect(
+    run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray, *, controls: bool = False
+) -> dict:
     """Returns a shard: the heatmaps of some images and their attacks, and what the attack did.
 
     Correctly classified images and successful attacks on them have maps (§III-C), stored as the
-    logits of all classes, so that every detector and table follows without the classifier.
+    logits of all classes, so that every detector and table follows without the classifier. The
+    `controls` have them as well, under the names of `CONTROLS`.
     """
     settings = run.config.attack
     images, labels = data.take(split, ids), split.labels[ids]
@@ -163,9 +176,30 @@ def collect(run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray) -
         attack_fn, images, labels, batch_size=run.batch_size
     )
     correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))
-    kinds = (correct, successful)
+    # By kind: the images, their logits, which of them are mapped, and whether they are attacked.
+    kinds = {
+        'correct': (images, before, correct, False),
+        'adversarial': (adversarial, after, successful, True),
+    }
+    if controls:
+        noise_fn = functools.partial(
+            noise_batch,
+            variables,
+            seed=run.config.seed + 4,
+            epsilon=settings.epsilon,
+            clip=settings.clip,
+            plan=run.plan,
+        )
+        noisy, under_noise = run.in_batches(noise_fn, images, ids, batch_size=run.batch_size)
+        still = correct & (under_noise.argmax(-1) == labels)
+        kinds |= {
+            'noise': (noisy, under_noise, still, False),
+            'misclassified': (images, before, ~correct, False),
+            'failed': (adversarial, after, correct & ~successful, True),
+        }
+    chosen = np.concatenate([pixels[mapped] for pixels, _, mapped, _ in kinds.values()])
     logits = np.zeros((0, *run.grid, before.shape[-1]), np.float32)
-    if correct.any():
+    if len(chosen):
         mapping = run.mapping(before.shape[-1])
         map_fn = functools.partial(
             map_batch,
@@ -178,18 +212,27 @@ def collect(run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray) -
             **run.geometry,
             **run.knobs,
         )
-        chosen = np.concatenate([images[correct], adversarial[successful]])
         logits = run.in_batches(map_fn, chosen, batch_size=mapping.batch_size)
-    maps = HeatmapSet(
-        logits=logits,
-        unoccluded=np.concatenate([before[correct], after[successful]]),
-        label=np.concatenate([labels[kind] for kind in kinds]),
-        image_id=np.concatenate([ids[kind] for kind in kinds]),
-        is_adversarial=np.repeat([False, True], [kind.sum() for kind in kinds]),
-    )
+    parts, start = {}, 0
+    for kind, (_, unoccluded, mapped, is_adversarial) in kinds.items():
+        count = mapped.sum()
+        parts[kind] = {
+            'logits': logits[start : start + count],
+            'unoccluded': unoccluded[mapped],
+            'label': labels[mapped],
+            'image_id': ids[mapped],
+            'is_adversarial': np.full(count, is_adversarial),
+        }
+        start += count
+    correct_part, adversarial_part = parts.pop('correct'), parts.pop('adversarial')
+    maps = {
+        name: np.concatenate([correct_part[name], adversarial_part[name]]) for name in correct_part
+    }
+    for kind, part in parts.items():
+        maps |= {f'{kind}_{name}': array for name, array in part.items()}
     attacked = adversarial[correct]
     example = np.flatnonzero(successful)[:1]  # One a shard, for the figures.
-    return vars(maps) | {
+    return maps | {
         'attempted': correct.sum(),
         'nan_count': np.isnan(attacked).sum(),
         'max_perturbation': np.nanmax(np.abs(attacked - images[correct]), initial=0),
@@ -218,30 +261,24 @@ def heatmaps(run: Run):
         if path.exists():
             progress.total -= len(ids)
         else:
-            storage.save_arrays(path, collect(run, variables, split, ids))
+            controls = split is run.dataset.test
+            storage.save_arrays(path, collect(run, variables, split, ids, controls=controls))
             progress(len(ids))
     storage.write_json(directory / 'manifest.json', [path.name for path, *_ in shards])
 
 
 def detectors(run: Run):
-    """Fits a bank of detectors for each protocol and seed."""
-    settings = run.config.detector
+    """Fits the banks of every protocol, method and seed."""
     for protocol in evaluation.PROTOCOLS:
-        directory = run.workdir / 'detectors' / protocol
-        if storage.latest_step(directory) is not None:
-            continue
-        began, division = time.monotonic(), evaluation.divide(run, protocol)
-        banks = judging.fit_banks(
-            jax.random.key(run.config.seed + 3),
-            evaluation.init_banks(run, division),
-            division,
-            division.maps.maps,
-            division.maps.predicted,
-            settings,
-            run.rng,
-        )
-        storage.save_checkpoint(directory, settings.steps, banks)
-        say(f'detectors ({protocol}): fitted in {time.monotonic() - began:.0f} s')
+        division = evaluation.divide(run, protocol)
+        for name in run.config.detector.methods:
+            directory = run.workdir / 'detectors' / protocol / name
+            if storage.latest_step(directory) is not None:
+                continue
+            began = time.monotonic()
+            banks = evaluation.fit_banks(run, division, name)
+            storage.save_checkpoint(directory, run.config.detector.steps, banks)
+            say(f'detectors ({protocol}, {name}): fitted in {time.monotonic() - began:.0f} s')
 
 
 STAGES = {

@@ -17,7 +17,11 @@ _METRICS = {
     'tpr_at_5_fpr': 'TPR at 5 % FPR',
     'tpr_at_1_fpr': 'TPR at 1 % FPR',
 }
+RIVALS = ('max_probability', 'map_mean')  # whom the per-class tables show
 RIVAL_RATES = ('balanced_accuracy', 'auroc')  # what the per-class tables show of a baseline
+
+
+_CALLED = {'called': 'share', 'called_at_5_fpr': 'share at 5 % FPR'}
 
 
 class Table(NamedTuple):
@@ -43,6 +47,12 @@ def build(results: dict, rows: list[vgg.Row], class_names: Sequence[str]) -> lis
             for protocol, detection in results['detection'].items()
         ),
         _overall_table(results['detection'], theirs),
+        *(
+            _control_table(protocol, detection)
+            for protocol, detection in results['detection'].items()
+            if (detection.get('overall') or {}).get('controls')
+        ),
+        *([_cost_table(results['cost'])] if results.get('cost') else []),
     ]
 
 
@@ -105,7 +115,9 @@ def _heatmap_table(heatmaps, class_names, theirs):
 
 def _class_table(protocol, detection, class_names, theirs):
     """Table IV or V under one protocol, with the baselines beside the detector."""
-    baselines = detection.get('baselines') or {}
+    baselines = {
+        name: entry for name, entry in (detection.get('baselines') or {}).items() if name in RIVALS
+    }
 
     def line(label, entry, rivals):
         entry = entry or {}
@@ -157,6 +169,44 @@ def _overall_table(detections, theirs):
         'its own division, initial weights and undersampling; ± is a 95 % interval (Nadeau and '
         "Bengio's, for divisions that share maps), n the mean of the seeds.",
         text_columns=2,
+    )
+
+
+def _control_table(protocol, detection):
+    """P4 and P5: what detectors say of maps that neither fit nor judge them."""
+    methods = {'detector': detection['overall']} | (detection.get('baselines') or {})
+    kinds = list(detection['overall']['controls'])
+    lines = []
+    for name, entry in methods.items():
+        line = [words(name)]
+        for kind in kinds:
+            rates = (entry.get('controls') or {}).get(kind) or {}
+            line += [rates.get('n'), *(with_interval(rates, key) for key in _CALLED)]
+        lines.append(tuple(map(cell, line)))
+    header = [f'{words(kind)}: {what}' for kind in kinds for what in ('n', *_CALLED.values())]
+    return Table(
+        f'Called adversarial besides, protocol {protocol}',
+        ('Method', *header),
+        lines,
+        note='Shares, means over the seeds. Noise: random signs of the same ε, still classified '
+        'correctly; a detector that calls it adversarial sees noise, not attacks. Misclassified: '
+        'clean images that the classifier gets wrong. Failed: attacked images that it still gets '
+        'right. All of test images on which no detector was fitted.',
+    )
+
+
+def _cost_table(cost):
+    """P9: what a verdict costs."""
+    lines = [
+        (words(name), entry['forward_passes'], entry['gflop'], entry['milliseconds'])
+        for name, entry in cost.items()
+    ]
+    return Table(
+        'What a verdict costs',
+        ('Method', 'Forward passes', 'GFLOP', 'Milliseconds'),
+        [tuple(map(cell, line)) for line in lines],
+        note='GFLOP are those of the engine that made the maps, from shapes; milliseconds an image '
+        'are those of --mode=benchmark in this work directory, on its device, where it was run.',
     )
 
 

@@ -50,6 +50,12 @@ class Batch(NamedTuple):
     is_real: np.ndarray  # bool[B]
 
 
+# What neither fits detectors nor is judged in their tables, though detectors meet it in use: the
+# image under noise of the attack's size, still classified correctly; an image that is classified
+# wrong without an attack; an attack that changed nothing.
+CONTROLS = ('noise', 'misclassified', 'failed')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeatmapSet:
     """What the detectors, baselines and tables are made from, without the classifier."""
@@ -71,6 +77,12 @@ class HeatmapSet:
         z = self.logits - self.logits.max(-1, keepdims=True)
         p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
         return np.take_along_axis(p, self.predicted[:, None, None, None], axis=-1)[..., 0]
+
+    @property
+    def max_probability(self) -> np.ndarray:
+        """`[M]`, the probability of the predicted class for the unoccluded image."""
+        z = self.unoccluded - self.unoccluded.max(-1, keepdims=True)
+        return 1 / np.exp(z).sum(-1)  # The largest exponent is 0.
 
     def __len__(self):
         return len(self.label)

@@ -123,6 +123,16 @@ class BaselinesTest(parameterized.TestCase):
         scores = {name: fn(maps) for name, fn in metrics.BASELINES.items()}
         np.testing.assert_allclose(scores['max_probability'], [-3 / 5, -8 / 10], rtol=1e-6)
         np.testing.assert_allclose(scores['map_mean'], [-1 / 2, -1 / 3], rtol=1e-6)
+        np.testing.assert_allclose(scores['map_minimum'], [-1 / 3, -1 / 3], rtol=1e-6)
+        # Distances from the mean: three of 1/6 and one of 1/2.
+        expected = [math.sqrt((3 / 36 + 1 / 4) / 4), 0]
+        np.testing.assert_allclose(scores['map_deviation'], expected, atol=1e-6)
+        # Quartiles of 1/3, 1/3, 1/3, 1: the upper is a quarter of the way from 1/3 to 1.
+        np.testing.assert_allclose(scores['map_iqr'], [1 / 6, 0], atol=1e-6)
+        np.testing.assert_allclose(scores['map_mad'], [0, 0], atol=1e-6)
+        logits[0, 1, 0, 0] = 50  # Two and two: the median lies between them.
+        spread = metrics.BASELINES['map_mad'](dataclasses.replace(maps, logits=logits))
+        np.testing.assert_allclose(spread, [1 / 3, 0], atol=1e-6)
 
 
 class IntervalTest(parameterized.TestCase):

@@ -43,7 +43,8 @@ def make_run(workdir, **flags):
     config.classifier.learning_rate = 3e-3
     config.attack.epsilon = 0.3
     config.occlusion.size, config.occlusion.stride = 5, 4
-    config.detector.steps = 30
+    config.detector.steps, config.detector.seeds = 30, 3
+    config.detector.methods = ('detector', 'linear_probe', 'all_logits')
     config.validate()
     return run_lib.Run(config=config, workdir=storage.open_workdir(workdir, config), **flags)
 
@@ -135,24 +136,85 @@ def test_results_are_the_stored_maps_counted_by_hand(finished):
     for protocol in evaluation.PROTOCOLS:
         division = evaluation.divide(run, protocol)
         detection = results['detection'][protocol]
-        assert set(detection['baselines']) == set(metrics.BASELINES)
+        rivals = {'linear_probe', 'all_logits', *metrics.BASELINES}
+        assert set(detection['baselines']) == rivals
         judged = [division.maps.select(~fitted) for fitted in division.is_fitted]
         for k, name in enumerate(run.dataset.class_names):
             counted = [np.sum(maps.is_adversarial & (maps.predicted == k)) for maps in judged]
             assert detection['per_class'][name]['n_adversarial'] == round(np.mean(counted))
 
 
+def test_controls_are_what_they_are_called(finished):
+    """Again from weights and images: the label, the class named, and how far from the image."""
+    run, _ = finished
+    variables, split = jax.device_get(stages.load_variables(run)), run.dataset.test
+    controls = evaluation.load_controls(run)
+    maps, _ = evaluation.load_shards(run, 'test')
+    correct = set(maps.image_id[~maps.is_adversarial])
+    attacked = set(maps.image_id[maps.is_adversarial])
+    everything = set(range(len(split)))
+    assert set(controls['misclassified'].image_id) == everything - correct
+    assert set(controls['failed'].image_id) == correct - attacked
+    assert set(controls['noise'].image_id) <= correct
+    assert len(controls['noise']) > 10
+    for kind, part in controls.items():
+        assert np.array_equal(part.label, split.labels[part.image_id])
+        assert np.array_equal(part.predicted == part.label, [kind != 'misclassified'] * len(part))
+        assert set(part.is_adversarial) <= {kind == 'failed'}
+    part = controls['noise']
+    epsilon, key = run.config.attack.epsilon, jax.random.key(run.config.seed + 4)
+    for m in (0, len(part) - 1):
+        image = data.take(split, part.image_id[m : m + 1])
+        noisy = attack.sign_noise(
+            image, key=jax.random.fold_in(key, part.image_id[m]), epsilon=epsilon
+        )
+        logits = vgg.logits(variables, noisy, plan=SMALL)
+        # The key's noise is drawn for one image alone, whatever stands beside it.
+        np.testing.assert_allclose(part.unoccluded[m], logits[0], atol=1e-4)
+
+
+def test_controls_are_judged_where_nothing_was_fitted(finished):
+    run, _ = finished
+    results = json.loads((run.workdir / 'report' / 'results.json').read_text())
+    division, controls = evaluation.divide(run, 'held_out'), evaluation.load_controls(run)
+    entries = results['detection']['held_out']['overall']['controls']
+    for kind, part in controls.items():
+        levels = [
+            np.isnan(
+                metrics.thresholds(
+                    np.zeros(fitted.sum()), division.maps.select(fitted), 10, threshold=0.0
+                )[0]
+            )
+            for fitted in division.is_fitted
+        ]
+        counts = [
+            np.sum(~np.isin(part.image_id, division.maps.image_id[f]) & ~level[part.predicted])
+            for f, level in zip(division.is_fitted, levels, strict=True)
+        ]
+        assert entries[kind]['n'] == round(np.mean(counts))
+    assert (
+        'controls' not in results['detection']['paper']['overall']
+        or not (results['detection']['paper']['overall']['controls'])
+    )
+
+
+def test_maps_without_controls_say_how_to_get_them(finished, tmp_path):
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    for path in (tmp_path / 'run' / 'heatmaps').glob('test-*.npz'):
+        arrays = storage.load_arrays(path, mode='heatmaps')
+        kept = {name: array for name, array in arrays.items() if not name.startswith('noise_')}
+        storage.save_arrays(path, kept)
+    with pytest.raises(UsageError, match='delete that folder and run --mode=all'):
+        evaluation.load_controls(make_run(tmp_path / 'run'))
+
+
 def test_every_seed_is_a_fit_of_its_own(finished):
     """The program of all seeds gives what a bank fitted alone on that seed's maps gives."""
     run, _ = finished
     division, settings = evaluation.divide(run, 'held_out'), run.config.detector
-    like = jax.eval_shape(lambda: evaluation.init_banks(run, division))
-    directory = run.workdir / 'detectors' / 'held_out'
-    banks = storage.restore_checkpoint(directory, like, mode='detectors')
-    untrained, keys = (
-        evaluation.init_banks(run, division),
-        jax.random.split(jax.random.key(run.config.seed + 3), settings.seeds),
-    )
+    banks = evaluation.load_banks(run, division, 'held_out', 'detector')
+    untrained = evaluation.init_banks(run, division, 'detector')
+    keys = jax.random.split(jax.random.key(run.config.seed + 3), settings.seeds)
     for seed in (0, settings.seeds - 1):
         maps = division.maps.select(division.is_fitted[seed])
         groups = detector.group_by_class(

@@ -1,0 +1,79 @@
+"""What can judge an image by its stored logits: the paper's detectors, ablations, and better ones.
+
+A method fits a bank of small networks like the paper's, on other inputs or with other widths. The
+scores of `metrics.BASELINES` need no fitting. All come from the same stored maps.
+
+Dimensions: M maps, h w heatmap grid, P = h * w windows, K classes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from occjax.detector import MLP
+from occjax.types import HeatmapSet
+
+
+class Method(NamedTuple):
+    """A bank of networks: what they see, how wide they are, and whether classes share one."""
+
+    inputs_fn: Callable[[HeatmapSet], np.ndarray]  # maps to f32[M, ...]
+    features: tuple[int, ...] = MLP.features
+    pooled: bool = False
+    windows: bool = True  # False: the unoccluded image alone is classified
+
+    def predicted(self, maps: HeatmapSet) -> np.ndarray:
+        """Returns `[M]`, whose network judges each map."""
+        return np.zeros(len(maps), np.int32) if self.pooled else maps.predicted
+
+    def num_networks(self, maps: HeatmapSet) -> int:
+        """Returns how many networks a bank has."""
+        return 1 if self.pooled else maps.unoccluded.shape[-1]
+
+
+def _map(maps):
+    return maps.maps
+
+
+def _relative_map(maps):
+    """The map over the unoccluded probability: what is left of it once confidence is taken out."""
+    return maps.maps / maps.max_probability[:, None, None]
+
+
+def _shuffled_cells(maps):
+    """Every map's cells in an order of its own: what is left of it without its layout."""
+    flat = maps.maps.reshape(len(maps), math.prod(maps.maps.shape[1:]))
+    order = np.random.default_rng(0).random(flat.shape).argsort(axis=1)
+    return np.take_along_axis(flat, order, axis=1)
+
+
+def _log_map(maps):
+    """The logarithm of the map, clipped at e^-10 and scaled to the unit interval."""
+    return 1 + np.maximum(np.log(np.maximum(maps.maps, 1e-30)), -10) / 10
+
+
+def _logits(maps):
+    """All classes' logits, under every window and of the unoccluded image, by class."""
+    # Networks learn fastest from inputs of about unit size.
+    windows = maps.logits.reshape(len(maps), math.prod(maps.logits.shape[1:]))
+    logits = np.concatenate([windows, maps.unoccluded], axis=1)
+    return logits / 4
+
+
+def _unoccluded_logits(maps):
+    """The same without the windows: one forward pass."""
+    return maps.unoccluded / 4
+
+
+METHODS = {
+    'detector': Method(_map),  # §III-D, the paper's
+    'pooled': Method(_map, pooled=True),
+    'linear_probe': Method(_map, features=()),
+    'relative_map': Method(_relative_map),
+    'shuffled_cells': Method(_shuffled_cells),
+    'log_map': Method(_log_map),
+    'unoccluded_logits': Method(_unoccluded_logits, pooled=True, windows=False),
+    'all_logits': Method(_logits, pooled=True),
+}

@@ -1,0 +1,56 @@
+"""Laws of what detectors see."""
+
+import numpy as np
+import pytest
+
+from occjax import config
+from occjax.methods import METHODS
+from tests.detector_test import toy_maps
+
+MAPS = toy_maps([(3, 2), (4, 5)], grid=(3, 4))
+
+
+def test_the_config_knows_every_method():
+    assert tuple(METHODS) == config.METHODS
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_an_input_is_its_own_map_s_alone(name):
+    """No map changes what a network sees of another, except by the order of shuffled cells."""
+    inputs = METHODS[name].inputs_fn(MAPS)
+    assert len(inputs) == len(MAPS)
+    assert np.isfinite(inputs).all()
+    if name != 'shuffled_cells':
+        alone = METHODS[name].inputs_fn(MAPS.select(slice(2, 3)))
+        np.testing.assert_allclose(alone[0], inputs[2], rtol=1e-6)
+
+
+def test_the_paper_s_detector_sees_the_map():
+    np.testing.assert_array_equal(METHODS['detector'].inputs_fn(MAPS), MAPS.maps)
+    np.testing.assert_array_equal(METHODS['detector'].predicted(MAPS), MAPS.predicted)
+    assert METHODS['detector'].num_networks(MAPS) == 2
+    assert METHODS['detector'].features == (256, 256, 128, 64, 32)
+
+
+def test_relative_maps_are_one_where_the_window_changes_nothing():
+    same = np.broadcast_to(MAPS.unoccluded[:, None, None], MAPS.logits.shape)
+    unchanged = type(MAPS)(**vars(MAPS) | {'logits': same})
+    np.testing.assert_allclose(METHODS['relative_map'].inputs_fn(unchanged), 1, rtol=1e-5)
+
+
+def test_shuffling_keeps_the_cells_and_loses_the_layout():
+    shuffled, cells = METHODS['shuffled_cells'].inputs_fn(MAPS), MAPS.maps.reshape(len(MAPS), -1)
+    np.testing.assert_array_equal(np.sort(shuffled, axis=1), np.sort(cells, axis=1))
+    orders = [np.argsort(np.argsort(row)) for row in shuffled]
+    plain = [np.argsort(np.argsort(row)) for row in cells]
+    # Not one permutation for all: that would be a layout as well.
+    places = {tuple(np.argsort(a)[b]) for a, b in zip(orders, plain, strict=True)}
+    assert len(places) > len(MAPS) // 2
+
+
+def test_all_logits_hold_the_unoccluded_ones_too():
+    inputs = 4 * METHODS['all_logits'].inputs_fn(MAPS)
+    assert inputs.shape == (len(MAPS), 3 * 4 * 2 + 2)
+    np.testing.assert_allclose(inputs[:, -2:], MAPS.unoccluded, rtol=1e-6)
+    np.testing.assert_allclose(inputs[:, :2], MAPS.logits[:, 0, 0], rtol=1e-6)
+    assert not METHODS['all_logits'].predicted(MAPS).any()
