@@ -14,8 +14,8 @@ import numpy as np
 
 from occjax import config, detector, engine, judging, metrics, paper, report, storage, tables, vgg
 from occjax.methods import METHODS
-from occjax.run import Run
-from occjax.types import CONTROLS, HeatmapSet, UsageError
+from occjax.run import Run, say
+from occjax.types import CONTROLS, HeatmapSet
 
 # The split whose maps each protocol divides.
 PROTOCOLS = {'paper': 'train', 'held_out': 'test'}
@@ -47,10 +47,11 @@ def load_controls(run: Run) -> dict[str, HeatmapSet]:
     """Returns the maps of test images that neither fit nor judge detectors, by `CONTROLS`."""
     _, shards = load_shards(run, 'test')
     if not all(f'{kind}_logits' in shard for shard in shards for kind in CONTROLS):
-        raise UsageError(
-            f'{run.workdir / "heatmaps"} lacks the maps of {", ".join(CONTROLS)}, which later '
-            'versions store: delete that folder and run --mode=all.'
+        say(
+            f'{run.workdir / "heatmaps"} is from before {", ".join(CONTROLS)} were mapped too: '
+            'for their table delete that folder and run --mode=all.'
         )
+        return {}
     fields = [field.name for field in dataclasses.fields(HeatmapSet)]
     return {
         kind: HeatmapSet(

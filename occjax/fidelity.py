@@ -29,7 +29,7 @@ from occjax.methods import METHODS
 from occjax.run import Progress, Run, say
 from occjax.types import UsageError
 
-THRESHOLDS = (1.0, 0.5, 0.4, 0.3)
+THRESHOLDS = (1.0, 0.4, 0.3)
 EVERY = (1, 2, 3)
 _PROTOCOL = 'held_out'
 

@@ -484,5 +484,56 @@ class FiguresTest(parameterized.TestCase):
             self.assertEqual(sum(matches), 1)
 
 
+def test_intervals_controls_and_costs_have_their_places():
+    results = make_results(NAMES)
+    rates = {'n': 321, 'called': 0.125, 'called_at_5_fpr': 0.0625}
+    rates['interval'] = {'called': (0.1, 0.15), 'called_at_5_fpr': None}
+    held_out = results['detection']['held_out']
+    held_out['overall'] |= {
+        'auroc': 0.75,
+        'interval': {'auroc': (0.7, 0.8)},
+        'controls': {'noise': rates, 'failed': rates | {'n': 54}},
+    }
+    held_out['baselines']['pooled'] = dict(held_out['baselines']['map_mean'], auroc=0.625)
+    results['cost'] = {
+        'detector': {'forward_passes': 17, 'gflop': 6.25, 'milliseconds': None},
+        'max_probability': {'forward_passes': 1, 'gflop': 0.375, 'milliseconds': 12.5},
+    }
+    listed = {table.title: table for table in tables.build(results, [], NAMES)}
+    overall = listed['Table VI. Overall']
+    line = next(row for row in overall.rows if row[:2] == ('held_out', 'Detector'))
+    assert '0.750 ± 0.050' in line
+    assert any(row[:2] == ('held_out', 'Pooled') and '0.625' in row for row in overall.rows)
+    per_class = next(
+        t
+        for title, t in listed.items()
+        if title.endswith('protocol held_out') and 'Called' not in title
+    )
+    assert not any('Pooled' in cell for cell in per_class.header)
+    controls = listed['Called adversarial besides, protocol held_out']
+    assert controls.header[:4] == ('Method', 'Noise: n', 'Noise: share', 'Noise: share at 5 % FPR')
+    assert controls.rows[0] == (
+        'Detector',
+        '321',
+        '0.125 ± 0.025',
+        '0.062',
+        '54',
+        '0.125 ± 0.025',
+        '0.062',
+    )
+    assert [row[0] for row in controls.rows] == [
+        'Detector',
+        'Max probability',
+        'Map mean',
+        'Pooled',
+    ]
+    assert set(controls.rows[1][1:]) == {'–'}
+    assert listed['What a verdict costs'].rows == [
+        ('Detector', '17', '6.250', '–'),
+        ('Max probability', '1', '0.375', '12.500'),
+    ]
+    assert 'Called adversarial besides, protocol paper' not in listed
+
+
 if __name__ == '__main__':
     absltest.main()
