@@ -21,7 +21,7 @@ from occjax.types import UsageError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'digits.py'
 # Spelled out: what the stages import takes seconds, too long for --help or a mistyped flag.
-MODES = ('train', 'heatmaps', 'detectors', 'report', 'all', 'benchmark', 'fidelity')
+MODES = ('train', 'heatmaps', 'detectors', 'report', 'all', 'benchmark', 'fidelity', 'sweep')
 ENGINES = ('auto', 'full', 'incremental', 'approximate')
 PEERS = ['captum']
 
@@ -79,7 +79,7 @@ _BENCHMARK_EVERY = flags.DEFINE_integer(
 
 def main(_):
     """Opens the work directory and runs the stages that the mode names."""
-    from occjax import benchmark, benchmark_training, fidelity, memory, stages, storage
+    from occjax import benchmark, benchmark_training, fidelity, memory, stages, storage, sweep
     from occjax.run import Run
 
     config, config_file = _CONFIG.value, config_flags.get_config_filename(flags.FLAGS['config'])
@@ -106,7 +106,11 @@ def main(_):
         benchmark_every=_BENCHMARK_EVERY.value,
     )
     timed = benchmark_training if _BENCHMARK_TRAINING.value else benchmark
-    modes = stages.STAGES | {'benchmark': timed.benchmark, 'fidelity': fidelity.fidelity}
+    modes = stages.STAGES | {
+        'benchmark': timed.benchmark,
+        'fidelity': fidelity.fidelity,
+        'sweep': sweep.sweep,
+    }
     for mode in stages.STAGES if _MODE.value == 'all' else [_MODE.value]:
         tables = modes[mode](run)
         if tables:

@@ -20,7 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import approximate, benchmark_report, data, occlusion, peer, stages, storage, vgg
+from occjax import (
+    approximate,
+    benchmark_report,
+    data,
+    occlusion,
+    peer,
+    shard,
+    stages,
+    storage,
+    vgg,
+)
 from occjax import engine as engine_lib
 from occjax.run import Run, say
 
@@ -168,7 +178,7 @@ def plain_maps(
         settings = dict(fill=fill, chunk_size=mapping.chunk_size, **run.geometry)
         return logits_fn(images), occlusion.occluded_logits(logits_fn, images, **settings)
 
-    unoccluded, logits = jax.device_get(plain(variables, images, stages.fill_of(run, variables)))
+    unoccluded, logits = jax.device_get(plain(variables, images, shard.fill_of(run, variables)))
     return unoccluded, _maps(logits, unoccluded)
 
 
@@ -193,14 +203,14 @@ def measure(
     mapping = run.mapping(_num_classes(variables), name)
     devices = jax.device_count()
     batch_size = min(mapping.batch_size, math.ceil(len(images) / devices) * devices)
-    fill, dtype = stages.fill_of(run, variables), jnp.dtype(run.benchmark_dtype)
+    fill, dtype = shard.fill_of(run, variables), jnp.dtype(run.benchmark_dtype)
     # Pixels and their normalisation stay float32: it costs nothing.
     cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
     cast = cast._replace(pixel_stats=variables.pixel_stats)
     settings = dict(mesh=run.mesh, plan=run.plan, engine=name, chunk_size=mapping.chunk_size)
     began = time.perf_counter()
     batch = run.divide(images[np.arange(batch_size) % len(images)])
-    program = stages.map_batch.lower(cast, batch, fill, **settings, **run.geometry, **knobs)
+    program = shard.map_batch.lower(cast, batch, fill, **settings, **run.geometry, **knobs)
     program = program.compile()
     compile_seconds = time.perf_counter() - began
 

@@ -176,6 +176,31 @@ class Detector:
 
 
 @dataclasses.dataclass(kw_only=True)
+class Sweep:
+    """What `--mode=sweep` attacks some test images with.
+
+    FGSM at every epsilon; the other attacks at `attack.epsilon`, those of several `steps` with as
+    many.
+    """
+
+    epsilons: tuple[float, ...] = tuple(n / 255 for n in (1, 2, 4, 8, 16)) + (0.05, 0.1, 0.2)
+    attacks: tuple[str, ...] = ('targeted_fgsm', 'bim', 'pgd', 'mi_fgsm', 'square')
+    steps: int = 10
+    images: int = 1000
+
+    def validate(self):
+        """Raises `UsageError` for the first field that makes no sense."""
+        in_range = self.epsilons and all(0 < epsilon <= 1 for epsilon in self.epsilons)
+        _require(bool(in_range), 'sweep.epsilons', self.epsilons, 'numbers above 0, up to 1')
+        known = ('targeted_fgsm', 'bim', 'pgd', 'mi_fgsm', 'square')
+        expected = f'some of {", ".join(known)}'
+        _require(set(self.attacks) <= set(known), 'sweep.attacks', self.attacks, expected)
+        for field in ('steps', 'images'):
+            value = getattr(self, field)
+            _require(value >= 1, f'sweep.{field}', value, 'at least 1')
+
+
+@dataclasses.dataclass(kw_only=True)
 class Config:
     """One experiment, from images to tables."""
 
@@ -185,6 +210,7 @@ class Config:
     attack: Attack
     occlusion: Occlusion
     detector: Detector = dataclasses.field(default_factory=Detector)
+    sweep: Sweep = dataclasses.field(default_factory=Sweep)
 
     def validate(self):
         """Raises `UsageError` for the first field that makes no sense."""
@@ -194,6 +220,7 @@ class Config:
         self.attack.validate()
         self.occlusion.validate(self.data.image_size)
         self.detector.validate()
+        self.sweep.validate()
 
 
 def to_json(config: Config) -> dict:

@@ -22,6 +22,7 @@ from occjax import (
     judging,
     metrics,
     peer,
+    shard,
     stages,
     storage,
 )
@@ -94,7 +95,7 @@ def _images(run, variables, maps):
     split, settings = run.dataset.test, run.config.attack
     images, labels = data.take(split, maps.image_id), split.labels[maps.image_id]
     attack_fn = functools.partial(
-        stages.attack_batch,
+        shard.attack_batch,
         variables,
         epsilon=settings.epsilon,
         clip=settings.clip,
@@ -110,9 +111,9 @@ def _logits(run, variables, images, exact, *, threshold, every):
         return exact.logits
     mapping = run.mapping(exact.unoccluded.shape[-1], 'approximate')
     map_fn = functools.partial(
-        stages.map_batch,
+        shard.map_batch,
         variables,
-        fill=stages.fill_of(run, variables),
+        fill=shard.fill_of(run, variables),
         mesh=run.mesh,
         plan=run.plan,
         engine='approximate',

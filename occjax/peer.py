@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from occjax import occlusion, stages, vgg
+from occjax import occlusion, shard, vgg
 from occjax.run import Run
 from occjax.types import UsageError
 
@@ -143,7 +143,7 @@ def measure(run: Run, variables: vgg.Variables, images: np.ndarray) -> dict:
     # Channels last is PyTorch's faster layout on large images, by a quarter at 224 pixels.
     layout = torch.channels_last if side >= 64 else torch.contiguous_format
     module = twin(variables, image_size=side, plan=run.plan).to(device, memory_format=layout)
-    fill = np.broadcast_to(stages.fill_of(run, variables), images.shape[1:])
+    fill = np.broadcast_to(shard.fill_of(run, variables), images.shape[1:])
 
     def to_torch(array):
         array = torch.from_numpy(np.array(array)).permute(0, 3, 1, 2)
@@ -202,7 +202,7 @@ def _difference(run, variables, images, peer_fn):
     """Returns by how much the twin's probabilities differ from ours under some windows."""
     origins = occlusion.window_origins(images.shape[1:3], **run.geometry)
     chosen = origins[:: max(1, len(origins) // 8)]
-    fill, size = stages.fill_of(run, variables), run.config.occlusion.size
+    fill, size = shard.fill_of(run, variables), run.config.occlusion.size
     covered = np.stack([occlusion.occlude(images[0], o, size=size, fill=fill) for o in chosen])
     ours = jax.jit(vgg.logits, static_argnames='plan')(variables, covered, plan=run.plan)
     ours, theirs = (jax.nn.softmax(np.asarray(z), axis=-1) for z in (ours, peer_fn(covered)))

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from occjax import attack, classifier, data, evaluation, storage, vgg
-from occjax import engine as engine_lib
+from occjax import classifier, data, evaluation, shard, storage, vgg
 from occjax.run import Progress, Run, say
-from occjax.types import Split, UsageError
+from occjax.types import UsageError
 
 SPLITS = ('train', 'test')
 
@@ -28,46 +27,6 @@ _MAPPED_IMAGES = 0
 def predict(variables, images, *, plan):
     """Returns the `[B]` classes that the classifier names."""
     return jnp.argmax(vgg.logits(variables, images, plan=plan), axis=-1)
-
-
-@functools.partial(jax.jit, static_argnames=('plan', 'clip'))
-def attack_batch(variables, images, labels, *, epsilon, clip, plan):
-    """Returns FGSM images, and the `[B, K]` logits before and after."""
-    logits_fn = functools.partial(vgg.logits, variables, plan=plan)
-    bounds = (0.0, 1.0) if clip else None
-    adversarial = attack.fgsm(logits_fn, images, labels, epsilon=epsilon, bounds=bounds)
-    return adversarial, logits_fn(images), logits_fn(adversarial)
-
-
-@functools.partial(jax.jit, static_argnames=('plan', 'clip'))
-def noise_batch(variables, images, ids, *, seed, epsilon, clip, plan):
-    """Returns images under noise of the attack's size, each image's own, and their logits."""
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(ids)
-    bounds = (0.0, 1.0) if clip else None
-    noise_fn = functools.partial(attack.sign_noise, epsilon=epsilon, bounds=bounds)
-    noisy = jax.vmap(lambda key, image: noise_fn(image[None], key=key)[0])(keys, images)
-    return noisy, vgg.logits(variables, noisy, plan=plan)
-
-
-_KNOBS = ('size', 'stride', 'grid', 'chunk_size', 'plan', 'engine', 'threshold', 'every')
-
-
-@functools.partial(jax.jit, static_argnames=('mesh', *_KNOBS))
-def map_batch(variables, images, fill, *, mesh, plan, engine='full', **geometry):
-    """Returns the `[B, h, w, K]` logits under every window; each device maps its own images."""
-
-    def occluded_logits(variables, images, fill):
-        settings = dict(plan=plan, engine=engine, fill=fill, **geometry)
-        return engine_lib.occluded_logits(variables, images, **settings)
-
-    by_image = jax.P('data')
-    return jax.shard_map(
-        occluded_logits,
-        mesh=mesh,
-        in_specs=(jax.P(), by_image, jax.P()),
-        out_specs=by_image,
-        check_vma=False,
-    )(variables, images, fill)
 
 
 @functools.partial(jax.jit, static_argnames='side')
@@ -153,94 +112,11 @@ def load_variables(run: Run) -> vgg.Variables:
     return run.replicate(storage.restore_checkpoint(directory, like, mode='train').variables)
 
 
-def fill_of(run: Run, variables: vgg.Variables) -> np.ndarray:
-    """Returns what covers a window, one value or one a channel; by default the training mean."""
-    return np.asarray(run.config.occlusion.fill or variables.pixel_stats['mean'], np.float32)
-
-
-def collect(
-    run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray, *, controls: bool = False
-) -> dict:
-    """Returns a shard: the heatmaps of some images and their attacks, and what the attack did.
-
-    Correctly classified images and successful attacks on them have maps (§III-C), stored as the
-    logits of all classes, so that every detector and table follows without the classifier. The
-    `controls` have them as well, under the names of `CONTROLS`.
-    """
-    settings = run.config.attack
-    images, labels = data.take(split, ids), split.labels[ids]
-    attack_fn = functools.partial(
-        attack_batch, variables, epsilon=settings.epsilon, clip=settings.clip, plan=run.plan
-    )
-    adversarial, before, after = run.in_batches(
-        attack_fn, images, labels, batch_size=run.batch_size
-    )
-    correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))
-    # By kind: the images, their logits, which of them are mapped, and whether they are attacked.
-    kinds = {
-        'correct': (images, before, correct, False),
-        'adversarial': (adversarial, after, successful, True),
-    }
-    if controls:
-        noise_fn = functools.partial(
-            noise_batch,
-            variables,
-            seed=run.config.seed + 4,
-            epsilon=settings.epsilon,
-            clip=settings.clip,
-            plan=run.plan,
-        )
-        noisy, under_noise = run.in_batches(noise_fn, images, ids, batch_size=run.batch_size)
-        still = correct & (under_noise.argmax(-1) == labels)
-        kinds |= {
-            'noise': (noisy, under_noise, still, False),
-            'misclassified': (images, before, ~correct, False),
-            'failed': (adversarial, after, correct & ~successful, True),
-        }
-    chosen = np.concatenate([pixels[mapped] for pixels, _, mapped, _ in kinds.values()])
-    logits = np.zeros((0, *run.grid, before.shape[-1]), np.float32)
-    if len(chosen):
-        mapping = run.mapping(before.shape[-1])
-        map_fn = functools.partial(
-            map_batch,
-            variables,
-            fill=fill_of(run, variables),
-            mesh=run.mesh,
-            plan=run.plan,
-            engine=mapping.engine,
-            chunk_size=mapping.chunk_size,
-            **run.geometry,
-            **run.knobs,
-        )
-        logits = run.in_batches(map_fn, chosen, batch_size=mapping.batch_size)
-    parts, start = {}, 0
-    for kind, (_, unoccluded, mapped, is_adversarial) in kinds.items():
-        count = mapped.sum()
-        parts[kind] = {
-            'logits': logits[start : start + count],
-            'unoccluded': unoccluded[mapped],
-            'label': labels[mapped],
-            'image_id': ids[mapped],
-            'is_adversarial': np.full(count, is_adversarial),
-        }
-        start += count
-    correct_part, adversarial_part = parts.pop('correct'), parts.pop('adversarial')
-    maps = {
-        name: np.concatenate([correct_part[name], adversarial_part[name]]) for name in correct_part
-    }
-    for kind, part in parts.items():
-        maps |= {f'{kind}_{name}': array for name, array in part.items()}
-    attacked = adversarial[correct]
-    example = np.flatnonzero(successful)[:1]  # One a shard, for the figures.
-    return maps | {
-        'attempted': correct.sum(),
-        'nan_count': np.isnan(attacked).sum(),
-        'max_perturbation': np.nanmax(np.abs(attacked - images[correct]), initial=0),
-        'pixel_range': [np.nanmin(attacked, initial=1), np.nanmax(attacked, initial=0)],
-        'example_id': ids[example],
-        'example_clean': images[example],
-        'example_adversarial': adversarial[example],
-    }
+def mapped_ids(run: Run, name: str) -> np.ndarray:
+    """Returns which images of a split are mapped, in the order of their maps."""
+    count = len(getattr(run.dataset, name))
+    limit = getattr(run.config.occlusion, f'{name}_images') or count
+    return run.rng(_MAPPED_IMAGES, SPLITS.index(name)).permutation(count)[:limit]
 
 
 def heatmaps(run: Run):
@@ -249,10 +125,8 @@ def heatmaps(run: Run):
     if (directory / 'manifest.json').exists():
         return
     variables, shards = load_variables(run), []
-    for split_number, name in enumerate(SPLITS):
-        split = getattr(run.dataset, name)
-        limit = getattr(run.config.occlusion, f'{name}_images') or len(split)
-        ids = run.rng(_MAPPED_IMAGES, split_number).permutation(len(split))[:limit]
+    for name in SPLITS:
+        split, ids = getattr(run.dataset, name), mapped_ids(run, name)
         for start in range(0, len(ids), run.shard_size):
             path = directory / f'{name}-{start:07d}.npz'
             shards.append((path, split, ids[start : start + run.shard_size]))
@@ -262,7 +136,7 @@ def heatmaps(run: Run):
             progress.total -= len(ids)
         else:
             controls = split is run.dataset.test
-            storage.save_arrays(path, collect(run, variables, split, ids, controls=controls))
+            storage.save_arrays(path, shard.collect(run, variables, split, ids, controls=controls))
             progress(len(ids))
     storage.write_json(directory / 'manifest.json', [path.name for path, *_ in shards])
 

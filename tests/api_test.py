@@ -26,6 +26,12 @@ FUNCTIONS = [
 # Other programs call these by name.
 CONTRACTS = {
     'fgsm': '(logits_fn, images, labels, *, epsilon, bounds)',
+    'attack.targeted_fgsm': '(logits_fn, images, targets, *, epsilon, bounds)',
+    'attack.fgsm_l2': '(logits_fn, images, labels, *, epsilon, bounds)',
+    'attack.bim': '(logits_fn, images, labels, *, epsilon, steps, step_size, bounds)',
+    'attack.pgd': '(logits_fn, images, labels, *, key, epsilon, steps, step_size, bounds)',
+    'attack.mi_fgsm': '(logits_fn, images, labels, *, epsilon, steps, step_size, decay, bounds)',
+    'attack.square': '(logits_fn, images, labels, *, key, epsilon, steps, bounds)',
     'grid_shape': '(image_shape, *, size, stride, grid)',
     'occluded_logits': '(logits_fn, images, *, size, stride, fill, grid, chunk_size)',
     'heatmaps': '(logits_fn, images, classes, *, size, stride, fill, grid, chunk_size)',
@@ -34,7 +40,7 @@ CONTRACTS = {
     'vgg.train_logits': '(variables, images, *, key, dropout_rate, plan)',
     'vgg.summary': '(*, image_size, num_classes, hidden, plan)',
     'vgg.from_torchvision': '(state_dict, *, mean, std)',
-    'detector.init_bank': '(key, *, num_classes, grid)',
+    'detector.init_bank': '(key, *, num_classes, grid, features)',
     'detector.score': '(bank, maps, predicted)',
 }
 

@@ -1,23 +1,56 @@
-"""Laws of FGSM."""
+"""Laws of the attacks."""
 
 import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
+from hypothesis import strategies as st
 
 import occjax
 from occjax import attack
 
 IMAGE_SHAPE = (6, 5, 3)
+KEYED = ('pgd', 'square')
+ASCENDING = ('bim', 'pgd', 'mi_fgsm')
+ITERATED = (*ASCENDING, 'square')
+ATTACKS = ('fgsm', 'targeted_fgsm', 'fgsm_l2', *ITERATED)
 
 
 def linear_classifier(seed, classes):
     """Returns weights and the classifier that they make."""
     weights = jax.random.normal(jax.random.key(seed), (np.prod(IMAGE_SHAPE), classes))
     return weights, lambda images: images.reshape(len(images), -1) @ weights
+
+
+def small_network(seed, classes=4):
+    """Returns a classifier of one tanh layer, as a function of its two matrices, and these."""
+    keys = jax.random.split(jax.random.key(seed))
+    weights = (
+        jax.random.normal(keys[0], (np.prod(IMAGE_SHAPE), 8)) / 4,
+        jax.random.normal(keys[1], (8, classes)),
+    )
+    return lambda w, images: jnp.tanh(images.reshape(len(images), -1) @ w[0]) @ w[1], weights
+
+
+def torch_model(torch, weights):
+    """Returns PyTorch's twin of the small network; it too takes NHWC."""
+
+    class Twin(torch.nn.Module):
+        def forward(self, images):
+            first, second = (torch.tensor(np.asarray(w)) for w in weights)
+            return torch.tanh(images.flatten(1) @ first) @ second
+
+    return Twin().eval()
+
+
+def arguments(name, *, seed=3, steps=5):
+    """Returns what an attack takes beside `epsilon` and `bounds`."""
+    key = {'key': jax.random.key(seed)} if name in KEYED else {}
+    return key | ({'steps': steps} if name in ITERATED else {})
 
 
 class FgsmTest(parameterized.TestCase):
@@ -90,6 +123,461 @@ class FgsmTest(parameterized.TestCase):
     def test_refuses_other_labels(self, labels):
         with self.assertRaisesRegex(ValueError, 'Expected 4 integer labels'):
             occjax.fgsm(self.logits_fn, self.images, jnp.array(labels), epsilon=0.1)
+
+
+class EveryAttackTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        apply, self.weights = small_network(5)
+        self.logits_fn = functools.partial(apply, self.weights)
+        self.images = jax.random.uniform(jax.random.key(6), (4, *IMAGE_SHAPE))
+        self.labels = self.logits_fn(self.images).argmax(-1)
+
+    def attack(self, name, images=None, labels=None, *, epsilon=0.1, bounds=(0.0, 1.0), **more):
+        more = arguments(name) | more
+        return getattr(attack, name)(
+            self.logits_fn,
+            self.images if images is None else images,
+            self.labels if labels is None else labels,
+            epsilon=epsilon,
+            bounds=bounds,
+            **more,
+        )
+
+    @parameterized.parameters(*ATTACKS)
+    def test_zero_epsilon_is_bit_identical(self, name):
+        images = self.images.at[0, 0, 0, 0].set(0).at[0, 0, 0, 1].set(1)
+        more = {'step_size': 0.03} if name in ASCENDING else {}
+        for bounds in ((0.0, 1.0), None):
+            run = jax.jit(functools.partial(self.attack, name, bounds=bounds, **more))
+            actual = run(images, epsilon=0.0)
+            np.testing.assert_array_equal(
+                np.asarray(actual).view(np.uint32), np.asarray(images).view(np.uint32)
+            )
+
+    @parameterized.parameters(*ATTACKS)
+    def test_jit_changes_nothing(self, name):
+        """And all numbers may be traced, those of steps included."""
+        more = arguments(name) | ({'step_size': 0.03} if name in ASCENDING else {})
+        traced = jax.jit(lambda images, more: self.attack(name, images, **more))(
+            self.images, more | {'epsilon': 0.1}
+        )
+        actual = self.attack(name, epsilon=0.1, **more)
+        self.assertEqual((actual.shape, actual.dtype), (self.images.shape, self.images.dtype))
+        self.assertGreater(jnp.abs(actual - self.images).max(), 0.01)
+        np.testing.assert_allclose(actual, traced, atol=1e-6)
+
+    @parameterized.parameters(*ATTACKS)
+    def test_an_image_does_not_see_its_batch(self, name):
+        run = jax.jit(functools.partial(self.attack, name))
+        together = run(self.images, self.labels)
+        others = self.images.at[2:].set(0.5)
+        np.testing.assert_allclose(run(others, self.labels)[:2], together[:2], atol=1e-6)
+        alone = run(self.images[:2], self.labels[:2])
+        np.testing.assert_allclose(alone, together[:2], atol=1e-6)
+
+    @parameterized.parameters(*ATTACKS)
+    def test_numbers_may_be_one_for_each_image(self, name):
+        epsilon = jnp.array([0.0, 0.02, 0.1, 0.2])
+
+        @jax.jit
+        def run(epsilon):
+            more = {'step_size': epsilon / 3} if name in ASCENDING else {}
+            return self.attack(name, epsilon=epsilon, **more)
+
+        together = run(epsilon)
+        np.testing.assert_array_equal(together, run(epsilon.reshape(4, 1, 1, 1)))
+        for b in range(4):
+            np.testing.assert_allclose(together[b], run(epsilon[b])[b], atol=1e-6)
+
+    @parameterized.parameters(*ITERATED)
+    def test_steps_may_be_one_for_each_image(self, name):
+        steps = jnp.array([0, 30, 2, 200])
+        run = jax.jit(functools.partial(self.attack, name, epsilon=0.03))
+        together = run(steps=steps)
+        np.testing.assert_allclose(
+            together, self.attack(name, epsilon=0.03, steps=steps), atol=1e-6
+        )
+        for b in range(4):
+            np.testing.assert_allclose(together[b], run(steps=int(steps[b]))[b], atol=1e-6)
+        if name != 'pgd':
+            np.testing.assert_array_equal(together[0], self.images[0])
+        self.assertGreater(jnp.abs(together - run(steps=200))[1:3].max(), 0.01)
+
+    @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
+    @hypothesis.given(
+        seed=st.integers(0, 2**31 - 1),
+        epsilon=st.floats(1e-3, 0.6),
+        steps=st.integers(0, 4),
+        step=st.floats(0.1, 3.0),
+        low=st.sampled_from([0.0, 0.1, 0.4]),
+        high=st.sampled_from([0.6, 0.9, 1.0]),
+    )
+    def test_stays_in_the_ball_and_in_the_bounds(self, seed, epsilon, steps, step, low, high):
+        images = low + (high - low) * jax.random.uniform(jax.random.key(seed), self.images.shape)
+        images = jnp.clip(images, low, high)
+        _, weights = small_network(seed % 1000)
+        for name in ATTACKS:
+            more = arguments(name, seed=seed, steps=steps)
+            more |= {'step_size': step * epsilon} if name in ASCENDING else {}
+            for bounds in ((low, high), None):
+                actual = np.asarray(
+                    jitted(name)(weights, images, more | {'epsilon': epsilon, 'bounds': bounds}),
+                    np.float64,
+                )
+                change = (actual - images).reshape(4, -1)
+                order = 2 if name == 'fgsm_l2' else np.inf
+                size = np.linalg.norm(change, ord=order, axis=-1).max()
+                self.assertLessEqual(size, epsilon * (1 + 1e-5) + 2**-22, name)
+                if bounds:
+                    self.assertGreaterEqual(actual.min(), np.float32(low), name)
+                    self.assertLessEqual(actual.max(), np.float32(high), name)
+
+    @parameterized.parameters('targeted_fgsm', 'fgsm_l2', *ASCENDING)
+    def test_zero_gradient_leaves_the_image(self, name):
+        self.logits_fn = lambda images: jnp.zeros((len(images), 2))
+        start = self.attack(name, steps=0) if name == 'pgd' else self.images
+        np.testing.assert_array_equal(self.attack(name), start)
+
+    @parameterized.parameters(*KEYED)
+    def test_the_key_alone_decides(self, name):
+        more = {'step_size': 0.002} if name == 'pgd' else {}
+        run = jax.jit(functools.partial(self.attack, name, epsilon=0.03, **more))
+        np.testing.assert_array_equal(run(key=jax.random.key(1)), run(key=jax.random.key(1)))
+        difference = jnp.abs(run(key=jax.random.key(1)) - run(key=jax.random.key(2)))
+        self.assertGreater(difference.max(axis=(1, 2, 3)).min(), 0.01)
+        # Two of the same in one batch draw apart.
+        twins = run(self.images[:1].repeat(2, 0), self.labels[:1].repeat(2), steps=1)
+        self.assertGreater(jnp.abs(twins[0] - twins[1]).max(), 0.01)
+
+    @parameterized.parameters(*ATTACKS)
+    def test_refuses_what_does_not_fit(self, name):
+        with self.assertRaisesRegex(ValueError, 'Expected 4 integer labels'):
+            self.attack(name, labels=self.labels[:3])
+        with self.assertRaisesRegex(ValueError, 'Expected images of floats, got uint8'):
+            self.attack(name, jnp.zeros(self.images.shape, jnp.uint8))
+        with self.assertRaisesRegex(ValueError, r'broadcasting.*\[?3,1,1,1\b.*4,1,1,1'):
+            self.attack(name, epsilon=jnp.full(3, 0.1))
+        if name in ITERATED:
+            with self.assertRaisesRegex(ValueError, r'broadcasting.*3.*4'):
+                self.attack(name, steps=jnp.full(3, 2))
+
+    def test_a_classifier_can_be_trained_on_attacks(self):
+        """The loss at attacked images has a gradient in the weights, though the search has none."""
+        apply, weights = small_network(5)
+        for name in KEYED:
+
+            def loss(w, name=name):
+                attacked = getattr(attack, name)(
+                    functools.partial(apply, w),
+                    self.images,
+                    self.labels,
+                    epsilon=0.1,
+                    **arguments(name),
+                )
+                return (apply(w, jax.lax.stop_gradient(attacked)) ** 2).sum()
+
+            fixed = self.attack(name)
+            expected = jax.grad(lambda w, fixed=fixed: (apply(w, fixed) ** 2).sum())(weights)
+            np.testing.assert_allclose(jax.grad(loss)(weights)[1], expected[1], rtol=1e-4)
+
+
+@functools.cache
+def jitted(name):
+    """Returns an attack on the small network, compiled once for all numbers."""
+    apply, _ = small_network(0)
+
+    def run(weights, images, numbers):
+        logits_fn = functools.partial(apply, weights)
+        labels = logits_fn(images).argmax(-1)
+        return getattr(attack, name)(logits_fn, images, labels, **numbers)
+
+    return jax.jit(run)
+
+
+class ClosedFormTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.images = jax.random.uniform(jax.random.key(0), (4, *IMAGE_SHAPE))
+        self.labels = jnp.array([0, 1, 1, 0])
+        self.weights, self.logits_fn = linear_classifier(1, 2)
+        self.args = (self.logits_fn, self.images, self.labels)
+
+    @parameterized.product(name=ASCENDING, bounds=((0.0, 1.0), None))
+    def test_on_a_linear_classifier_steps_end_in_the_corner_of_fgsm(self, name, bounds):
+        corner = attack.fgsm(*self.args, epsilon=0.1, bounds=bounds)
+        actual = getattr(attack, name)(
+            *self.args, epsilon=0.1, bounds=bounds, **arguments(name, steps=7)
+        )
+        np.testing.assert_allclose(actual, corner, atol=1e-6)
+        # From there no step leads on, however long.
+        further = {'step_size': 0.09} | arguments(name, steps=12)
+        actual = getattr(attack, name)(*self.args, epsilon=0.1, bounds=bounds, **further)
+        np.testing.assert_allclose(actual, corner, atol=1e-6)
+
+    @parameterized.parameters('bim', 'mi_fgsm')
+    def test_one_step_is_fgsm(self, name):
+        actual = getattr(attack, name)(*self.args, epsilon=0.1, steps=1)
+        np.testing.assert_array_equal(actual, attack.fgsm(*self.args, epsilon=0.1))
+
+    def test_the_other_of_two_classes_as_target_is_fgsm(self):
+        actual = attack.targeted_fgsm(self.logits_fn, self.images, 1 - self.labels, epsilon=0.1)
+        np.testing.assert_array_equal(actual, attack.fgsm(*self.args, epsilon=0.1))
+
+    @parameterized.parameters(1.0, 1e-25, 1e18)
+    def test_l2_step_goes_along_the_weights_by_epsilon(self, scale):
+        """For two classes the loss gradient has the direction of w_other - w_label."""
+        difference = (self.weights[:, 1] - self.weights[:, 0]).reshape(1, *IMAGE_SHAPE)
+        toward_other = jnp.where(self.labels == 0, 1, -1)[:, None, None, None]
+        direction = difference * toward_other / jnp.linalg.norm(difference)
+
+        def logits_fn(images):
+            # Both classes about as probable, so that the gradient is as large as the weights.
+            return self.logits_fn(images - self.images) * scale
+
+        actual = attack.fgsm_l2(logits_fn, self.images, self.labels, epsilon=0.5, bounds=None)
+        np.testing.assert_allclose(actual, self.images + 0.5 * direction, atol=1e-6)
+        clipped = attack.fgsm_l2(logits_fn, self.images, self.labels, epsilon=0.5)
+        np.testing.assert_allclose(clipped, jnp.clip(actual, 0, 1), atol=1e-6)
+
+    def test_pgd_starts_uniformly(self):
+        """By four standard errors of the mean and of the mean square."""
+        images = jnp.full((50, *IMAGE_SHAPE), 0.5)
+        common = {'key': jax.random.key(0), 'epsilon': 0.2, 'steps': 0}
+        start = attack.pgd(self.logits_fn, images, jnp.zeros(50, int), **common)
+        unit = (np.asarray(start, np.float64) - 0.5) / 0.2
+        self.assertLess(abs(unit.mean()), 4 * np.sqrt(1 / 3 / unit.size))
+        self.assertLess(abs((unit**2).mean() - 1 / 3), 4 * np.sqrt(4 / 45 / unit.size))
+        self.assertLess(abs(unit).max(), 1 + 1e-5)
+
+
+class PeerTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.torch = pytest.importorskip('torch', reason='PyTorch is the oracle')
+        apply, weights = small_network(7)
+        self.logits_fn = functools.partial(apply, weights)
+        self.images = jax.random.uniform(jax.random.key(8), (6, *IMAGE_SHAPE))
+        self.labels = jnp.array([0, 3, 2, 1, 2, 0])
+        self.twin = torch_model(self.torch, weights)
+
+    def foolbox(self, name, *, epsilon, target=False, start=None, **more):
+        foolbox = pytest.importorskip('foolbox', reason='foolbox is the peer')
+        kind = foolbox.criteria.TargetedMisclassification if target else foolbox.Misclassification
+        method = getattr(foolbox.attacks, name)(**more)
+        if start is not None:
+            # foolbox draws its own start; this one is ours.
+            method.get_random_start = lambda *_: pytest.importorskip('eagerpy').astensor(
+                self.tensor(start)
+            )
+        attacked = method.run(
+            foolbox.PyTorchModel(self.twin, bounds=(0, 1), device='cpu'),
+            self.tensor(self.images),
+            kind(self.tensor(self.labels).long()),
+            epsilon=epsilon,
+        )
+        return attacked.numpy()
+
+    def tensor(self, array):
+        return self.torch.tensor(np.array(array))
+
+    def run_ours(self, name, **more):
+        return getattr(attack, name)(self.logits_fn, self.images, self.labels, **more)
+
+    @parameterized.parameters(0.02, 0.3)
+    def test_bim_is_foolbox(self, epsilon):
+        expected = self.foolbox(
+            'LinfBasicIterativeAttack', epsilon=epsilon, steps=6, abs_stepsize=0.07
+        )
+        actual = self.run_ours('bim', epsilon=epsilon, steps=6, step_size=0.07)
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+    def test_pgd_is_foolbox_from_the_same_start(self):
+        common = {'epsilon': 0.1, 'key': jax.random.key(4)}
+        expected = self.foolbox(
+            'LinfPGD',
+            epsilon=0.1,
+            steps=6,
+            abs_stepsize=0.01,
+            start=self.run_ours('pgd', steps=0, **common),
+        )
+        actual = self.run_ours('pgd', steps=6, step_size=0.01, **common)
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+        default = self.run_ours('pgd', steps=6, **common)
+        by_hand = self.run_ours('pgd', steps=6, step_size=2.5 * 0.1 / 6, **common)
+        np.testing.assert_allclose(default, by_hand, atol=1e-6)
+
+    @parameterized.parameters(0.3, 2.0)
+    def test_fgsm_l2_is_foolbox(self, epsilon):
+        expected = self.foolbox('L2FastGradientAttack', epsilon=epsilon)
+        np.testing.assert_allclose(self.run_ours('fgsm_l2', epsilon=epsilon), expected, atol=1e-6)
+
+    def test_targeted_fgsm_is_foolbox(self):
+        """Whose FGSM takes no target, but one step of whose iteration does."""
+        expected = self.foolbox(
+            'LinfBasicIterativeAttack', epsilon=0.05, target=True, steps=1, rel_stepsize=1.0
+        )
+        actual = self.run_ours('targeted_fgsm', epsilon=0.05)
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+    @parameterized.parameters(0.0, 0.7, 1.0)
+    def test_mi_fgsm_is_a_loop_in_pytorch(self, decay):
+        torch, epsilon, steps, step_size = self.torch, 0.25, 8, 0.08
+        clean = self.tensor(self.images)
+        expected, momentum = clean.clone(), torch.zeros_like(clean)
+        for _ in range(steps):
+            expected.requires_grad_(True)
+            loss = torch.nn.functional.cross_entropy(
+                self.twin(expected), self.tensor(self.labels).long()
+            )
+            (gradient,) = torch.autograd.grad(loss, expected)
+            norm = gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
+            momentum = decay * momentum + gradient / norm
+            moved = expected.detach() + step_size * momentum.sign()
+            expected = (clean + (moved - clean).clamp(-epsilon, epsilon)).clamp(0, 1)
+        common = {'epsilon': epsilon, 'steps': steps, 'step_size': step_size}
+        actual = self.run_ours('mi_fgsm', decay=decay, **common)
+        np.testing.assert_allclose(actual, expected.numpy(), atol=1e-6)
+        iterated = self.run_ours('bim', **common)
+        if decay:
+            self.assertGreater(jnp.abs(actual - iterated).max(), 0.01)
+        else:
+            np.testing.assert_allclose(actual, iterated, atol=1e-6)
+
+
+class SquareTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        apply, self.weights = small_network(5)
+        self.logits_fn = functools.partial(apply, self.weights)
+        self.images = jax.random.uniform(jax.random.key(6), (6, *IMAGE_SHAPE))
+        self.labels = self.logits_fn(self.images).argmax(-1)
+
+    def test_breaks_a_small_network_and_leaves_what_is_broken(self):
+        labels = self.labels.at[1].set((self.labels[1] + 1) % 4)
+        before = self.logits_fn(self.images)
+        attacked = attack.square(
+            self.logits_fn, self.images, labels, key=jax.random.key(0), epsilon=0.3, steps=300
+        )
+        outcome = attack.outcome(before, self.logits_fn(attacked), labels)
+        np.testing.assert_array_equal(outcome.successful, np.arange(6) != 1)
+        np.testing.assert_array_equal(attacked[1], self.images[1])
+
+    def test_a_tie_that_argmax_decides_for_the_label_is_no_success(self):
+        """And a classifier without a gradient is attacked all the same."""
+
+        def logits_fn(images):
+            lead = jnp.round(100 * (images.mean(axis=(1, 2, 3)) - 0.5))
+            return jnp.stack([lead, jnp.zeros_like(lead)], axis=-1)
+
+        labels = jnp.zeros(6, int)
+        attacked = attack.square(
+            logits_fn,
+            jnp.full_like(self.images, 0.55),
+            labels,
+            key=jax.random.key(0),
+            epsilon=0.3,
+            steps=300,
+        )
+        np.testing.assert_array_equal(logits_fn(attacked).argmax(-1), 1)
+
+    @parameterized.parameters(1, 3)
+    def test_follows_the_paper(self, channels):
+        """What a classifier in NumPy was asked, replayed: stripes, squares, sides, what stays."""
+        shape, steps, epsilon = (8, 8, channels), 300, 0.3
+        random = np.random.default_rng(0)
+        images = random.uniform(size=(5, *shape)).astype(np.float32)
+        weights = random.normal(size=(np.prod(shape), 3)).astype(np.float32)
+        labels = np.argmax(images.reshape(5, -1) @ weights, -1)
+        # The first is right by far, and so is searched to the end.
+        bias = np.zeros((5, 3), np.float32)
+        bias[0, labels[0]] = 1e3
+        asked = []
+
+        def classify(images):
+            asked.append(np.array(images))
+            return asked[-1].reshape(5, -1) @ weights + bias
+
+        def logits_fn(images):
+            return jax.pure_callback(classify, jax.ShapeDtypeStruct((5, 3), jnp.float32), images)
+
+        actual = jax.block_until_ready(
+            attack.square(
+                logits_fn,
+                images,
+                jnp.asarray(labels),
+                key=jax.random.key(2),
+                epsilon=epsilon,
+                steps=steps,
+                bounds=None,
+            )
+        )
+        self.assertLen(asked, 1 + steps)
+
+        def margin(images):
+            logits = images.reshape(5, -1) @ weights + bias
+            others = np.where(np.eye(3, dtype=bool)[labels], -np.inf, logits).max(-1)
+            return np.take_along_axis(logits, labels[:, None], -1)[:, 0] - others
+
+        best, lead = images, margin(images)
+        boxes, rows, columns, signs = {}, set(), set(), set()
+        for t, tried in enumerate(asked[1:]):
+            change = (tried - images) / epsilon
+            differs = (tried != best).any(-1)
+            self.assertTrue(differs.any(axis=(1, 2)).all())
+            if t == 0:
+                np.testing.assert_allclose(abs(change), 1, rtol=1e-5)
+                np.testing.assert_array_equal(change > 0, change[:, :1].repeat(8, 1) > 0)
+                self.assertBetween((change > 0).mean(), 0.3, 0.7)
+            else:
+                progress = (t - 1) * 10_000 / steps
+                halvings = sum(
+                    progress > at for at in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+                )
+                side = max(1, round(8 * np.sqrt(0.8 / 2**halvings)))
+                for b in range(5):
+                    at = np.argwhere(differs[b])
+                    box = at.max(0) - at.min(0) + 1
+                    self.assertLessEqual(box.max(), side)
+                    boxes[side] = max(boxes.get(side, 0), box.min())
+                    rows |= set(at[:, 0])
+                    columns |= set(at[:, 1])
+                    signs.add(tuple(change[b][tuple(at[0])] > 0))
+                    for c in range(channels):
+                        new = change[b, ..., c][tried[b, ..., c] != best[b, ..., c]]
+                        np.testing.assert_allclose(new, new[:1].repeat(len(new)), rtol=1e-4)
+            accepted = (lead >= 0) & ((t == 0) | (margin(tried) < lead))
+            lead = np.where(accepted, margin(tried), lead)
+            best = np.where(accepted[:, None, None, None], tried, best)
+        np.testing.assert_array_equal(actual, best)
+        np.testing.assert_array_equal(lead < 0, [False, True, True, True, True])
+        self.assertEqual(boxes, {side: side for side in (7, 5, 4, 3, 2, 1)})
+        self.assertEqual((rows, columns), (set(range(8)), set(range(8))))
+        self.assertLen(signs, 2**channels)
+
+
+class SignNoiseTest(parameterized.TestCase):
+    def test_matched_noise_has_the_norm_of_the_attack(self):
+        """Every pixel moves by epsilon, as FGSM moves all that have a gradient; half of them up."""
+        images = np.full((2, 16, 16, 3), 0.5, np.float32)
+        key = jax.random.key(0)
+        noise = np.asarray(attack.sign_noise(images, key=key, epsilon=0.1)) - images
+        np.testing.assert_allclose(np.abs(noise), 0.1, rtol=1e-5)
+        self.assertAlmostEqual(np.mean(noise > 0), 0.5, delta=0.05)
+        weights = np.random.default_rng(0).normal(size=(16 * 16 * 3, 4)).astype(np.float32)
+        attacked = attack.fgsm(
+            lambda x: x.reshape(len(x), -1) @ weights, images, np.array([0, 1]), epsilon=0.1
+        )
+        norms = [np.linalg.norm(x.reshape(2, -1), axis=1) for x in (noise, attacked - images)]
+        np.testing.assert_allclose(*norms, rtol=1e-5)
+
+    def test_is_clipped_and_nothing_without_epsilon(self):
+        images = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
+        key = jax.random.key(1)
+        noisy = np.asarray(attack.sign_noise(images, key=key, epsilon=0.4))
+        self.assertBetween(noisy.min(), 0, 1)
+        self.assertBetween(noisy.max(), 0, 1)
+        np.testing.assert_array_equal(attack.sign_noise(images, key=key, epsilon=0.0), images)
 
 
 class OutcomeTest(parameterized.TestCase):

@@ -111,7 +111,7 @@ MEASURE = """
 import json, sys
 import jax, numpy as np
 from configs import digits
-from occjax import benchmark, engine, memory, run, stages, vgg
+from occjax import benchmark, engine, memory, run, shard, vgg
 run.PLANS['vgg11'] = plan = (32, 64, 'M', 64, 'M')
 config = digits.get_config()
 config.data.image_size, config.classifier.hidden = 80, 16
@@ -123,7 +123,7 @@ variables = vgg.init(jax.random.key(0), image_size=80, hidden=16, plan=plan)
 settings = dict(mesh=run.mesh, plan=plan, engine='full', chunk_size=mapping.chunk_size)
 images = np.zeros((mapping.batch_size, 80, 80, 3), np.float32)
 fill = np.array([0.5], np.float32)
-stages.map_batch(variables, images, fill, **settings, **run.geometry).block_until_ready()
+shard.map_batch(variables, images, fill, **settings, **run.geometry).block_until_ready()
 print(json.dumps([mapping.chunk_size, mapping.batch_size, benchmark.peak_memory()]))
 """
 

@@ -20,8 +20,10 @@ from occjax import (
     judging,
     metrics,
     occlusion,
+    shard,
     stages,
     storage,
+    sweep,
     vgg,
 )
 from occjax import run as run_lib
@@ -261,8 +263,8 @@ def test_the_paper_s_split_is_80_to_20_of_all_maps(finished):
 
 def test_a_finished_run_computes_nothing_again(finished, monkeypatch):
     run, tables = finished
-    for name in ('attack_batch', 'map_batch', 'predict'):
-        monkeypatch.setattr(stages, name, None)
+    for module, name in ((shard, 'attack_batch'), (shard, 'map_batch'), (stages, 'predict')):
+        monkeypatch.setattr(module, name, None)
     monkeypatch.setattr(judging, 'fit_banks', None)
     assert run_all(make_run(run.workdir)) == tables
 
@@ -312,7 +314,7 @@ def test_resuming_equals_an_uninterrupted_run(finished, tmp_path, monkeypatch):
         run_all(interrupted)
     assert storage.latest_step(interrupted.workdir / 'classifier') == 1
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stages, 'collect', kill_after(1, stages.collect))
+        patch.setattr(shard, 'collect', kill_after(1, shard.collect))
         run_all(make_run(interrupted.workdir))
     assert len(list((interrupted.workdir / 'heatmaps').glob('*.npz'))) == 1
     run_all(make_run(interrupted.workdir, eval_batch_size=12, chunk_size=7))
@@ -337,7 +339,7 @@ def test_how_fast_changes_no_number(finished, tmp_path, flags):
     other = make_run(tmp_path / 'run', **flags)
     variables = stages.load_variables(run)
     ids = np.arange(20)
-    ours, theirs = (stages.collect(r, variables, run.dataset.test, ids) for r in (other, run))
+    ours, theirs = (shard.collect(r, variables, run.dataset.test, ids) for r in (other, run))
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4)
@@ -345,9 +347,9 @@ def test_how_fast_changes_no_number(finished, tmp_path, flags):
 
 def test_the_memory_limit_and_the_engine_reach_the_maps(finished, tmp_path, monkeypatch):
     run, _ = finished
-    seen, map_batch = {}, stages.map_batch
+    seen, map_batch = {}, shard.map_batch
     monkeypatch.setattr(
-        stages,
+        shard,
         'map_batch',
         lambda *args, **kwargs: seen.update(kwargs) or map_batch(*args, **kwargs),
     )
@@ -358,11 +360,11 @@ def test_the_memory_limit_and_the_engine_reach_the_maps(finished, tmp_path, monk
         mapping = other.mapping(10)
         assert mapping.estimated_bytes * jax.device_count() <= limit
         assert mapping.chunk_size < run.mapping(10, name).chunk_size
-        stages.collect(other, variables, run.dataset.test, ids)
+        shard.collect(other, variables, run.dataset.test, ids)
         assert (seen['engine'], seen['chunk_size']) == (name, mapping.chunk_size)
     with pytest.raises(UsageError, match='--memory_limit='):
         too_small = make_run(tmp_path / 'run', memory_limit=2**20)
-        stages.collect(too_small, variables, run.dataset.test, ids)
+        shard.collect(too_small, variables, run.dataset.test, ids)
 
 
 def test_the_benchmark_takes_what_is_trained(finished, tmp_path):
@@ -383,12 +385,12 @@ def test_four_devices_are_one(finished):
     images = data.take(run.dataset.test, np.arange(4))
     geometry = dict(size=5, stride=4, grid='paper', chunk_size=None, plan=SMALL)
     fill = np.array([0.5], np.float32)
-    four = stages.map_batch(
+    four = shard.map_batch(
         run.replicate(variables), run.divide(images), fill, mesh=run.mesh, **geometry
     )
     assert len(four.sharding.device_set) == 4
     alone = jax.make_mesh((1,), ('data',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    one = stages.map_batch(variables, images, fill, mesh=alone, **geometry)
+    one = shard.map_batch(variables, images, fill, mesh=alone, **geometry)
     np.testing.assert_allclose(four, one, atol=1e-4)
 
 
@@ -487,10 +489,35 @@ def test_approximate_maps_are_asked_for_by_the_config(finished, tmp_path):
     assert approximate.mapping(10).engine == 'approximate'
     variables, ids = stages.load_variables(run), np.arange(8)
     ours, exact = (
-        stages.collect(r, variables, run.dataset.test, ids)['logits'] for r in (approximate, run)
+        shard.collect(r, variables, run.dataset.test, ids)['logits'] for r in (approximate, run)
     )
     assert np.abs(ours - exact).max() > 1e-3
     for engine, config in (('full', approximate.config), ('approximate', run.config)):
         wrong = dataclasses.replace(run, config=config, engine=engine)
         with pytest.raises(UsageError, match='config.occlusion'):
             wrong.mapping(10)
+
+
+def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
+    """FGSM at the config's epsilon is what is stored already; the rest is counted."""
+    run = make_run(tmp_path / 'run')
+    shutil.copytree(finished[0].workdir / 'classifier', run.workdir / 'classifier')
+    run.config.sweep.epsilons, run.config.sweep.attacks = (0.1,), ('bim', 'square')
+    run.config.sweep.steps, run.config.sweep.images = 3, 60
+    printed = sweep.sweep(run)
+    result = json.loads((run.workdir / 'sweep.json').read_text())
+    assert list(result['conditions']) == ['fgsm 0.1', 'fgsm 0.3', 'bim 0.3', 'square 0.3']
+    assert set(result['auroc']['detector']) == {'fgsm 0.1', 'fgsm 0.3'}
+    maps, _ = evaluation.load_shards(finished[0], 'test')
+    chosen = np.isin(maps.image_id, stages.mapped_ids(run, 'test')[:60])
+    assert result['correct'] == np.sum(chosen & ~maps.is_adversarial)
+    attacked = result['conditions']['fgsm 0.3']
+    assert attacked['successful'] == np.sum(chosen & maps.is_adversarial)
+    assert attacked['success_rate'] == attacked['successful'] / result['correct']
+    assert result['conditions']['fgsm 0.1']['successful'] < attacked['successful']
+    assert f'{attacked["success_rate"]:.3f}' in printed
+    assert (run.workdir / 'sweep.png').read_bytes().startswith(b'\x89PNG')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, 'attack_batch', None)
+        patch.setattr(shard, 'map_batch', None)
+        assert sweep.sweep(run) == printed
