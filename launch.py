@@ -75,6 +75,11 @@ _BENCHMARK_THRESHOLD = flags.DEFINE_float(
 _BENCHMARK_EVERY = flags.DEFINE_integer(
     'benchmark_every', 2, "The approximate engine's: cells a side for one that is computed.", 1
 )
+_FIDELITY_THRESHOLDS = flags.DEFINE_list(
+    'fidelity_thresholds',
+    ['0.5', '0.4', '0.3'],
+    'What --mode=fidelity compares with exact maps, each with every window and with every second.',
+)
 
 
 def main(_):
@@ -104,6 +109,7 @@ def main(_):
         benchmark_dtype=_BENCHMARK_DTYPE.value,
         benchmark_threshold=_BENCHMARK_THRESHOLD.value,
         benchmark_every=_BENCHMARK_EVERY.value,
+        fidelity_thresholds=thresholds(),
     )
     timed = benchmark_training if _BENCHMARK_TRAINING.value else benchmark
     modes = stages.STAGES | {
@@ -117,6 +123,20 @@ def main(_):
             print(tables)
         if mode == 'report':
             print(f'Report: {run.workdir / "report" / "report.html"}')
+
+
+def thresholds() -> tuple[float, ...]:
+    """Returns `--fidelity_thresholds` as numbers."""
+    try:
+        values = tuple(map(float, _FIDELITY_THRESHOLDS.value))
+    except ValueError:
+        values = (0.0,)
+    if not all(0 < value < 1 for value in values):
+        raise UsageError(
+            f'--fidelity_thresholds={",".join(_FIDELITY_THRESHOLDS.value)}: expected shares '
+            'between 0 and 1, such as 0.5,0.4.'
+        )
+    return values
 
 
 def check_devices():

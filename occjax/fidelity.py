@@ -30,8 +30,7 @@ from occjax.methods import METHODS
 from occjax.run import Progress, Run, say
 from occjax.types import UsageError
 
-THRESHOLDS = (1.0, 0.4, 0.3)
-EVERY = (1, 2, 3)
+EVERY = (1, 2)
 _PROTOCOL = 'held_out'
 
 
@@ -52,7 +51,7 @@ def fidelity(run: Run) -> str:
     variables, division = stages.load_variables(run), evaluation.divide(run, _PROTOCOL)
     exact, rows, images = division.maps, [], _images(run, variables, division.maps)
     reference = _aurocs(run, division)
-    for threshold in THRESHOLDS:
+    for threshold in (1.0, *run.fidelity_thresholds):
         for every in EVERY:
             knobs = dict(threshold=threshold, every=every)
             logits = _logits(run, variables, images, exact, **knobs)
@@ -197,7 +196,7 @@ def plot(result: dict) -> bytes:
     figure = Figure(figsize=(6.4, 4.2), layout='constrained')
     axes = figure.add_subplot()
     axes.axhline(0, color='#888', linewidth=0.8)
-    for every, marker in zip(EVERY, 'os^', strict=False):
+    for every, marker in zip(EVERY, 'os', strict=True):
         chosen = [row for row in rows if row['every'] == every]
         speed = [base / row['seconds_per_map'] for row in chosen]
         lost = [row['auroc_difference'] for row in chosen]

@@ -44,9 +44,8 @@ def _relative_map(maps):
 
 def _shuffled_cells(maps):
     """Every map's cells in an order of its own: what is left of it without its layout."""
-    flat = maps.maps.reshape(len(maps), math.prod(maps.maps.shape[1:]))
-    order = np.random.default_rng(0).random(flat.shape).argsort(axis=1)
-    return np.take_along_axis(flat, order, axis=1)
+    order = np.random.default_rng(0).random(maps.cells.shape).argsort(axis=1)
+    return np.take_along_axis(maps.cells, order, axis=1)
 
 
 def _log_map(maps):

@@ -22,8 +22,8 @@ BASELINES = {
     'map_mean': lambda maps: -maps.maps.mean(axis=(1, 2)),
     'map_minimum': lambda maps: -maps.maps.min(axis=(1, 2)),
     'map_deviation': lambda maps: maps.maps.std(axis=(1, 2)),
-    'map_iqr': lambda maps: np.subtract(*np.quantile(maps.maps, (0.75, 0.25), axis=(1, 2))),
-    'map_mad': lambda maps: _mad(maps.maps),
+    'map_iqr': lambda maps: np.subtract(*np.quantile(maps.cells, (0.75, 0.25), axis=1)),
+    'map_mad': lambda maps: _mad(maps.cells),
 }
 RATES = (
     'accuracy',
@@ -36,8 +36,8 @@ RATES = (
 
 
 def _mad(cells: np.ndarray) -> np.ndarray:
-    """Returns the `[M]` medians of the distances of `[M, h, w]` cells from their median."""
-    return np.median(np.abs(cells - np.median(cells, axis=(1, 2), keepdims=True)), axis=(1, 2))
+    """Returns the `[M]` medians of the distances of `[M, P]` cells from their median."""
+    return np.median(np.abs(cells - np.median(cells, axis=1, keepdims=True)), axis=1)
 
 
 def threshold_at_fpr(clean_scores: np.ndarray, fpr: float) -> float:

@@ -50,6 +50,7 @@ class Run:
     benchmark_dtype: str = 'float32'
     benchmark_threshold: float = 0.4
     benchmark_every: int = 2
+    fidelity_thresholds: tuple[float, ...] = (0.5, 0.4, 0.3)
 
     @property
     def plan(self) -> vgg.Plan:

@@ -5,6 +5,7 @@ windows, M heatmaps. Images are NHWC; outside of `vgg` pixels are float32 in [0,
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -77,6 +78,11 @@ class HeatmapSet:
         z = self.logits - self.logits.max(-1, keepdims=True)
         p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
         return np.take_along_axis(p, self.predicted[:, None, None, None], axis=-1)[..., 0]
+
+    @property
+    def cells(self) -> np.ndarray:
+        """`[M, P]`, the maps' cells in reading order."""
+        return self.maps.reshape(len(self), math.prod(self.logits.shape[1:3]))
 
     @property
     def max_probability(self) -> np.ndarray:

@@ -44,6 +44,8 @@ def launch(*arguments, cwd, **environment):
         (['--jax_platforms=tpu'], '--jax_platforms=tpu'),
         (['--engine=fast'], 'auto|full|incremental'),
         (['--memory_limit=much'], '--memory_limit=much: expected bytes'),
+        (['--fidelity_thresholds=0.5,1'], '--fidelity_thresholds=0.5,1: expected shares'),
+        (['--mode=heatmaps', '--engine=approximate'], 'does not exist: run --mode=train'),
         (['--mode=benchmark', '--memory_limit=1MiB'], 'is too small for one window'),
         (['--benchmark_images=0'], 'benchmark_images'),
         (['--benchmark_threshold=0'], 'benchmark_threshold'),

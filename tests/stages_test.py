@@ -461,9 +461,8 @@ def test_evaluate_divides_once():
 def test_fidelity_of_exact_maps_is_perfect_and_of_others_counted(finished, tmp_path, monkeypatch):
     """What is stored is mapped again, without a difference where nothing is left out."""
     shutil.copytree(finished[0].workdir, tmp_path / 'run')
-    run = make_run(tmp_path / 'run', benchmark_images=1, benchmark_repeats=1)
-    monkeypatch.setattr(fidelity, 'THRESHOLDS', (1.0, 0.999, 0.4))
-    monkeypatch.setattr(fidelity, 'EVERY', (1, 2))
+    few = dict(benchmark_images=1, benchmark_repeats=1)
+    run = make_run(tmp_path / 'run', fidelity_thresholds=(0.999, 0.4), **few)
     printed = fidelity.fidelity(run)
     result = json.loads((run.workdir / 'fidelity.json').read_text())
     rows = {(row['threshold'], row['every']): row for row in result['settings']}
