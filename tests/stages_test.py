@@ -517,6 +517,5 @@ def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
     assert f'{attacked["success_rate"]:.3f}' in printed
     assert (run.workdir / 'sweep.png').read_bytes().startswith(b'\x89PNG')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, 'attack_batch', None)
-        patch.setattr(shard, 'map_batch', None)
+        patch.setattr(run_lib.Run, 'in_batches', None)
         assert sweep.sweep(run) == printed
