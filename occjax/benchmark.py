@@ -15,6 +15,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ from occjax import (
 from occjax import engine as engine_lib
 from occjax.run import Run, say
 
-_NUM_CLASSES = 10  # of an untrained classifier
+NUM_CLASSES = 10  # of an untrained classifier
 
 
 def benchmark(run: Run) -> str:
@@ -49,7 +50,7 @@ def benchmark(run: Run) -> str:
     if run.benchmark_peer:
         peer.check(run.benchmark_peer)
     for name in names:
-        run.mapping(_NUM_CLASSES, name)  # Before anything is computed: is there memory?
+        run.mapping(NUM_CLASSES, name)  # Before anything is computed: is there memory?
     variables, images, weights = _subject(run)
     dtype = jnp.dtype(run.benchmark_dtype)
     types = ('float32', dtype.name) if jax.default_backend() == 'cpu' else ('float32', 'bfloat16')
@@ -106,7 +107,7 @@ def matrix_rate(dtype: str) -> float:
     product(x, x).block_until_ready()
     seconds = []
     while len(seconds) < 3 or sum(seconds) < 1:
-        seconds += _seconds(lambda: product(x, x).block_until_ready(), repeats=1)
+        seconds.append(seconds_of(lambda: product(x, x).block_until_ready()))
     return 2 * side**3 / min(seconds)
 
 
@@ -124,14 +125,11 @@ def peak_memory() -> int:
     return peak if sys.platform == 'darwin' else 1024 * peak
 
 
-def _seconds(fn, *, repeats):
-    """Returns how long each of some calls takes."""
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        fn()
-        seconds.append(time.perf_counter() - began)
-    return seconds
+def seconds_of(fn: Callable[[], object]) -> float:
+    """Returns how long a call takes."""
+    began = time.perf_counter()
+    fn()
+    return time.perf_counter() - began
 
 
 def _subject(run):
@@ -145,19 +143,20 @@ def _subject(run):
             'trained',
         )
     images = rng.uniform(size=(count, *run.image_shape, 3)).astype(np.float32)
+    return run.replicate(random_variables(run)), images, 'random'
+
+
+def random_variables(run: Run) -> vgg.Variables:
+    """Returns an untrained classifier, of `NUM_CLASSES`."""
     # Compiled as one, or each random number's way to its value would be kept in memory.
     init = functools.partial(
         vgg.init,
         image_size=run.config.data.image_size,
-        num_classes=_NUM_CLASSES,
+        num_classes=NUM_CLASSES,
         hidden=run.config.classifier.hidden,
         plan=run.plan,
     )
-    return run.replicate(jax.jit(init)(jax.random.key(run.config.seed))), images, 'random'
-
-
-def _num_classes(variables):
-    return len(variables.params['linear'][-1]['bias'])
+    return jax.jit(init)(jax.random.key(run.config.seed))
 
 
 def _maps(logits, unoccluded):
@@ -169,7 +168,7 @@ def plain_maps(
     run: Run, variables: vgg.Variables, images: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first images' `[B, K]` logits, and their `[B, h, w]` maps by definition."""
-    mapping = run.mapping(_num_classes(variables), 'full')
+    mapping = run.mapping(vgg.num_classes(variables), 'full')
     images = images[: mapping.batch_size // jax.device_count()]
 
     @jax.jit
@@ -200,7 +199,7 @@ def measure(
         expected: `plain_maps` of them.
         **knobs: of the approximate engine.
     """
-    mapping = run.mapping(_num_classes(variables), name)
+    mapping = run.mapping(vgg.num_classes(variables), name)
     devices = jax.device_count()
     batch_size = min(mapping.batch_size, math.ceil(len(images) / devices) * devices)
     fill, dtype = shard.fill_of(run, variables), jnp.dtype(run.benchmark_dtype)
@@ -222,9 +221,9 @@ def measure(
 
     unoccluded, maps = expected
     logits = compute(images[: len(maps)]).astype(np.float32)  # The warm-up.
-    seconds = _seconds(lambda: compute(images), repeats=run.benchmark_repeats)
+    seconds = [seconds_of(lambda: compute(images)) for _ in range(run.benchmark_repeats)]
     median, windows = statistics.median(seconds), maps[0].size * len(images)
-    head = dict(num_classes=_num_classes(variables), hidden=run.config.classifier.hidden)
+    head = dict(num_classes=vgg.num_classes(variables), hidden=run.config.classifier.hidden)
     network = dict(image_shape=run.image_shape, plan=run.plan, **head, **run.geometry)
     flops = engine_lib.flops_per_map(name, **network, **knobs)
     ours = _maps(logits, unoccluded)

@@ -3,9 +3,7 @@
 Heat maps of an engine, and of a peer, have rates a second; see `benchmark` for the rest.
 """
 
-import io
-
-from occjax import peer
+from occjax import figures, peer
 
 
 def table(result: dict) -> str:
@@ -62,7 +60,7 @@ def plot(result: dict) -> bytes:
     rates = {name: row['windows_per_second'] for name, row in result['engines'].items()}
     if 'peer' in result:
         rates[result['peer']['name']] = result['peer']['windows_per_second']
-    figure = Figure(figsize=(6.4, 1.2 + 0.5 * len(rates)), layout='constrained')
+    figure = Figure(figsize=(6.4, 1.2 + 0.5 * len(rates)), layout='constrained', dpi=150)
     axes = figure.add_subplot()
     names = list(rates)[::-1]
     bars = axes.barh(names, [rates[name] for name in names], color='#00a3ff', height=0.6)
@@ -75,6 +73,4 @@ def plot(result: dict) -> bytes:
         fontsize=10,
     )
     axes.spines[['top', 'right']].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=150)
-    return buffer.getvalue()
+    return figures.png(figure)

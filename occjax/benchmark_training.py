@@ -4,18 +4,15 @@ A step is forward and backward through the VGG with batch statistics and dropout
 batch that lies on the device already. Weights and images are random.
 """
 
-import functools
 import statistics
-import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from occjax import classifier, peer, storage, vgg
+from occjax import classifier, peer, storage
+from occjax.benchmark import NUM_CLASSES, random_variables, seconds_of
 from occjax.run import Run, say
-
-_NUM_CLASSES = 10
 
 
 def benchmark(run: Run) -> str:
@@ -31,26 +28,19 @@ def benchmark(run: Run) -> str:
     settings, rng = run.config.classifier, np.random.default_rng(run.config.seed)
     shape = (settings.batch_size, *run.image_shape, 3)
     images = rng.uniform(size=shape).astype(np.float32)
-    labels = rng.integers(0, _NUM_CLASSES, settings.batch_size)
-    init = functools.partial(
-        vgg.init,
-        image_size=run.config.data.image_size,
-        num_classes=_NUM_CLASSES,
-        hidden=settings.hidden,
-        plan=run.plan,
-    )
-    variables = jax.jit(init)(jax.random.key(run.config.seed))
+    labels = rng.integers(0, NUM_CLASSES, settings.batch_size)
+    variables = random_variables(run)
     steps = {}
     if run.benchmark_peer:
         hyperparameters = dict(rate=settings.learning_rate, dropout_rate=settings.dropout_rate)
         steps['PyTorch'] = peer.training_step(run, variables, images, labels, **hyperparameters)
     steps = {'occjax': _step(run, variables, images, labels)} | steps
-    compile_seconds = {name: _seconds(step) for name, step in steps.items()}  # The warm-up.
+    compile_seconds = {name: seconds_of(step) for name, step in steps.items()}  # The warm-up.
     seconds = {name: [] for name in steps}
     for repeat in range(run.benchmark_repeats):
         say(f'benchmark: step {repeat + 1} of {run.benchmark_repeats}')
         for name, step in steps.items():
-            seconds[name].append(_seconds(step))
+            seconds[name].append(seconds_of(step))
     result = {
         'device': jax.devices()[0].device_kind,
         'devices': jax.device_count(),
@@ -109,9 +99,3 @@ def _step(run, variables, images, labels) -> Callable[[], None]:
         jax.block_until_ready(state)
 
     return step
-
-
-def _seconds(fn):
-    began = time.perf_counter()
-    fn()
-    return time.perf_counter() - began

@@ -8,8 +8,6 @@ Dimensions: S seeds, M maps, h w heatmap grid, K classes.
 """
 
 import dataclasses
-import functools
-import io
 import math
 
 import numpy as np
@@ -19,6 +17,7 @@ from occjax import (
     benchmark,
     data,
     evaluation,
+    figures,
     judging,
     metrics,
     peer,
@@ -50,13 +49,14 @@ def fidelity(run: Run) -> str:
         peer.check(run.benchmark_peer)
     variables, division = stages.load_variables(run), evaluation.divide(run, _PROTOCOL)
     exact, rows, images = division.maps, [], _images(run, variables, division.maps)
-    reference = _aurocs(run, division)
+    reference = None
     for threshold in (1.0, *run.fidelity_thresholds):
         for every in EVERY:
             knobs = dict(threshold=threshold, every=every)
             logits = _logits(run, variables, images, exact, **knobs)
             maps = dataclasses.replace(exact, logits=logits)
             aurocs = _aurocs(run, division._replace(maps=maps))
+            reference = reference or aurocs  # The exact maps come first.
             lost = [a - b for a, b in zip(aurocs, reference, strict=True)]
             rows.append(
                 knobs
@@ -91,16 +91,9 @@ def fidelity(run: Run) -> str:
 
 def _images(run, variables, maps):
     """Returns the `[M, H, W, C]` images that were mapped, attacked again where they had been."""
-    split, settings = run.dataset.test, run.config.attack
+    split = run.dataset.test
     images, labels = data.take(split, maps.image_id), split.labels[maps.image_id]
-    attack_fn = functools.partial(
-        shard.attack_batch,
-        variables,
-        epsilon=settings.epsilon,
-        clip=settings.clip,
-        plan=run.plan,
-    )
-    adversarial, *_ = run.in_batches(attack_fn, images, labels, batch_size=run.batch_size)
+    adversarial = shard.attacked_parts(run, variables, images, labels)['adversarial'].images
     return np.where(maps.is_adversarial[:, None, None, None], adversarial, images)
 
 
@@ -108,20 +101,7 @@ def _logits(run, variables, images, exact, *, threshold, every):
     """Returns `[M, h, w, K]` logits at a setting, from the store as far as they are there."""
     if threshold == every == 1:
         return exact.logits
-    mapping = run.mapping(exact.unoccluded.shape[-1], 'approximate')
-    map_fn = functools.partial(
-        shard.map_batch,
-        variables,
-        fill=shard.fill_of(run, variables),
-        mesh=run.mesh,
-        plan=run.plan,
-        engine='approximate',
-        chunk_size=mapping.chunk_size,
-        threshold=threshold,
-        every=every,
-        **run.geometry,
-    )
-    parts, size = [], 4 * mapping.batch_size
+    knobs, parts, size = dict(threshold=threshold, every=every), [], run.shard_size
     name = f'threshold-{threshold:g}-every-{every}'
     progress = Progress(len(images), f'fidelity, {name}: maps')
     for start in range(0, len(images), size):
@@ -130,7 +110,7 @@ def _logits(run, variables, images, exact, *, threshold, every):
         if path.exists():
             progress.total -= len(part)
         else:
-            logits = run.in_batches(map_fn, part, batch_size=mapping.batch_size)
+            logits = shard.map_images(run, variables, part, knobs=knobs)
             storage.save_arrays(path, {'logits': logits})
             progress(len(part))
         parts.append(storage.load_arrays(path, mode='fidelity')['logits'])
@@ -193,7 +173,7 @@ def plot(result: dict) -> bytes:
 
     rows = result['settings']
     base = rows[0]['seconds_per_map']
-    figure = Figure(figsize=(6.4, 4.2), layout='constrained')
+    figure = Figure(figsize=(6.4, 4.2), layout='constrained', dpi=150)
     axes = figure.add_subplot()
     axes.axhline(0, color='#888', linewidth=0.8)
     for every, marker in zip(EVERY, 'os', strict=True):
@@ -229,6 +209,4 @@ def plot(result: dict) -> bytes:
     axes.set_ylabel('AUROC, difference to exact maps')
     axes.set_title('What approximation costs detection; numbers are thresholds', fontsize=10)
     axes.spines[['top', 'right']].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=150)
-    return buffer.getvalue()
+    return figures.png(figure)

@@ -6,6 +6,7 @@ Every heatmap in every figure has one colour scale, 0 to 1, and brighter is high
 Dimensions: H W C image, h w heatmap grid, M maps.
 """
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -183,6 +184,13 @@ def _telling_cells(heatmap):
     last = heatmap.size - 1
     cells = [0, last, int(heatmap.argmin()), last // 2, last // 3, 2 * last // 3]
     return sorted(list(dict.fromkeys(cells))[:4])
+
+
+def png(figure: 'Figure') -> bytes:
+    """Returns a figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', metadata={'Software': None})
+    return buffer.getvalue()
 
 
 def _figure(width, height):

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -52,7 +51,7 @@ def write(
         'fig3.png': figures.maps_figure(maps, class_names=class_names),
     }
     captions = figures.captions(config, results.get('map_mean') or {})
-    files = {name: _png(figure) for name, figure in drawn.items()}
+    files = {name: figures.png(figure) for name, figure in drawn.items()}
     pictures = [(captions[name], content) for name, content in files.items()]
     manifest = tables.Table(
         'Manifest', ('Field', 'Value'), _leaves(results['manifest']), text_columns=2
@@ -176,13 +175,6 @@ def _page(facts, summary, listed, pictures, manifest):
         f'{"".join(map(_html, listed))}</div>\n'
         f'<h2>Figures</h2>\n{shown}<h2>Provenance</h2>\n{_html(manifest)}</main></body></html>\n'
     )
-
-
-def _png(figure):
-    """Returns a figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', metadata={'Software': None})
-    return buffer.getvalue()
 
 
 _STYLE = """

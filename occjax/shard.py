@@ -157,12 +157,17 @@ def collect(
     }
 
 
-def map_images(run: Run, variables: vgg.Variables, images: np.ndarray) -> np.ndarray:
-    """Returns the `[M, h, w, K]` logits of `[M, H, W, C]` images under every window."""
-    num_classes = len(variables.params['linear'][-1]['bias'])
+def map_images(
+    run: Run, variables: vgg.Variables, images: np.ndarray, *, knobs: dict | None = None
+) -> np.ndarray:
+    """Returns the `[M, h, w, K]` logits of `[M, H, W, C]` images under every window.
+
+    The maps are those that the config asks for, or with `knobs` approximate ones of their own.
+    """
+    num_classes = vgg.num_classes(variables)
     if not len(images):
         return np.zeros((0, *run.grid, num_classes), np.float32)
-    mapping = run.mapping(num_classes)
+    mapping = run.mapping(num_classes, 'approximate' if knobs else None)
     map_fn = functools.partial(
         map_batch,
         variables,
@@ -172,6 +177,6 @@ def map_images(run: Run, variables: vgg.Variables, images: np.ndarray) -> np.nda
         engine=mapping.engine,
         chunk_size=mapping.chunk_size,
         **run.geometry,
-        **run.knobs,
+        **(knobs or run.knobs),
     )
     return run.in_batches(map_fn, images, batch_size=mapping.batch_size)

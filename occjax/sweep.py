@@ -8,13 +8,12 @@ Dimensions: B batch, H W C image, K classes, S seeds.
 """
 
 import functools
-import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import attack, data, evaluation, judging, metrics, shard, stages, storage, vgg
+from occjax import attack, data, evaluation, figures, judging, metrics, shard, stages, storage, vgg
 from occjax.methods import METHODS
 from occjax.run import Progress, Run, say
 from occjax.types import HeatmapSet
@@ -80,11 +79,11 @@ def sweep(run: Run) -> str:
         },
         'auroc': {},
     }
+    divisions = {
+        name: judging.divide(_together(clean, part), 'held_out', run.config.detector, run.rng)
+        for name, part in parts.items()
+    }
     for method in _SHOWN:
-        divisions = {
-            name: judging.divide(_together(clean, part), 'held_out', run.config.detector, run.rng)
-            for name, part in parts.items()
-        }
         result['auroc'][method] = {
             fitted: _transfer(run, method, fitted, divisions)
             for fitted, (name, _) in found.items()
@@ -186,7 +185,7 @@ def plot(result: dict) -> bytes:
     from matplotlib.figure import Figure  # Half a second of import that other modes need not pay.
 
     found, methods = result['conditions'], result['auroc']
-    figure = Figure(figsize=(5 + 5.5 * len(methods), 4.8), layout='constrained')
+    figure = Figure(figsize=(5 + 5.5 * len(methods), 4.8), layout='constrained', dpi=150)
     axes, *matrices = figure.subplots(
         1, 1 + len(methods), gridspec_kw={'width_ratios': [1] + [1.3] * len(methods)}
     )
@@ -221,6 +220,4 @@ def plot(result: dict) -> bytes:
         panel.set_xlabel('judged by')
         panel.set_ylabel('fitted on')
         panel.set_title(f'AUROC, {method}', fontsize=10)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=150)
-    return buffer.getvalue()
+    return figures.png(figure)

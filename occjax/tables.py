@@ -19,8 +19,6 @@ _METRICS = {
 }
 RIVALS = ('max_probability', 'map_mean')  # whom the per-class tables show
 RIVAL_RATES = ('balanced_accuracy', 'auroc')  # what the per-class tables show of a baseline
-
-
 _CALLED = {'called': 'share', 'called_at_5_fpr': 'share at 5 % FPR'}
 
 

@@ -159,6 +159,11 @@ def _linear_input(variables: Variables, features: Array) -> Array:
     return features.reshape(len(features), -1)
 
 
+def num_classes(variables: Variables) -> int:
+    """Returns K."""
+    return len(variables.params['linear'][-1]['bias'])
+
+
 def layers(variables: Variables, plan: Plan) -> Iterator[tuple[dict, dict]]:
     """Returns each convolution's parameters and statistics; raises if the plan is another."""
     widths = [width for width in plan if width != 'M']

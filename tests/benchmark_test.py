@@ -41,12 +41,6 @@ def make_run(workdir, **flags):
     return run_lib.Run(config=config, workdir=storage.open_workdir(workdir, config), **flags)
 
 
-def make_run_without_directory():
-    config = digits.get_config()
-    config.data.image_size, config.classifier.hidden = 16, 32
-    return run_lib.Run(config=config, workdir=None)
-
-
 def random_variables(side):
     """Returns variables of which none is 0 or 1, so that none can be left out unnoticed."""
     init = functools.partial(vgg.init, image_size=side, hidden=32, plan=SMALL)
@@ -235,12 +229,12 @@ def test_training_steps_are_timed(tmp_path):
     assert 'PyTorch' not in printed
 
 
-def test_the_twin_takes_the_same_step():
+def test_the_twin_takes_the_same_step(tmp_path):
     """Without dropout, whose random numbers are each library's own, one step of Adam is one."""
     torch = pytest.importorskip('torch')
     pytest.importorskip('captum')
     variables, images = random_variables(16), random_images(4, 16)
-    run = make_run_without_directory()
+    run = make_run(tmp_path / 'run')
     labels = np.array([1, 5, 5, 9])
     hyperparameters = dict(rate=1e-3, dropout_rate=0.0)
     losses = []
