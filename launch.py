@@ -21,7 +21,8 @@ from occjax.types import UsageError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'digits.py'
 # Spelled out: what the stages import takes seconds, too long for --help or a mistyped flag.
-MODES = ('train', 'heatmaps', 'detectors', 'report', 'all', 'benchmark', 'fidelity', 'sweep')
+STAGES = ('train', 'heatmaps', 'detectors', 'report')
+MODES = (*STAGES, 'all', 'benchmark', 'fidelity', 'sweep', 'adaptive')
 ENGINES = ('auto', 'full', 'incremental', 'approximate')
 PEERS = ['captum']
 
@@ -84,7 +85,16 @@ _FIDELITY_THRESHOLDS = flags.DEFINE_list(
 
 def main(_):
     """Opens the work directory and runs the stages that the mode names."""
-    from occjax import benchmark, benchmark_training, fidelity, memory, stages, storage, sweep
+    from occjax import (
+        benchmark,
+        benchmark_training,
+        evasion,
+        fidelity,
+        memory,
+        stages,
+        storage,
+        sweep,
+    )
     from occjax.run import Run
 
     config, config_file = _CONFIG.value, config_flags.get_config_filename(flags.FLAGS['config'])
@@ -116,8 +126,9 @@ def main(_):
         'benchmark': timed.benchmark,
         'fidelity': fidelity.fidelity,
         'sweep': sweep.sweep,
+        'adaptive': evasion.evade,
     }
-    for mode in stages.STAGES if _MODE.value == 'all' else [_MODE.value]:
+    for mode in STAGES if _MODE.value == 'all' else [_MODE.value]:
         tables = modes[mode](run)
         if tables:
             print(tables)

@@ -177,27 +177,72 @@ class Detector:
 
 @dataclasses.dataclass(kw_only=True)
 class Sweep:
-    """What `--mode=sweep` attacks some test images with.
+    """What `--mode=sweep` attacks some test images with, and what windows it maps them with.
 
     FGSM at every epsilon; the other attacks at `attack.epsilon`, those of several `steps` with as
-    many.
+    many. `occluders` are (size, stride, fill), beside the config's own; each maps FGSM at
+    `attack.epsilon`.
     """
 
     epsilons: tuple[float, ...] = tuple(n / 255 for n in (1, 2, 4, 8, 16)) + (0.05, 0.1, 0.2)
     attacks: tuple[str, ...] = ('targeted_fgsm', 'bim', 'pgd', 'mi_fgsm', 'square')
+    occluders: tuple[tuple[int, int, float], ...] = ()
+    methods: tuple[str, ...] = ('detector', 'all_logits')
     steps: int = 10
     images: int = 1000
 
-    def validate(self):
+    def validate(self, image_size: int):
         """Raises `UsageError` for the first field that makes no sense."""
         in_range = self.epsilons and all(0 < epsilon <= 1 for epsilon in self.epsilons)
         _require(bool(in_range), 'sweep.epsilons', self.epsilons, 'numbers above 0, up to 1')
         known = ('targeted_fgsm', 'bim', 'pgd', 'mi_fgsm', 'square')
         expected = f'some of {", ".join(known)}'
         _require(set(self.attacks) <= set(known), 'sweep.attacks', self.attacks, expected)
+        for occluder in self.occluders:
+            expected = f'(size below {image_size}, stride, fill from 0 to 1)'
+            _require(len(occluder) == 3, 'sweep.occluders', occluder, expected)
+            size, stride, fill = occluder
+            fits = 1 <= size < image_size and stride >= 1 and 0 <= fill <= 1
+            _require(fits, 'sweep.occluders', occluder, expected)
+        known = set(self.methods) <= set(METHODS)
+        _require(known, 'sweep.methods', self.methods, f'some of {", ".join(METHODS)}')
         for field in ('steps', 'images'):
             value = getattr(self, field)
             _require(value >= 1, f'sweep.{field}', value, 'at least 1')
+
+
+@dataclasses.dataclass(kw_only=True)
+class Adaptive:
+    """What `--mode=adaptive` attacks classifier and detectors with, see `adaptive`.
+
+    `weight` is the joint attack's; each of the `images` takes up to `steps`.
+    """
+
+    epsilons: tuple[float, ...] = tuple(n / 255 for n in (1, 2, 4, 8)) + (0.1,)
+    attacks: tuple[str, ...] = ('joint', 'selective', 'orthogonal')
+    methods: tuple[str, ...] = ('detector', 'all_logits')
+    steps: int = 40
+    images: int = 100
+    weight: float = 1.0
+
+    def validate(self):
+        """Raises `UsageError` for the first field that makes no sense."""
+        in_range = self.epsilons and all(0 < epsilon <= 1 for epsilon in self.epsilons)
+        _require(bool(in_range), 'adaptive.epsilons', self.epsilons, 'numbers above 0, up to 1')
+        known = ('joint', 'selective', 'orthogonal')
+        expected = f'some of {", ".join(known)}'
+        _require(set(self.attacks) <= set(known), 'adaptive.attacks', self.attacks, expected)
+        known = [name for name in METHODS if name != 'shuffled_cells']  # It has no gradient.
+        expected = f'some of {", ".join(known)}'
+        _require(set(self.methods) <= set(known), 'adaptive.methods', self.methods, expected)
+        for field in ('steps', 'images'):
+            value = getattr(self, field)
+            _require(value >= 1, f'adaptive.{field}', value, 'at least 1')
+        _require(self.weight >= 0, 'adaptive.weight', self.weight, 'a number from 0')
+
+
+# Sections that only their own modes read: another value of theirs is no other experiment.
+PROBES = ('sweep', 'adaptive')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -211,6 +256,7 @@ class Config:
     occlusion: Occlusion
     detector: Detector = dataclasses.field(default_factory=Detector)
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
+    adaptive: Adaptive = dataclasses.field(default_factory=Adaptive)
 
     def validate(self):
         """Raises `UsageError` for the first field that makes no sense."""
@@ -220,7 +266,8 @@ class Config:
         self.attack.validate()
         self.occlusion.validate(self.data.image_size)
         self.detector.validate()
-        self.sweep.validate()
+        self.sweep.validate(self.data.image_size)
+        self.adaptive.validate()
 
 
 def to_json(config: Config) -> dict:

@@ -55,6 +55,8 @@ def occluded_logits(
         module = approximate if engine == 'approximate' else incremental
         return module.occluded_logits(variables, images, plan=plan, **settings)
 
+    # Gradients compute a chunk's layers again: to keep those of all windows takes gigabytes.
+    @jax.checkpoint
     def features_fn(images):
         return vgg.features(variables, images, plan=plan)
 

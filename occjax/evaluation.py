@@ -154,7 +154,17 @@ def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:
         },
         'detection': {protocol: detection(run, protocol) for protocol in PROTOCOLS},
         'cost': cost(run),
+        'adaptive': adaptive(run),
     }
+
+
+def adaptive(run: Run) -> dict | None:
+    """Returns what `--mode=adaptive` found in this work directory, None if it wasn't run (P8)."""
+    path = run.workdir / 'adaptive.json'
+    if not path.exists():
+        return None
+    found = storage.read_json(path, mode='adaptive')
+    return {name: value for name, value in found.items() if name != 'manifest'}
 
 
 def cost(run: Run) -> dict:

@@ -50,14 +50,15 @@ def _shuffled_cells(maps):
 
 def _log_map(maps):
     """The logarithm of the map, clipped at e^-10 and scaled to the unit interval."""
-    return 1 + np.maximum(np.log(np.maximum(maps.maps, 1e-30)), -10) / 10
+    xp = maps.array_module
+    return 1 + xp.maximum(xp.log(xp.maximum(maps.maps, 1e-30)), -10) / 10
 
 
 def _logits(maps):
     """All classes' logits, under every window and of the unoccluded image, by class."""
     # Networks learn fastest from inputs of about unit size.
     windows = maps.logits.reshape(len(maps), math.prod(maps.logits.shape[1:]))
-    logits = np.concatenate([windows, maps.unoccluded], axis=1)
+    logits = maps.array_module.concatenate([windows, maps.unoccluded], axis=1)
     return logits / 4
 
 

@@ -32,6 +32,7 @@ RATES = (
     'auroc',
     'tpr_at_5_fpr',
     'tpr_at_1_fpr',
+    'fpr_at_5_fpr',
 )
 
 
@@ -95,6 +96,8 @@ def rates(
         'auroc': sklearn_metrics.roc_auc_score(is_adversarial, scores),
         'tpr_at_5_fpr': np.mean(scores[is_adversarial] > at_5),
         'tpr_at_1_fpr': np.mean(scores[is_adversarial] > at_1),
+        # What the threshold of 5 % lets through here; more where the fitting maps were learnt.
+        'fpr_at_5_fpr': np.mean(scores[~is_adversarial] > at_5),
     }
     return counts | {name: float(value) for name, value in values.items()}
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from occjax.config import Config, complete, difference, to_json
+from occjax.config import PROBES, Config, complete, difference, to_json
 from occjax.types import UsageError
 
 
@@ -65,7 +65,8 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
     stored, wanted = workdir / 'config.json', to_json(config)
     try:
         if stored.exists():
-            changes = difference(complete(read_json(stored, mode='all')), wanted)
+            found = complete(read_json(stored, mode='all'))
+            changes = difference(found, wanted | {name: found[name] for name in PROBES})
             if changes:
                 raise UsageError(
                     f'{workdir} holds another config ({"; ".join(changes)}): choose another '

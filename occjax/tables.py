@@ -16,6 +16,7 @@ _METRICS = {
     'auroc': 'AUROC',
     'tpr_at_5_fpr': 'TPR at 5 % FPR',
     'tpr_at_1_fpr': 'TPR at 1 % FPR',
+    'fpr_at_5_fpr': 'FPR met at 5 %',
 }
 RIVALS = ('max_probability', 'map_mean')  # whom the per-class tables show
 RIVAL_RATES = ('balanced_accuracy', 'auroc')  # what the per-class tables show of a baseline
@@ -51,6 +52,7 @@ def build(results: dict, rows: list[vgg.Row], class_names: Sequence[str]) -> lis
             if (detection.get('overall') or {}).get('controls')
         ),
         *([_cost_table(results['cost'])] if results.get('cost') else []),
+        adaptive_table(results.get('adaptive')),
     ]
 
 
@@ -205,6 +207,34 @@ def _cost_table(cost):
         [tuple(map(cell, line)) for line in lines],
         note='GFLOP are those of the engine that made the maps, from shapes; milliseconds an image '
         'are those of --mode=benchmark in this work directory, on its device, where it was run.',
+    )
+
+
+def adaptive_table(found: dict | None) -> Table:
+    """P8: what the detectors do not do; `found` is what adaptive.json holds, if it was made."""
+    title = 'What the detectors do not do: stop an attacker who knows them'
+    claim = (
+        'The claim of these detectors is that they find FGSM images made by someone who does not '
+        'know of them, and no more.'
+    )
+    if not found:
+        note = f'Not measured in this work directory: --mode=adaptive does. {claim}'
+        return Table(title, ('Detector', 'Attack', 'Share that evades'), [], note=note)
+    rows, epsilons = found['rows'], dict.fromkeys(row['epsilon'] for row in found['rows'])
+    evading = {(row['method'], row['attack']): [] for row in rows}
+    for row in rows:
+        evading[row['method'], row['attack']].append(cell(with_interval(row, 'evasion')))
+    alarms = ', '.join(f'{words(k)} {cell(v)}' for k, v in found['false_alarms'].items())
+    return Table(
+        title,
+        ('Detector', 'Attack', *(f'ε = {epsilon:.3g}' for epsilon in epsilons)),
+        [(words(method), words(name), *cells) for (method, name), cells in evading.items()],
+        note=f'Shares of {cell(found["images"])} correctly classified test images that are '
+        'classified wrongly and not called adversarial, at the thresholds of 5 % false positives; '
+        "± is half of Wilson's 95 % interval. Fgsm does not know of the detector, the others "
+        f'follow its gradient for up to {found["steps"]} steps. False alarms on the same images, '
+        f'unattacked: {alarms}. {claim}',
+        text_columns=2,
     )
 
 

@@ -7,7 +7,7 @@ windows, M heatmaps. Images are NHWC; outside of `vgg` pixels are float32 in [0,
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -59,13 +59,21 @@ CONTROLS = ('noise', 'misclassified', 'failed')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeatmapSet:
-    """What the detectors, baselines and tables are made from, without the classifier."""
+    """What the detectors, baselines and tables are made from, without the classifier.
+
+    The arrays are NumPy's, as stored; JAX's where an attacker differentiates through them.
+    """
 
     logits: np.ndarray  # f32[M, h, w, K] of the image under each window
     unoccluded: np.ndarray  # f32[M, K] of the image itself
     label: np.ndarray  # i32[M], the true class
     image_id: np.ndarray  # i32[M], position of the (clean) source image in its split
     is_adversarial: np.ndarray  # bool[M]
+
+    @property
+    def array_module(self) -> Any:
+        """NumPy, or `jax.numpy` if the logits are JAX's."""
+        return self.logits.__array_namespace__()
 
     @property
     def predicted(self) -> np.ndarray:
@@ -75,9 +83,10 @@ class HeatmapSet:
     @property
     def maps(self) -> np.ndarray:
         """`[M, h, w]`, the probability of the predicted class under each window (§III-C)."""
+        xp = self.array_module
         z = self.logits - self.logits.max(-1, keepdims=True)
-        p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
-        return np.take_along_axis(p, self.predicted[:, None, None, None], axis=-1)[..., 0]
+        p = xp.exp(z) / xp.exp(z).sum(-1, keepdims=True)
+        return xp.take_along_axis(p, self.predicted[:, None, None, None], axis=-1)[..., 0]
 
     @property
     def cells(self) -> np.ndarray:
@@ -88,7 +97,7 @@ class HeatmapSet:
     def max_probability(self) -> np.ndarray:
         """`[M]`, the probability of the predicted class for the unoccluded image."""
         z = self.unoccluded - self.unoccluded.max(-1, keepdims=True)
-        return 1 / np.exp(z).sum(-1)  # The largest exponent is 0.
+        return 1 / self.array_module.exp(z).sum(-1)  # The largest exponent is 0.
 
     def __len__(self):
         return len(self.label)

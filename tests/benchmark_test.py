@@ -23,13 +23,9 @@ from occjax import (
 )
 from occjax import run as run_lib
 from occjax.types import UsageError
+from tests.small_run import SMALL
 
-SMALL = (8, 'M', 16, 'M')
-
-
-@pytest.fixture(autouse=True)
-def small_plan(monkeypatch):
-    monkeypatch.setitem(run_lib.PLANS, 'vgg11', SMALL)
+pytestmark = pytest.mark.usefixtures('small_plan')
 
 
 def make_run(workdir, **flags):

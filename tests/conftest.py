@@ -5,6 +5,8 @@ import pathlib
 import sys
 import tempfile
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -13,3 +15,22 @@ os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='occjax-tests-')
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
     ' --xla_force_host_platform_device_count=4'
 )
+
+
+@pytest.fixture
+def small_plan(monkeypatch):
+    """Makes `vgg11` a VGG of two layers."""
+    from tests import small_run
+
+    monkeypatch.setitem(small_run.run_lib.PLANS, 'vgg11', small_run.SMALL)
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory):
+    """A whole run and its tables, made once; tests only read it."""
+    from tests import small_run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(small_run.run_lib.PLANS, 'vgg11', small_run.SMALL)
+        run = small_run.make_run(tmp_path_factory.mktemp('finished') / 'run')
+        return run, small_run.run_all(run)

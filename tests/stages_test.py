@@ -23,45 +23,13 @@ from occjax import (
     shard,
     stages,
     storage,
-    sweep,
     vgg,
 )
 from occjax import run as run_lib
 from occjax.types import Batch, HeatmapSet, UsageError
+from tests.small_run import SMALL, make_run, run_all
 
-SMALL = (8, 'M', 16, 'M')
-
-
-@pytest.fixture(autouse=True)
-def small_plan(monkeypatch):
-    monkeypatch.setitem(run_lib.PLANS, 'vgg11', SMALL)
-
-
-def make_run(workdir, **flags):
-    """Returns a run that takes seconds; its attack succeeds often and for several classes."""
-    config = digits.get_config()
-    config.data.image_size, config.data.train_images, config.data.test_images = 16, 300, 90
-    config.classifier.hidden, config.classifier.epochs = 32, 3
-    config.classifier.learning_rate = 3e-3
-    config.attack.epsilon = 0.3
-    config.occlusion.size, config.occlusion.stride = 5, 4
-    config.detector.steps, config.detector.seeds = 30, 3
-    config.detector.methods = ('detector', 'linear_probe', 'all_logits')
-    config.validate()
-    return run_lib.Run(config=config, workdir=storage.open_workdir(workdir, config), **flags)
-
-
-def run_all(run):
-    return [stage(run) for stage in stages.STAGES.values()][-1]
-
-
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-    """A whole run, made once; tests only read it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(run_lib.PLANS, 'vgg11', SMALL)
-        run = make_run(tmp_path_factory.mktemp('finished') / 'run')
-        return run, run_all(run)
+pytestmark = pytest.mark.usefixtures('small_plan')
 
 
 def test_every_artifact_of_a_run_exists(finished):
@@ -495,27 +463,3 @@ def test_approximate_maps_are_asked_for_by_the_config(finished, tmp_path):
         wrong = dataclasses.replace(run, config=config, engine=engine)
         with pytest.raises(UsageError, match='config.occlusion'):
             wrong.mapping(10)
-
-
-def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
-    """FGSM at the config's epsilon is what is stored already; the rest is counted."""
-    run = make_run(tmp_path / 'run')
-    shutil.copytree(finished[0].workdir / 'classifier', run.workdir / 'classifier')
-    run.config.sweep.epsilons, run.config.sweep.attacks = (0.1,), ('bim', 'square')
-    run.config.sweep.steps, run.config.sweep.images = 3, 60
-    printed = sweep.sweep(run)
-    result = json.loads((run.workdir / 'sweep.json').read_text())
-    assert list(result['conditions']) == ['fgsm 0.1', 'fgsm 0.3', 'bim 0.3', 'square 0.3']
-    assert set(result['auroc']['detector']) == {'fgsm 0.1', 'fgsm 0.3'}
-    maps, _ = evaluation.load_shards(finished[0], 'test')
-    chosen = np.isin(maps.image_id, stages.mapped_ids(run, 'test')[:60])
-    assert result['correct'] == np.sum(chosen & ~maps.is_adversarial)
-    attacked = result['conditions']['fgsm 0.3']
-    assert attacked['successful'] == np.sum(chosen & maps.is_adversarial)
-    assert attacked['success_rate'] == attacked['successful'] / result['correct']
-    assert result['conditions']['fgsm 0.1']['successful'] < attacked['successful']
-    assert f'{attacked["success_rate"]:.3f}' in printed
-    assert (run.workdir / 'sweep.png').read_bytes().startswith(b'\x89PNG')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_lib.Run, 'in_batches', None)
-        assert sweep.sweep(run) == printed

@@ -1,0 +1,179 @@
+"""Attacks that know the detector: they fool the classifier and keep the detector silent.
+
+A detector is a function `margin_fn` that maps `[B, H, W, C]` images to `[B]` margins, above 0 for
+those that it calls adversarial: a score less its threshold. An image *evades* if it is classified
+wrongly and not called adversarial. It then stays as it is, the others go on.
+
+Images are float32 in [0, 1], NHWC. Dimensions: B batch, H W C image, K classes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from occjax.attack import PIXELS, Bounds
+from occjax.types import Array, LogitsFn
+
+MarginFn = Callable[[Array], Array]  # maps [B, H, W, C] to [B], above 0 for adversarial
+
+
+class Evasion(NamedTuple):
+    """What an attack on classifier and detector reached."""
+
+    images: Array  # f32[B, H, W, C]
+    steps: Array  # i32[B], how many it took until the image evaded; -1 if it never did
+
+
+def joint_pgd(
+    logits_fn: LogitsFn,
+    margin_fn: MarginFn,
+    images: Array,
+    labels: Array,
+    *,
+    epsilon: float,
+    steps: int,
+    step_size: float | None = None,
+    weight: float = 1.0,
+    bounds: Bounds = PIXELS,
+) -> Evasion:
+    """Climbs the classifier's loss minus `weight` times the detector's, by signed gradient steps.
+
+    The detector's loss is the sigmoid cross-entropy of the margin with "clean".
+
+    Args:
+        logits_fn: maps `[B, H, W, C]` images to `[B, K]` logits, deterministically.
+        margin_fn: the detector, see above; differentiable.
+        images: `[B, H, W, C]` in [0, 1].
+        labels: `[B]` integer classes to get away from.
+        epsilon: radius of the max norm ball, in pixels.
+        steps: the most steps taken.
+        step_size: length of a step; None takes `2.5 * epsilon / steps`.
+        weight: λ, how much silence counts beside misclassification.
+        bounds: valid pixel range, or None.
+
+    Returns:
+        The images, in the ball and in bounds, and the steps that each took.
+
+    References:
+        Carlini & Wagner, https://arxiv.org/abs/1705.07263
+    """
+
+    def direction_fn(pullback, is_wrong, margins):
+        silence = weight * jax.nn.sigmoid(margins)  # The slope of the detector's loss.
+        return pullback(jnp.ones_like(margins), -silence)
+
+    return _evade(
+        logits_fn, margin_fn, images, labels, epsilon, steps, step_size, bounds, direction_fn
+    )
+
+
+def selective_pgd(
+    logits_fn: LogitsFn,
+    margin_fn: MarginFn,
+    images: Array,
+    labels: Array,
+    *,
+    epsilon: float,
+    steps: int,
+    step_size: float | None = None,
+    bounds: Bounds = PIXELS,
+) -> Evasion:
+    """Climbs the classifier's loss until the class is wrong, else goes down the detector's margin.
+
+    No weight between the two to choose, and neither is followed where it is already won. Arguments
+    and result are those of `joint_pgd`.
+
+    References:
+        Bryniarski et al., https://arxiv.org/abs/2106.15023, §3.1
+    """
+
+    def direction_fn(pullback, is_wrong, margins):
+        return pullback(jnp.where(is_wrong, 0.0, 1.0), jnp.where(is_wrong, -1.0, 0.0))
+
+    return _evade(
+        logits_fn, margin_fn, images, labels, epsilon, steps, step_size, bounds, direction_fn
+    )
+
+
+def orthogonal_pgd(
+    logits_fn: LogitsFn,
+    margin_fn: MarginFn,
+    images: Array,
+    labels: Array,
+    *,
+    epsilon: float,
+    steps: int,
+    step_size: float | None = None,
+    bounds: Bounds = PIXELS,
+) -> Evasion:
+    """Moves as `selective_pgd` does, but at right angles to the gradient that it doesn't follow.
+
+    What is won on one side is thus not given back on the other, to first order and before the
+    sign is taken. Arguments and result are those of `joint_pgd`.
+
+    References:
+        Bryniarski et al., https://arxiv.org/abs/2106.15023, §3.2
+    """
+
+    def direction_fn(pullback, is_wrong, margins):
+        none, all_ = jnp.zeros_like(margins), jnp.ones_like(margins)
+        loss, silence = pullback(all_, none), pullback(none, -all_)
+        wanted = _select(is_wrong, silence, loss)
+        return _reject(wanted, _select(is_wrong, loss, silence))
+
+    return _evade(
+        logits_fn, margin_fn, images, labels, epsilon, steps, step_size, bounds, direction_fn
+    )
+
+
+def _select(chosen, new, old):
+    """Returns `[B, H, W, C]` images, the new ones where `[B]` says so."""
+    return jnp.where(chosen[:, None, None, None], new, old)
+
+
+def _reject(vectors, others):
+    """Returns each image's vector less its part along the other one; zero others change nothing."""
+    # In units of the largest entry: squares of a confident model's tiny gradients underflow.
+    largest = jnp.abs(others).max(axis=(1, 2, 3), keepdims=True)
+    others = others / jnp.maximum(largest, jnp.finfo(others.dtype).tiny)
+    dot = functools.partial(jnp.sum, axis=(1, 2, 3), keepdims=True)
+    return vectors - others * dot(vectors * others) / jnp.maximum(dot(others**2), 1)
+
+
+def _evade(
+    logits_fn, margin_fn, images, labels, epsilon, steps, step_size, bounds, direction_fn
+) -> Evasion:
+    """Takes signed steps along `direction_fn(pullback, is_wrong, margins)` until images evade.
+
+    `pullback(a, b)` is the gradient of `a * loss + b * margin`, each image's own.
+    """
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    step_size = 2.5 * epsilon / max(steps, 1) if step_size is None else step_size
+
+    def step(state):
+        t, x, taken = state
+
+        def both(x):
+            logits = logits_fn(x)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return (losses, margin_fn(x)), jnp.argmax(logits, -1) != labels
+
+        (_, margins), vjp, is_wrong = jax.vjp(both, x, has_aux=True)
+        taken = jnp.where((taken < 0) & is_wrong & (margins <= 0), t, taken)
+        direction = direction_fn(lambda a, b: vjp((a, b))[0], is_wrong, margins)
+        moved = jnp.clip(x + step_size * jnp.sign(direction), images - epsilon, images + epsilon)
+        moved = moved if bounds is None else jnp.clip(moved, *bounds)
+        # The step after the last is there to look at what the last one reached.
+        return t + 1, _select((taken < 0) & (t < steps), moved, x), taken
+
+    def is_going(state):
+        t, _, taken = state
+        return (t <= steps) & (taken < 0).any()
+
+    state = (0, images, jnp.full(len(images), -1))
+    _, found, taken = jax.lax.while_loop(is_going, step, state)
+    return Evasion(found, taken)

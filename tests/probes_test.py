@@ -1,0 +1,194 @@
+"""Laws of the modes that probe a finished run: sweep and adaptive attack."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from occjax import config as config_lib
+from occjax import (
+    data,
+    evaluation,
+    evasion,
+    judging,
+    metrics,
+    stages,
+    storage,
+    sweep,
+    verdict,
+)
+from occjax import run as run_lib
+from occjax.methods import METHODS
+from tests.small_run import SMALL, make_run
+
+pytestmark = pytest.mark.usefixtures('small_plan')
+
+
+def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
+    """FGSM at the config's epsilon is what is stored already; the rest is counted."""
+    run = make_run(tmp_path / 'run')
+    shutil.copytree(finished[0].workdir / 'classifier', run.workdir / 'classifier')
+    run.config.sweep.epsilons, run.config.sweep.attacks = (0.1,), ('bim', 'square')
+    run.config.sweep.steps, run.config.sweep.images = 3, 60
+    run.config.sweep.occluders = ((4, 6, 0.0), (9, 5, 1.0))
+    printed = sweep.sweep(run)
+    result = json.loads((run.workdir / 'sweep.json').read_text())
+    assert list(result['attacks']) == ['fgsm 0.1', 'fgsm 0.3', 'bim 0.3', 'square 0.3']
+    assert set(result['transfer']['detector']) == {'fgsm 0.1', 'fgsm 0.3'}
+    maps, _ = evaluation.load_shards(finished[0], 'test')
+    chosen = np.isin(maps.image_id, stages.mapped_ids(run, 'test')[:60])
+    assert result['correct'] == np.sum(chosen & ~maps.is_adversarial)
+    attacked = result['attacks']['fgsm 0.3']
+    assert attacked['successful'] == np.sum(chosen & maps.is_adversarial)
+    assert attacked['success_rate'] == attacked['successful'] / result['correct']
+    assert result['attacks']['fgsm 0.1']['successful'] < attacked['successful']
+    assert f'{attacked["success_rate"]:.3f}' in printed
+    assert (run.workdir / 'sweep.png').read_bytes().startswith(b'\x89PNG')
+    # Of 16 pixels: 5 every 4 stand at 3 x 3 places, 4 every 6 and 9 every 5 at 2 x 2.
+    own, *others, every = result['occluders']
+    assert [row['forward_passes'] for row in (own, *others, every)] == [10, 5, 5, 18]
+    assert own['auroc']['detector'] == result['transfer']['detector']['fgsm 0.3']['fgsm 0.3']
+    assert len({json.dumps(row['auroc']) for row in result['occluders']}) == 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_lib.Run, 'in_batches', None)
+        assert sweep.sweep(run) == printed
+
+
+def test_windows_to_try_differ_from_the_config_s_in_one_thing_each(tmp_path):
+    run = make_run(tmp_path / 'run')
+    own = (5, 4, (0.5,))
+    for windows in sweep.occluders(run):
+        assert sum(a != b for a, b in zip(windows, own, strict=True)) == 1
+
+
+def seed_0(run, method):
+    """Returns the first seed's bank, its thresholds, and the maps that it was not fitted on."""
+    division = evaluation.divide(run, 'held_out')
+    banks = evaluation.load_banks(run, division, 'held_out', method)
+    scores, fitted = judging.score_banks(banks, METHODS[method], division.maps)[0], None
+    fitted = division.is_fitted[0]
+    levels = metrics.thresholds(scores[fitted], division.maps.select(fitted), 10, threshold=0.0)
+    bank = jax.tree.map(lambda leaf: leaf[0], banks)
+    return bank, np.nan_to_num(levels[1]), division.maps.select(~fitted), scores[~fitted]
+
+
+SETTINGS = dict(plan=SMALL, size=5, stride=4, fill=0.5, engine='full')
+
+
+@pytest.mark.parametrize('method', ['detector', 'linear_probe', 'all_logits'])
+def test_a_verdict_is_what_the_stored_maps_say(finished, method):
+    run, _ = finished
+    variables = stages.load_variables(run)
+    bank, levels, maps, scores = seed_0(run, method)
+    clean = np.flatnonzero(~maps.is_adversarial)[:6]
+    images = data.take(run.dataset.test, maps.image_id[clean])
+    for engine in ('full', 'incremental'):
+        margins = verdict.margins(
+            variables, bank, levels, images, method=METHODS[method], **SETTINGS | {'engine': engine}
+        )
+        expected = scores[clean] - levels[maps.predicted[clean]]
+        np.testing.assert_allclose(margins, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('engine', ['full', 'incremental'])
+@pytest.mark.parametrize('method', ['detector', 'all_logits'])
+def test_the_gradient_of_a_verdict_is_right(finished, method, engine):
+    """Against central differences along random directions, through map and detector."""
+    run, _ = finished
+    variables = stages.load_variables(run)
+    bank, levels, maps, _ = seed_0(run, method)
+    image = data.take(run.dataset.test, maps.image_id[:1])
+
+    @jax.jit
+    def margin_fn(image):
+        settings = SETTINGS | {'engine': engine}
+        return verdict.margins(variables, bank, levels, image, method=METHODS[method], **settings)[
+            0
+        ]
+
+    gradient = jax.grad(margin_fn)(image)
+    assert np.abs(gradient).max() > 0
+    rng, step, errors, sizes = np.random.default_rng(0), 1e-3, [], []
+    for _ in range(12):
+        direction = rng.choice([-1.0, 1.0], image.shape).astype(np.float32)
+        numeric = (margin_fn(image + step * direction) - margin_fn(image - step * direction)) / (
+            2 * step
+        )
+        errors.append(float(numeric - (gradient * direction).sum()))
+        sizes.append(float(numeric))
+    # Kinks of ReLU and pools lie between the two points of some differences.
+    assert np.median(np.abs(errors)) < 0.05 * np.std(sizes)
+
+
+def test_both_engines_have_one_gradient(finished):
+    run, _ = finished
+    variables = stages.load_variables(run)
+    bank, levels, maps, _ = seed_0(run, 'detector')
+    images = data.take(run.dataset.test, maps.image_id[:3])
+    gradients = [
+        jax.grad(
+            lambda x, e=engine: verdict.margins(
+                variables, bank, levels, x, method=METHODS['detector'], **SETTINGS | {'engine': e}
+            ).sum()
+        )(images)
+        for engine in ('full', 'incremental')
+    ]
+    np.testing.assert_allclose(*gradients, atol=1e-4 * np.abs(gradients[0]).max())
+
+
+def test_an_attacker_who_knows_the_detector_evades_more(finished, tmp_path):
+    """And what is stored is not attacked anew."""
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    run = make_run(tmp_path / 'run')
+    settings = run.config.adaptive
+    settings.epsilons, settings.steps, settings.images = (0.05, 0.3), 6, 12
+    printed = evasion.evade(run)
+    result = json.loads((run.workdir / 'adaptive.json').read_text())
+    assert result['images'] == 12
+    rows = {(r['method'], r['attack'], r['epsilon']): r for r in result['rows']}
+    assert len(rows) == 2 * 4 * 2
+    for row in result['rows']:
+        low, high = row['interval']['evasion']
+        assert 0 <= low <= row['evasion'] <= high <= 1
+        assert row['evasion'] <= row['wrong']
+        if row['by_step']:
+            assert len(row['by_step']) == 7
+            assert row['by_step'] == sorted(row['by_step'])
+            assert row['by_step'][-1] == row['evasion']
+    knowing = [rows['detector', name, 0.3]['evasion'] for name in evasion.ATTACKS]
+    assert max(knowing) > rows['detector', 'fgsm', 0.3]['evasion']
+    assert (run.workdir / 'adaptive.png').read_bytes().startswith(b'\x89PNG')
+    assert 'What the detectors do not do' in printed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_lib.Run, 'in_batches', None)
+        assert evasion.evade(run) == printed
+    # The report shows it, in the words of the mode itself.
+    title = 'What the detectors do not do'
+    assert printed.split(title)[1].split('\n\nWritten')[0].strip() in evaluation.make_report(run)
+    assert title in (run.workdir / 'report' / 'report.html').read_text()
+
+
+def test_a_false_alarm_is_a_clean_image_above_its_threshold(finished, tmp_path):
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    run = make_run(tmp_path / 'run')
+    settings = run.config.adaptive
+    settings.epsilons, settings.attacks, settings.images = (0.3,), (), 40
+    settings.methods = ('detector',)
+    evasion.evade(run)
+    result = json.loads((run.workdir / 'adaptive.json').read_text())
+    _, levels, maps, scores = seed_0(run, 'detector')
+    clean = np.flatnonzero(~maps.is_adversarial)[:40]
+    expected = np.mean(scores[clean] > levels[maps.predicted[clean]])
+    assert result['false_alarms']['detector'] == pytest.approx(expected, abs=1.5 / len(clean))
+
+
+def test_other_probes_are_no_other_experiment(finished, tmp_path):
+    """A work directory opens with other sweeps and attackers, and with nothing else changed."""
+    config = make_run(tmp_path / 'run').config
+    config.sweep.images, config.adaptive.steps = 7, 3
+    storage.open_workdir(tmp_path / 'run', config)
+    config.seed = 5
+    with pytest.raises(config_lib.UsageError, match='seed'):
+        storage.open_workdir(tmp_path / 'run', config)

@@ -1,0 +1,26 @@
+"""The whole experiment on a small VGG and a handful of digits, for the tests of several modules."""
+
+from configs import digits
+from occjax import run as run_lib
+from occjax import stages, storage
+
+SMALL = (8, 'M', 16, 'M')
+
+
+def make_run(workdir, **flags):
+    """Returns a run that takes seconds; its attack succeeds often and for several classes."""
+    config = digits.get_config()
+    config.data.image_size, config.data.train_images, config.data.test_images = 16, 300, 90
+    config.classifier.hidden, config.classifier.epochs = 32, 3
+    config.classifier.learning_rate = 3e-3
+    config.attack.epsilon = 0.3
+    config.occlusion.size, config.occlusion.stride = 5, 4
+    config.detector.steps, config.detector.seeds = 30, 3
+    config.detector.methods = ('detector', 'linear_probe', 'all_logits')
+    config.validate()
+    return run_lib.Run(config=config, workdir=storage.open_workdir(workdir, config), **flags)
+
+
+def run_all(run):
+    """Runs every stage, and returns what the last one prints."""
+    return [stage(run) for stage in stages.STAGES.values()][-1]
