@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from occjax import vgg
+from occjax import attack, vgg
 from occjax.types import Array, Batch
 
 
@@ -42,6 +42,7 @@ def train_step(
     key: Array,
     learning_rate: float,
     dropout_rate: float = 0.5,
+    label_smoothing: float = 0.0,
     plan: vgg.Plan = vgg.VGG11,
 ) -> tuple[ClassifierState, dict[str, Array]]:
     """Takes one step of Adam on the mean cross-entropy (§III-B).
@@ -53,6 +54,7 @@ def train_step(
         key: JAX random key of the whole training; the step folds its number into it.
         learning_rate: of this step.
         dropout_rate, plan: see `vgg.train_logits`.
+        label_smoothing: share of the target that all classes divide evenly.
 
     Returns:
         The next state, and the batch's `loss` and `accuracy`.
@@ -66,7 +68,8 @@ def train_step(
             dropout_rate=dropout_rate,
             plan=plan,
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+        losses = optax.softmax_cross_entropy(logits, targets)
         return losses.mean(), (batch_stats, jnp.mean(jnp.argmax(logits, -1) == labels))
 
     params = state.variables.params
@@ -79,6 +82,25 @@ def train_step(
     return new_state, {'loss': loss, 'accuracy': accuracy}
 
 
+@functools.partial(jax.jit, static_argnames='plan')
+def attack_half(
+    source: vgg.Variables, images: Array, *, epsilon: float, plan: vgg.Plan = vgg.VGG11
+) -> Array:
+    """Returns a batch whose first half is FGSM images against `source`, the rest as it was.
+
+    The loss that they raise is that of the class that `source` names, not of the label: else the
+    step itself would tell the label.
+
+    References:
+        Kurakin et al., https://arxiv.org/abs/1611.01236
+    """
+    logits_fn = functools.partial(vgg.logits, source, plan=plan)
+    half = images[: len(images) // 2]
+    named = jnp.argmax(logits_fn(half), axis=-1)
+    attacked = attack.fgsm(logits_fn, half, named, epsilon=epsilon)
+    return jnp.concatenate([attacked, images[len(half) :]])
+
+
 def fit_epoch(
     state: ClassifierState,
     batches: Iterable[Batch],
@@ -86,7 +108,11 @@ def fit_epoch(
     key: Array,
     schedule: Callable[[int], float],
     dropout_rate: float,
+    label_smoothing: float = 0.0,
     plan: vgg.Plan,
+    images_fn: Callable[[vgg.Variables, Array, int], Array] = lambda variables, images, step: (
+        images
+    ),
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> tuple[ClassifierState, dict[str, float]]:
     """Takes one step a batch.
@@ -97,6 +123,8 @@ def fit_epoch(
         key: see `train_step`.
         schedule: the learning rate by step.
         dropout_rate, plan: see `vgg.train_logits`.
+        label_smoothing: see `train_step`.
+        images_fn: what is done to a batch's images, from the classifier so far and the step.
         on_batch: told after every step how many images it took.
 
     Returns:
@@ -106,11 +134,12 @@ def fit_epoch(
     for batch in batches:
         state, metrics = train_step(
             state,
-            batch.images,
+            images_fn(state.variables, batch.images, step),
             batch.labels,
             key=key,
             learning_rate=schedule(step),
             dropout_rate=dropout_rate,
+            label_smoothing=label_smoothing,
             plan=plan,
         )
         step += 1

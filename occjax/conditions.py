@@ -91,5 +91,5 @@ def mapped(run: Run, variables: vgg.Variables, name: str, epsilon: float = 0.0) 
 
 def together(*sets: HeatmapSet) -> HeatmapSet:
     """Returns several sets of maps as one."""
-    fields = vars(sets[0])
-    return HeatmapSet(**{k: np.concatenate([getattr(s, k) for s in sets]) for k in fields})
+    present = [name for name, array in vars(sets[0]).items() if array is not None]
+    return HeatmapSet(**{k: np.concatenate([getattr(s, k) for s in sets]) for k in present})

@@ -47,6 +47,13 @@ class Classifier:
 
     `resize` has the side to which images are shrunk in each of the first epochs: an epoch at 64
     pixels costs a twelfth of one at 224 (progressive learning, https://arxiv.org/abs/2104.00298).
+
+    The last four are defences of §II. `label_smoothing` goes from the true class to all
+    (https://arxiv.org/abs/1512.00567). `adversarial_epsilon` above 0 attacks half of each batch by
+    FGSM (https://arxiv.org/abs/1611.01236); with an `ensemble` its source is drawn among the
+    classifier and as many others, trained before (https://arxiv.org/abs/1705.07204).
+    `thermometer` is the number of levels of a thermometer encoding, 1 for none
+    (https://openreview.net/forum?id=S18Su--CW).
     """
 
     plan: str = 'vgg11'
@@ -57,6 +64,10 @@ class Classifier:
     dropout_rate: float = 0.5
     normalize: bool = True
     resize: tuple[int, ...] = ()
+    label_smoothing: float = 0.0
+    adversarial_epsilon: float = 0.0
+    ensemble: int = 0
+    thermometer: int = 1
 
     def validate(self, image_size: int):
         """Raises `UsageError` for the first field that makes no sense."""
@@ -74,6 +85,16 @@ class Classifier:
         expected = f"sides from 32 to the images' {image_size}, one for each epoch at most"
         fits = fits and len(self.resize) <= self.epochs
         _require(fits, 'classifier.resize', self.resize, expected)
+        share = self.label_smoothing
+        _require(0 <= share < 1, 'classifier.label_smoothing', share, 'a share below 1')
+        epsilon = self.adversarial_epsilon
+        expected = 'a number from 0 to 1'
+        _require(0 <= epsilon <= 1, 'classifier.adversarial_epsilon', epsilon, expected)
+        count, expected = self.ensemble, 'a count, above 0 only with adversarial_epsilon'
+        fits = count == 0 or count > 0 and epsilon > 0
+        _require(fits, 'classifier.ensemble', count, expected)
+        levels, expected = self.thermometer, 'a number of levels, 1 for none'
+        _require(levels >= 1, 'classifier.thermometer', levels, expected)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -141,6 +162,7 @@ METHODS = (
     'log_map',
     'unoccluded_logits',
     'all_logits',
+    'conv_logits',
 )
 
 
@@ -241,6 +263,30 @@ class Adaptive:
         _require(self.weight >= 0, 'adaptive.weight', self.weight, 'a number from 0')
 
 
+@dataclasses.dataclass(kw_only=True)
+class Comparators:
+    """Detectors without heat maps (§II), see `comparators`.
+
+    `bits` and `median` (its side in pixels) squeeze features; `steps` fit MagNet's autoencoder on
+    patches of as many `images`, `temperature` divides the logits that it compares.
+    """
+
+    bits: int = 5
+    median: int = 2
+    steps: int = 1000
+    images: int = 2000
+    temperature: float = 10.0
+
+    def validate(self):
+        """Raises `UsageError` for the first field that makes no sense."""
+        _require(1 <= self.bits <= 8, 'comparators.bits', self.bits, 'a number from 1 to 8')
+        for field in ('median', 'steps', 'images'):
+            value = getattr(self, field)
+            _require(value >= 1, f'comparators.{field}', value, 'at least 1')
+        value = self.temperature
+        _require(value > 0, 'comparators.temperature', value, 'a positive number')
+
+
 # Sections that only their own modes read: another value of theirs is no other experiment.
 PROBES = ('sweep', 'adaptive')
 
@@ -257,6 +303,7 @@ class Config:
     detector: Detector = dataclasses.field(default_factory=Detector)
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     adaptive: Adaptive = dataclasses.field(default_factory=Adaptive)
+    comparators: Comparators = dataclasses.field(default_factory=Comparators)
 
     def validate(self):
         """Raises `UsageError` for the first field that makes no sense."""
@@ -268,6 +315,7 @@ class Config:
         self.detector.validate()
         self.sweep.validate(self.data.image_size)
         self.adaptive.validate()
+        self.comparators.validate()
 
 
 def to_json(config: Config) -> dict:

@@ -29,11 +29,15 @@ class MLP(nn.Module):
     """
 
     features: tuple[int, ...] = (256, 256, 128, 64, 32)
+    convolutions: tuple[int, ...] = ()  # ours: widths of 3×3 layers on `[M, h, w, …]` before
 
     @nn.compact
     def __call__(self, maps: Array) -> Array:
         """Returns `[M]` logits."""
-        x = maps.reshape(len(maps), math.prod(maps.shape[1:]))
+        x = maps
+        for width in self.convolutions:
+            x = nn.relu(nn.Conv(width, (3, 3))(x))
+        x = x.reshape(len(maps), math.prod(x.shape[1:]))
         for width in self.features:
             x = nn.relu(nn.Dense(width)(x))
         return nn.Dense(1)(x)[:, 0]
@@ -115,15 +119,18 @@ def stack_groups(groups: Sequence[Groups]) -> Groups:
     )
 
 
-def init(key: Array, *, grid: tuple[int, ...], features: tuple[int, ...] = MLP.features) -> Any:
-    """Returns the variables of one detector for maps of shape `grid`."""
-    return MLP(features).init(key, jnp.zeros((1, *grid)))
+def init(key: Array, *, grid: tuple[int, ...], **widths: tuple[int, ...]) -> Any:
+    """Returns the variables of one detector for maps of shape `grid`; `widths` are `MLP`'s."""
+    return MLP(**widths).init(key, jnp.zeros((1, *grid)))
 
 
 def apply(variables: Any, maps: Array) -> Array:
     """Returns the `[M]` logits of one detector, whatever its widths."""
     *hidden, _ = variables['params'].values()
-    return MLP(tuple(len(layer['bias']) for layer in hidden)).apply(variables, maps)
+    widths = {2: (), 4: ()}  # by the dimensions of their kernels
+    for layer in hidden:
+        widths[layer['kernel'].ndim] += (len(layer['bias']),)
+    return MLP(features=widths[2], convolutions=widths[4]).apply(variables, maps)
 
 
 def fit(
@@ -178,7 +185,7 @@ def init_bank(
     *,
     num_classes: int,
     grid: tuple[int, ...],
-    features: tuple[int, ...] = MLP.features,
+    **widths: tuple[int, ...],
 ) -> Bank:
     """Returns K fresh detectors as one bank.
 
@@ -186,10 +193,11 @@ def init_bank(
         key: JAX random key.
         num_classes: K.
         grid: `(h, w)`, or the shape of whatever else the detectors shall see.
-        features: widths of the hidden layers, the paper's by default; `()` for a linear one.
+        **widths: of the layers, see `MLP`: `features`, the paper's by default, `()` for a linear
+            one; `convolutions`.
     """
     keys = jax.random.split(key, num_classes)
-    return jax.vmap(lambda key: init(key, grid=grid, features=features))(keys)
+    return jax.vmap(lambda key: init(key, grid=grid, **widths))(keys)
 
 
 def fit_bank(

@@ -15,7 +15,7 @@ import numpy as np
 from occjax import config, detector, engine, judging, metrics, paper, report, storage, tables, vgg
 from occjax.methods import METHODS
 from occjax.run import Run, say
-from occjax.types import CONTROLS, HeatmapSet
+from occjax.types import COMPARATORS, CONTROLS, HeatmapSet
 
 # The split whose maps each protocol divides.
 PROTOCOLS = {'paper': 'train', 'held_out': 'test'}
@@ -30,11 +30,16 @@ def load_shards(run: Run, split_name: str) -> tuple[HeatmapSet, list[dict]]:
         for name in names
         if name.startswith(split_name)
     ]
-    stored = {
-        field.name: np.concatenate([shard[field.name] for shard in shards])
-        for field in dataclasses.fields(HeatmapSet)
-    }
-    return HeatmapSet(**stored), shards
+    return _as_maps(shards), shards
+
+
+def _as_maps(shards, prefix=''):
+    """Returns the maps in shards whose arrays begin with a prefix; older ones lack comparators."""
+    names = [f.name for f in dataclasses.fields(HeatmapSet)]
+    names = [name for name in names if all(prefix + name in shard for shard in shards)]
+    return HeatmapSet(
+        **{name: np.concatenate([shard[prefix + name] for shard in shards]) for name in names}
+    )
 
 
 def divide(run: Run, protocol: str) -> judging.Division:
@@ -52,16 +57,7 @@ def load_controls(run: Run) -> dict[str, HeatmapSet]:
             'for their table delete that folder and run --mode=all.'
         )
         return {}
-    fields = [field.name for field in dataclasses.fields(HeatmapSet)]
-    return {
-        kind: HeatmapSet(
-            **{
-                name: np.concatenate([shard[f'{kind}_{name}'] for shard in shards])
-                for name in fields
-            }
-        )
-        for kind in CONTROLS
-    }
+    return {kind: _as_maps(shards, f'{kind}_') for kind in CONTROLS}
 
 
 def init_banks(run: Run, division: judging.Division, name: str) -> detector.Bank:
@@ -96,6 +92,8 @@ def detection(run: Run, protocol: str) -> dict:
     controls = load_controls(run) if protocol == 'held_out' else {}
     entries = {}
     for name in (*run.config.detector.methods, *metrics.BASELINES):
+        if name in COMPARATORS and division.maps.comparators is None:
+            continue
         if name in METHODS:
             banks = load_banks(run, division, protocol, name)
             score_fn = functools.partial(judging.score_banks, banks, METHODS[name])
@@ -180,15 +178,24 @@ def cost(run: Run) -> dict:
         timed = storage.read_json(path, mode='benchmark')['engines'].get(name)
         milliseconds = timed and 1000 / timed['maps_per_second']
     alone = {'forward_passes': 1, 'gflop': once / 1e9, 'milliseconds': None}
+    # The autoencoder's own work, less than a hundredth of a pass, is left out.
+    compared = {
+        name: alone | {'forward_passes': passes, 'gflop': passes * once / 1e9}
+        for name, passes in zip(COMPARATORS, (3, 1, 2), strict=True)
+    }
     mapped = {
         'forward_passes': 1 + windows,
         'gflop': (flops + (once if name == 'full' else 0)) / 1e9,
         'milliseconds': milliseconds,
     }
-    return {
-        name: mapped if name not in METHODS or METHODS[name].windows else alone
-        for name in (*run.config.detector.methods, *metrics.BASELINES)
-    } | {'max_probability': alone}
+    return (
+        {
+            name: mapped if name not in METHODS or METHODS[name].windows else alone
+            for name in (*run.config.detector.methods, *metrics.BASELINES)
+        }
+        | {'max_probability': alone}
+        | compared
+    )
 
 
 def make_report(run: Run) -> str:
@@ -201,6 +208,7 @@ def make_report(run: Run) -> str:
         num_classes=len(class_names),
         hidden=run.config.classifier.hidden,
         plan=run.plan,
+        levels=run.config.classifier.thermometer,
     )
     report.write(
         run.workdir / 'report',
@@ -219,7 +227,7 @@ def examples(shards: list[dict]) -> list[report.Example]:
     found = []
     for shard in shards:
         if len(shard['example_id']):
-            maps = HeatmapSet(**{f.name: shard[f.name] for f in dataclasses.fields(HeatmapSet)})
+            maps = _as_maps([shard])
             here = maps.image_id == shard['example_id'][0]
             clean, attacked = (maps.select(here & (maps.is_adversarial == a)) for a in (0, 1))
             found.append(

@@ -65,6 +65,7 @@ def init_banks(key: jax.Array, division: Division, method: Method) -> detector.B
         num_classes=method.num_networks(maps),
         grid=method.inputs_fn(maps.select(slice(0, 1))).shape[1:],
         features=method.features,
+        convolutions=method.convolutions,
     )
     return jax.vmap(init)(jax.random.split(key, len(division.is_fitted)))
 

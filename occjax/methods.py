@@ -21,6 +21,7 @@ class Method(NamedTuple):
 
     inputs_fn: Callable[[HeatmapSet], np.ndarray]  # maps to f32[M, ...]
     features: tuple[int, ...] = MLP.features
+    convolutions: tuple[int, ...] = ()
     pooled: bool = False
     windows: bool = True  # False: the unoccluded image alone is classified
 
@@ -62,6 +63,13 @@ def _logits(maps):
     return logits / 4
 
 
+def _logit_maps(maps):
+    """The same as an image of the windows, `[M, h, w, 2K]`: the unoccluded logits in every cell."""
+    xp = maps.array_module
+    everywhere = xp.broadcast_to(maps.unoccluded[:, None, None], maps.logits.shape)
+    return xp.concatenate([maps.logits, everywhere], axis=-1) / 4
+
+
 def _unoccluded_logits(maps):
     """The same without the windows: one forward pass."""
     return maps.unoccluded / 4
@@ -76,4 +84,5 @@ METHODS = {
     'log_map': Method(_log_map),
     'unoccluded_logits': Method(_unoccluded_logits, pooled=True, windows=False),
     'all_logits': Method(_logits, pooled=True),
+    'conv_logits': Method(_logit_maps, features=(128,), convolutions=(64, 64), pooled=True),
 }

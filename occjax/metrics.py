@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from occjax.types import HeatmapSet
+from occjax.types import COMPARATORS, HeatmapSet
 
 # What a detector must beat: a cell is a confidence, so "darker" may only mean "less confident". The
 # spreads are ML-LOO's (https://arxiv.org/abs/1906.03499), there of feature attributions.
@@ -24,7 +24,7 @@ BASELINES = {
     'map_deviation': lambda maps: maps.maps.std(axis=(1, 2)),
     'map_iqr': lambda maps: np.subtract(*np.quantile(maps.cells, (0.75, 0.25), axis=1)),
     'map_mad': lambda maps: _mad(maps.cells),
-}
+} | {name: lambda maps, i=i: maps.comparators[:, i] for i, name in enumerate(COMPARATORS)}
 RATES = (
     'accuracy',
     'majority_baseline',

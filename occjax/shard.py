@@ -4,15 +4,16 @@ Dimensions: B batch, H W C image, K classes, h w heatmap grid, M maps.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from occjax import attack, data, vgg
+from occjax import attack, comparators, data, vgg
 from occjax import engine as engine_lib
 from occjax.run import Run
-from occjax.types import Split
+from occjax.types import COMPARATORS, Split
 
 
 class Part(NamedTuple):
@@ -113,8 +114,40 @@ def control_parts(
     }
 
 
+@functools.partial(jax.jit, static_argnames=('plan', 'bits', 'size'))
+def compare_batch(variables, autoencoder, images, *, plan, bits, size, temperature):
+    """Returns `[B, 3]` scores, `COMPARATORS`."""
+    logits_fn = functools.partial(vgg.logits, variables, plan=plan)
+    squeezing = comparators.feature_squeezing(logits_fn, images, bits=bits, size=size)
+    magnet = comparators.magnet(logits_fn, autoencoder, images, temperature=temperature)
+    return jnp.stack([squeezing, *magnet], axis=-1)
+
+
+def compare(run: Run, variables: vgg.Variables, autoencoder: Any, images: np.ndarray) -> np.ndarray:
+    """Returns the `[M, 3]` scores, `COMPARATORS`, of `[M, H, W, C]` images."""
+    if not len(images):
+        return np.zeros((0, len(COMPARATORS)), np.float32)
+    wanted = run.config.comparators
+    compare_fn = functools.partial(
+        compare_batch,
+        variables,
+        autoencoder,
+        plan=run.plan,
+        bits=wanted.bits,
+        size=wanted.median,
+        temperature=wanted.temperature,
+    )
+    return run.in_batches(compare_fn, images, batch_size=run.batch_size)
+
+
 def collect(
-    run: Run, variables: vgg.Variables, split: Split, ids: np.ndarray, *, controls: bool = False
+    run: Run,
+    variables: vgg.Variables,
+    autoencoder: Any,
+    split: Split,
+    ids: np.ndarray,
+    *,
+    controls: bool = False,
 ) -> dict:
     """Returns a shard: the heatmaps of some images and their attacks, and what the attack did.
 
@@ -128,15 +161,21 @@ def collect(
     if controls:
         parts = control_parts(run, variables, paper, labels, ids)
         groups |= {f'{kind}_': [part] for kind, part in parts.items()}
-    chosen = [part.images[part.is_mapped] for parts in groups.values() for part in parts]
-    logits = map_images(run, variables, np.concatenate(chosen))
+    chosen = np.concatenate(
+        [part.images[part.is_mapped] for parts in groups.values() for part in parts]
+    )
+    logits = map_images(run, variables, chosen)
+    compared = compare(run, variables, autoencoder, chosen)
     arrays = {}
     for prefix, parts in groups.items():
         masks = [part.is_mapped for part in parts]
         counts = [mask.sum() for mask in masks]
-        here, logits = np.split(logits, [sum(counts)])
+        (here, logits), (scores, compared) = (
+            np.split(array, [sum(counts)]) for array in (logits, compared)
+        )
         maps = {
             'logits': here,
+            'comparators': scores,
             'unoccluded': np.concatenate([part.unoccluded[part.is_mapped] for part in parts]),
             'label': np.concatenate([labels[mask] for mask in masks]),
             'image_id': np.concatenate([ids[mask] for mask in masks]),

@@ -7,20 +7,22 @@ Each reads what the one before left in the work directory, and picks up where it
 
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from occjax import classifier, data, evaluation, shard, storage, vgg
+from occjax import classifier, comparators, data, evaluation, shard, storage, vgg
 from occjax.run import Progress, Run, say
 from occjax.types import UsageError
 
 SPLITS = ('train', 'test')
 
-# A purpose of random numbers: each has its own stream under the config's one seed.
-_MAPPED_IMAGES = 0
+# Purposes of random numbers: each has its own stream under the config's one seed.
+_MAPPED_IMAGES, _SOURCE, _AUTOENCODER = 0, 6, 7
+_ADVERSARIES = 1000  # What the seeds of an ensemble's others are from the config's.
 
 
 @functools.partial(jax.jit, static_argnames='plan')
@@ -35,17 +37,18 @@ def shrink(images, *, side):
     return jax.image.resize(images, (len(images), side, side, images.shape[-1]), 'linear')
 
 
-def init_variables(run: Run) -> vgg.Variables:
+def init_variables(run: Run, seed: int | None = None) -> vgg.Variables:
     """Returns the untrained classifier, which normalises by the training images' statistics."""
     settings, stats = run.config.classifier, {}
     if settings.normalize:
         stats = dict(zip(('mean', 'std'), data.pixel_statistics(run.dataset.train), strict=True))
     return vgg.init(
-        jax.random.key(run.config.seed),
+        jax.random.key(run.config.seed if seed is None else seed),
         image_size=run.config.data.image_size,
         num_classes=len(run.dataset.class_names),
         hidden=settings.hidden,
         plan=run.plan,
+        levels=settings.thermometer,
         **stats,
     )
 
@@ -55,8 +58,38 @@ def train(run: Run):
     settings, directory = run.config.classifier, run.workdir / 'classifier'
     if (directory / 'metrics.json').exists():
         return
-    split = run.dataset.train
-    state = classifier.init_state(init_variables(run))
+    adversaries = []
+    for i in range(settings.ensemble):
+        say(f'classifier: adversary {i + 1}/{settings.ensemble}, trained on clean images')
+        seed = run.config.seed + _ADVERSARIES + i
+        adversaries.append(_trained(run, run.workdir / f'adversary-{i}', seed, lambda v, x, t: x))
+
+    def images_fn(variables, images, step):
+        if not settings.adversarial_epsilon:
+            return images
+        sources = [variables, *adversaries]
+        source = sources[run.rng(_SOURCE, step).integers(len(sources))]
+        return classifier.attack_half(
+            source, images, epsilon=settings.adversarial_epsilon, plan=run.plan
+        )
+
+    variables = _trained(run, directory, run.config.seed, images_fn)
+    predict_fn = functools.partial(predict, variables, plan=run.plan)
+    accuracies = {
+        f'{name}_accuracy': classifier.evaluate(
+            lambda images: predict_fn(run.divide(images)),
+            data.batches(getattr(run.dataset, name), run.batch_size),
+        )
+        for name in SPLITS
+    }
+    say('classifier: ' + ', '.join(f'{name} {value:.4f}' for name, value in accuracies.items()))
+    storage.write_json(directory / 'metrics.json', accuracies)
+
+
+def _trained(run, directory, seed, images_fn):
+    """Returns the variables of a classifier after all epochs; continues after the last stored."""
+    settings, split = run.config.classifier, run.dataset.train
+    state = classifier.init_state(init_variables(run, seed))
     done = storage.latest_step(directory) or 0
     if done:
         state = storage.restore_checkpoint(directory, state, mode='train')
@@ -69,17 +102,19 @@ def train(run: Run):
     for epoch in range(done, settings.epochs):
         progress = Progress(len(split), f'epoch {epoch + 1}/{settings.epochs}, images')
         side = dict(enumerate(settings.resize)).get(epoch, run.config.data.image_size)
-        batches = data.training_batches(split, batch_size, seed=run.config.seed, epoch=epoch)
+        batches = data.training_batches(split, batch_size, seed=seed, epoch=epoch)
         state, values = classifier.fit_epoch(
             state,
             (
                 batch._replace(images=shrink(run.divide(batch.images), side=side))
                 for batch in batches
             ),
-            key=jax.random.key(run.config.seed + 1),
+            key=jax.random.key(seed + 1),
             schedule=schedule,
             dropout_rate=settings.dropout_rate,
+            label_smoothing=settings.label_smoothing,
             plan=run.plan,
+            images_fn=images_fn,
             on_batch=progress,
         )
         if not np.isfinite(values['loss']):
@@ -92,16 +127,7 @@ def train(run: Run):
             f'accuracy {values["accuracy"]:.4f}, {progress.rate:.0f} images/s'
         )
         storage.save_checkpoint(directory, epoch + 1, state)
-    predict_fn = functools.partial(predict, state.variables, plan=run.plan)
-    accuracies = {
-        f'{name}_accuracy': classifier.evaluate(
-            lambda images: predict_fn(run.divide(images)),
-            data.batches(getattr(run.dataset, name), run.batch_size),
-        )
-        for name in SPLITS
-    }
-    say('classifier: ' + ', '.join(f'{name} {value:.4f}' for name, value in accuracies.items()))
-    storage.write_json(directory / 'metrics.json', accuracies)
+    return state.variables
 
 
 def load_variables(run: Run) -> vgg.Variables:
@@ -119,12 +145,26 @@ def mapped_ids(run: Run, name: str) -> np.ndarray:
     return run.rng(_MAPPED_IMAGES, SPLITS.index(name)).permutation(count)[:limit]
 
 
+def load_autoencoder(run: Run) -> Any:
+    """Returns MagNet's autoencoder, fitted to training images the first time."""
+    split, wanted, directory = run.dataset.train, run.config.comparators, run.workdir / 'magnet'
+    key = jax.random.key(run.config.seed + 6)
+    variables = comparators.init_autoencoder(key, channels=split.images.shape[-1])
+    if storage.latest_step(directory) is not None:
+        return storage.restore_checkpoint(directory, variables, mode='heatmaps')
+    chosen = np.sort(run.rng(_AUTOENCODER).permutation(len(split))[: wanted.images])
+    images = np.asarray(split.images[chosen])
+    variables = comparators.fit_autoencoder(key, variables, images, steps=wanted.steps)
+    storage.save_checkpoint(directory, wanted.steps, variables)
+    return variables
+
+
 def heatmaps(run: Run):
     """Attacks both splits and stores the maps, shard by shard; what is stored stays."""
     directory = run.workdir / 'heatmaps'
     if (directory / 'manifest.json').exists():
         return
-    variables, shards = load_variables(run), []
+    variables, autoencoder, shards = load_variables(run), load_autoencoder(run), []
     for name in SPLITS:
         split, ids = getattr(run.dataset, name), mapped_ids(run, name)
         for start in range(0, len(ids), run.shard_size):
@@ -136,7 +176,8 @@ def heatmaps(run: Run):
             progress.total -= len(ids)
         else:
             controls = split is run.dataset.test
-            storage.save_arrays(path, shard.collect(run, variables, split, ids, controls=controls))
+            arrays = shard.collect(run, variables, autoencoder, split, ids, controls=controls)
+            storage.save_arrays(path, arrays)
             progress(len(ids))
     storage.write_json(directory / 'manifest.json', [path.name for path, *_ in shards])
 

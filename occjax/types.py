@@ -57,6 +57,10 @@ class Batch(NamedTuple):
 CONTROLS = ('noise', 'misclassified', 'failed')
 
 
+# Scores of detectors that need no heatmap, see `comparators`.
+COMPARATORS = ('feature_squeezing', 'magnet_error', 'magnet_divergence')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeatmapSet:
     """What the detectors, baselines and tables are made from, without the classifier.
@@ -69,6 +73,7 @@ class HeatmapSet:
     label: np.ndarray  # i32[M], the true class
     image_id: np.ndarray  # i32[M], position of the (clean) source image in its split
     is_adversarial: np.ndarray  # bool[M]
+    comparators: np.ndarray | None = None  # f32[M, 3], `COMPARATORS`; None where not computed
 
     @property
     def array_module(self) -> Any:
@@ -104,4 +109,5 @@ class HeatmapSet:
 
     def select(self, chosen) -> 'HeatmapSet':
         """Returns the maps that an index or boolean array chooses."""
-        return HeatmapSet(**{name: array[chosen] for name, array in vars(self).items()})
+        present = {name: array for name, array in vars(self).items() if array is not None}
+        return HeatmapSet(**{name: array[chosen] for name, array in present.items()})

@@ -66,6 +66,7 @@ def init(
     hidden: int = 4096,
     plan: Plan = VGG11,
     channels: int = 3,
+    levels: int = 1,
     mean: float | np.ndarray = 0.0,
     std: float | np.ndarray = 1.0,
 ) -> Variables:
@@ -79,6 +80,7 @@ def init(
         hidden: width of the two hidden linear layers.
         plan: the feature layers.
         channels: C.
+        levels: of the thermometer encoding that the first convolution sees, 1 for none.
         mean, std: what `logits` normalises [0, 1] pixels with: a number, or `[C]`.
 
     Raises:
@@ -96,7 +98,7 @@ def init(
         key, subkey = jax.random.split(key)
         return {'kernel': he_normal(subkey, shape), 'bias': jnp.zeros(shape[-1])}
 
-    conv, batch_stats, inputs = [], [], channels
+    conv, batch_stats, inputs = [], [], channels * levels
     for width in plan:
         if width != 'M':
             norm = {'scale': jnp.ones(width), 'offset': jnp.zeros(width)}
@@ -114,8 +116,36 @@ def init(
 
 def normalize(variables: Variables, images: Array) -> Array:
     """Returns `[B, H, W, C]` pixels as the first convolution wants them, in its weights' type."""
+    kernel = variables.params['conv'][0]['kernel']
+    levels = kernel.shape[2] // images.shape[-1]
+    if levels > 1:
+        return thermometer(images, levels).astype(kernel.dtype)
     x = (images - variables.pixel_stats['mean']) / variables.pixel_stats['std']
-    return x.astype(variables.params['conv'][0]['kernel'].dtype)
+    return x.astype(kernel.dtype)
+
+
+def thermometer(images: Array, levels: int) -> Array:
+    """Encodes pixels by which of `levels` thresholds in [0, 1) they exceed.
+
+    The encoding has no gradient; that of the distances above the thresholds stands in for it, as
+    Athalye et al. attack it.
+
+    Args:
+        images: `[B, H, W, C]` in [0, 1].
+        levels: L, the thresholds being 0, 1/L, 2/L, ….
+
+    Returns:
+        `[B, H, W, C * L]` zeros and ones, the levels of a channel side by side.
+
+    References:
+        Buckman et al., https://openreview.net/forum?id=S18Su--CW; Athalye et al.,
+        https://arxiv.org/abs/1802.00420, §5.1
+    """
+    above = images[..., None] - jnp.arange(levels) / levels
+    soft = jnp.clip(above, 0, 1)
+    hard = (above > 0).astype(images.dtype)
+    encoded = soft + jax.lax.stop_gradient(hard - soft)
+    return encoded.reshape(*images.shape[:-1], -1)
 
 
 def batch_norm(x: Array, layer: dict, mean: Array, var: Array) -> Array:
@@ -270,6 +300,7 @@ def summary(
     num_classes: int = 10,
     hidden: int = 4096,
     plan: Plan = VGG11,
+    levels: int = 1,
 ) -> list[Row]:
     """Returns the layers with output shapes and parameter counts, as Table I lists them.
 
@@ -287,7 +318,8 @@ def summary(
             height, width = height // 2, width // 2
             add('MaxPool2d', channels, height, width)
         else:
-            add('Conv2d', layer, height, width, parameters=(9 * channels + 1) * layer)
+            inputs = channels * (1 if rows else levels)
+            add('Conv2d', layer, height, width, parameters=(9 * inputs + 1) * layer)
             add('BatchNorm2d', layer, height, width, parameters=2 * layer)
             channels = layer
     features = channels * math.prod(_sides(image_size, plan))

@@ -85,6 +85,20 @@ class BankTest(parameterized.TestCase):
         scores = detector.score(bank, fresh.maps, fresh.predicted)
         self.assertGreater(np.mean((scores > 0) == fresh.is_adversarial), 0.95)
 
+    def test_convolutions_come_before_the_linear_layers(self):
+        """A map is then an image of several channels, and the bank still K detectors."""
+        widths = dict(features=(6,), convolutions=(5, 7))
+        bank = detector.init_bank(jax.random.key(0), num_classes=2, grid=(3, 4, 2), **widths)
+        sizes = [(9 * 2 + 1) * 5, (9 * 5 + 1) * 7, (3 * 4 * 7 + 1) * 6, 7]
+        self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(bank)), 2 * sum(sizes))
+        maps = np.random.default_rng(0).normal(size=(4, 3, 4, 2)).astype(np.float32)
+        predicted = np.array([0, 1, 1, 0])
+        expected = [
+            detector.MLP(**widths).apply(detector.detector_for(bank, k), maps[m : m + 1])[0]
+            for m, k in enumerate(predicted)
+        ]
+        np.testing.assert_allclose(detector.score(bank, maps, predicted), expected, atol=1e-6)
+
     def test_score_asks_the_detector_of_the_predicted_class(self):
         bank = detector.init_bank(jax.random.key(0), num_classes=3, grid=(2, 5))
         maps = np.random.default_rng(0).uniform(size=(7, 2, 5)).astype(np.float32)

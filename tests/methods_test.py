@@ -1,5 +1,7 @@
 """Laws of what detectors see."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -54,3 +56,19 @@ def test_all_logits_hold_the_unoccluded_ones_too():
     np.testing.assert_allclose(inputs[:, -2:], MAPS.unoccluded, rtol=1e-6)
     np.testing.assert_allclose(inputs[:, :2], MAPS.logits[:, 0, 0], rtol=1e-6)
     assert not METHODS['all_logits'].predicted(MAPS).any()
+
+
+def test_logit_maps_keep_the_windows_places():
+    inputs = 4 * METHODS['conv_logits'].inputs_fn(MAPS)
+    assert inputs.shape == (len(MAPS), 3, 4, 2 * 2)
+    np.testing.assert_allclose(inputs[..., :2], MAPS.logits, rtol=1e-6)
+    np.testing.assert_allclose(inputs[:, 2, 1, 2:], MAPS.unoccluded, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', [name for name in METHODS if name != 'shuffled_cells'])
+def test_jax_and_numpy_see_the_same(name):
+    """The attacker's gradients go through the very functions that the tables are made with."""
+    on_device = type(MAPS)(**{k: jnp.asarray(v) for k, v in vars(MAPS).items() if v is not None})
+    inputs = METHODS[name].inputs_fn(on_device)
+    assert isinstance(inputs, jax.Array)
+    np.testing.assert_allclose(inputs, METHODS[name].inputs_fn(MAPS), rtol=1e-5, atol=1e-6)

@@ -305,9 +305,11 @@ def test_resuming_equals_an_uninterrupted_run(finished, tmp_path, monkeypatch):
 def test_how_fast_changes_no_number(finished, tmp_path, flags):
     run, _ = finished
     other = make_run(tmp_path / 'run', **flags)
-    variables = stages.load_variables(run)
+    variables, autoencoder = stages.load_variables(run), stages.load_autoencoder(run)
     ids = np.arange(20)
-    ours, theirs = (shard.collect(r, variables, run.dataset.test, ids) for r in (other, run))
+    ours, theirs = (
+        shard.collect(r, variables, autoencoder, run.dataset.test, ids) for r in (other, run)
+    )
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4)
@@ -322,17 +324,18 @@ def test_the_memory_limit_and_the_engine_reach_the_maps(finished, tmp_path, monk
         lambda *args, **kwargs: seen.update(kwargs) or map_batch(*args, **kwargs),
     )
     variables, ids = stages.load_variables(run), np.arange(8)
+    autoencoder = stages.load_autoencoder(run)
     for name in ('full', 'incremental'):
         limit = int(0.97 * jax.device_count() * run.mapping(10, name).estimated_bytes)
         other = make_run(tmp_path / 'run', engine=name, memory_limit=limit)
         mapping = other.mapping(10)
         assert mapping.estimated_bytes * jax.device_count() <= limit
         assert mapping.chunk_size < run.mapping(10, name).chunk_size
-        shard.collect(other, variables, run.dataset.test, ids)
+        shard.collect(other, variables, autoencoder, run.dataset.test, ids)
         assert (seen['engine'], seen['chunk_size']) == (name, mapping.chunk_size)
     with pytest.raises(UsageError, match='--memory_limit='):
         too_small = make_run(tmp_path / 'run', memory_limit=2**20)
-        shard.collect(too_small, variables, run.dataset.test, ids)
+        shard.collect(too_small, variables, autoencoder, run.dataset.test, ids)
 
 
 def test_the_benchmark_takes_what_is_trained(finished, tmp_path):
@@ -455,8 +458,10 @@ def test_approximate_maps_are_asked_for_by_the_config(finished, tmp_path):
     approximate.config.occlusion.threshold = 0.4
     assert approximate.mapping(10).engine == 'approximate'
     variables, ids = stages.load_variables(run), np.arange(8)
+    autoencoder = stages.load_autoencoder(run)
     ours, exact = (
-        shard.collect(r, variables, run.dataset.test, ids)['logits'] for r in (approximate, run)
+        shard.collect(r, variables, autoencoder, run.dataset.test, ids)['logits']
+        for r in (approximate, run)
     )
     assert np.abs(ours - exact).max() > 1e-3
     for engine, config in (('full', approximate.config), ('approximate', run.config)):

@@ -1,0 +1,88 @@
+"""Laws of the detectors that need no heatmap."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+from scipy.spatial import distance
+
+from occjax import comparators
+
+IMAGES = jax.random.uniform(jax.random.key(0), (5, 7, 6, 3))
+
+
+def logits_fn(images):
+    weights = jax.random.normal(jax.random.key(1), (7 * 6 * 3, 4))
+    return images.reshape(len(images), -1) @ weights
+
+
+@pytest.mark.parametrize('bits', [1, 3, 8])
+def test_squeezed_pixels_have_so_many_levels_and_are_the_nearest(bits):
+    squeezed = np.asarray(comparators.squeeze_bits(IMAGES, bits=bits))
+    levels = np.linspace(0, 1, 2**bits)
+    assert np.abs(squeezed[..., None] - levels).min(-1).max() < 1e-6
+    assert np.abs(squeezed - IMAGES).max() <= 0.5 / (2**bits - 1) + 1e-6
+    assert np.abs(squeezed - IMAGES).max() > 0.4 / (2**bits - 1)
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 4])
+def test_the_median_is_scipy_s(size):
+    expected = ndimage.median_filter(np.asarray(IMAGES), (1, size, size, 1), mode='reflect')
+    np.testing.assert_array_equal(comparators.squeeze_median(IMAGES, size=size), expected)
+
+
+def test_what_squeezing_leaves_alone_scores_zero():
+    flat = jnp.full((2, 7, 6, 3), 1 / 3)  # A level of 2, 4 and 8 bits.
+    scores = comparators.feature_squeezing(logits_fn, flat, bits=4, size=3)
+    np.testing.assert_allclose(scores, 0, atol=1e-5)
+
+
+def test_feature_squeezing_takes_the_larger_distance():
+    """By each squeezer alone: many bits change nothing, nor does a median of one pixel."""
+    bits = comparators.feature_squeezing(logits_fn, IMAGES, bits=2, size=1)
+    median = comparators.feature_squeezing(logits_fn, IMAGES, bits=16, size=3)
+    both = comparators.feature_squeezing(logits_fn, IMAGES, bits=2, size=3)
+    np.testing.assert_allclose(both, np.maximum(bits, median), atol=1e-3)
+    assert (bits > median).any()
+    assert (bits < median).any()
+    p, q = (
+        jax.nn.softmax(logits_fn(x)) for x in (IMAGES, comparators.squeeze_bits(IMAGES, bits=2))
+    )
+    np.testing.assert_allclose(bits, np.abs(p - q).sum(-1), atol=1e-5)
+
+
+def fitted(steps):
+    """Returns an autoencoder of smooth images, and such images."""
+    ramp = np.linspace(0, 200, 16).astype(np.uint8)
+    images = np.stack([np.broadcast_to(ramp[None, :, None], (16, 16, 3)).copy() for _ in range(8)])
+    images[::2] = images[::2].transpose(0, 2, 1, 3)
+    fresh = comparators.init_autoencoder(jax.random.key(0), channels=3)
+    variables = comparators.fit_autoencoder(
+        jax.random.key(1), fresh, images, steps=steps, batch_size=16, side=12
+    )
+    return variables, images.astype(np.float32) / 255
+
+
+def test_an_autoencoder_learns_its_images_and_not_others():
+    (before, images), (after, _) = fitted(1), fitted(300)
+    rough = np.random.default_rng(0).uniform(size=images.shape).astype(np.float32)
+    classify = lambda x: x.mean(axis=(1, 2))  # noqa: E731
+    errors = [
+        np.asarray(comparators.magnet(classify, v, x, temperature=1.0)[0]).mean()
+        for v, x in ((before, images), (after, images), (after, rough))
+    ]
+    assert errors[1] < 0.5 * errors[0]
+    assert errors[1] < 0.5 * errors[2]
+
+
+def test_magnet_s_numbers_are_scipy_s():
+    variables, _ = fitted(1)
+    error, divergence = comparators.magnet(logits_fn, variables, IMAGES, temperature=10.0)
+    again = comparators.Autoencoder().apply(variables, IMAGES)
+    np.testing.assert_allclose(error, np.abs(IMAGES - again).mean(axis=(1, 2, 3)), rtol=1e-5)
+    p, q = (np.asarray(jax.nn.softmax(logits_fn(x) / 10)) for x in (IMAGES, again))
+    expected = distance.jensenshannon(p, q, axis=-1) ** 2
+    np.testing.assert_allclose(divergence, expected, rtol=1e-3, atol=1e-6)
+    cold = comparators.magnet(logits_fn, variables, IMAGES, temperature=1.0)[1]
+    assert (cold > divergence).all()
