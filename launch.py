@@ -22,7 +22,7 @@ from occjax.types import UsageError
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'digits.py'
 # Spelled out: what the stages import takes seconds, too long for --help or a mistyped flag.
 STAGES = ('train', 'heatmaps', 'detectors', 'report')
-MODES = (*STAGES, 'all', 'benchmark', 'fidelity', 'sweep', 'adaptive')
+MODES = (*STAGES, 'all', 'detect', 'benchmark', 'fidelity', 'sweep', 'adaptive')
 ENGINES = ('auto', 'full', 'incremental', 'approximate')
 PEERS = ['captum']
 
@@ -54,6 +54,9 @@ _MEMORY_LIMIT = flags.DEFINE_string(
     None,
     'What heatmaps may take: on CPU of memory in all, else on each device, such as 4GiB; default: '
     'half of the memory, or what JAX may use of a device.',
+)
+_IMAGES = flags.DEFINE_string(
+    'images', None, 'What --mode=detect judges: an image file, or a folder of them.'
 )
 _BENCHMARK_IMAGES = flags.DEFINE_integer('benchmark_images', 4, 'Images that are timed.', 1)
 _BENCHMARK_REPEATS = flags.DEFINE_integer('benchmark_repeats', 5, 'How often they are timed.', 1)
@@ -88,6 +91,7 @@ def main(_):
     from occjax import (
         benchmark,
         benchmark_training,
+        detection,
         evasion,
         fidelity,
         memory,
@@ -120,9 +124,11 @@ def main(_):
         benchmark_threshold=_BENCHMARK_THRESHOLD.value,
         benchmark_every=_BENCHMARK_EVERY.value,
         fidelity_thresholds=thresholds(),
+        images=_IMAGES.value,
     )
     timed = benchmark_training if _BENCHMARK_TRAINING.value else benchmark
     modes = stages.STAGES | {
+        'detect': detection.detect,
         'benchmark': timed.benchmark,
         'fidelity': fidelity.fidelity,
         'sweep': sweep.sweep,

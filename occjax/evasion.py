@@ -1,8 +1,7 @@
 """How well the detectors stand up to an attacker who knows them (`--mode=adaptive`).
 
-The detectors are those of the first seed, under the protocol `held_out`, at the thresholds that
-let 5 % of their fitting images' clean maps pass for adversarial; the attacked images are correctly
-classified test images that they were not fitted on.
+The detectors are those that `detection` deploys, the attacked images are correctly classified test
+images that they were not fitted on.
 
 Dimensions: B batch, N images, K classes.
 """
@@ -18,10 +17,9 @@ from occjax import (
     adaptive,
     attack,
     data,
+    detection,
     evaluation,
     figures,
-    judging,
-    metrics,
     shard,
     stages,
     storage,
@@ -37,10 +35,10 @@ ATTACKS = {
     'selective': adaptive.selective_pgd,
     'orthogonal': adaptive.orthogonal_pgd,
 }
-_WINDOWS = ('size', 'stride', 'grid', 'chunk_size', 'engine', 'threshold', 'every')
+_STATIC = ('name', 'method', 'steps', 'clip', 'plan', *shard.WINDOWS)
 
 
-@functools.partial(jax.jit, static_argnames=('name', 'method', 'steps', 'clip', 'plan', *_WINDOWS))
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def attack_batch(
     variables,
     bank,
@@ -101,13 +99,7 @@ def evade(run: Run) -> str:
         if method not in run.config.detector.methods:
             say(f'adaptive: {method} is left out, as config.detector.methods does not name it')
             continue
-        banks = evaluation.load_banks(run, division, 'held_out', method)
-        scores = judging.score_banks(banks, METHODS[method], maps)[0]
-        levels = metrics.thresholds(
-            scores[fitted], maps.select(fitted), maps.unoccluded.shape[-1], threshold=0.0
-        )[1]
-        # A class without maps to set one has an unfitted detector, and its own zero.
-        detector = jax.tree.map(lambda leaf: leaf[0], banks), np.nan_to_num(levels)
+        detector = detection.deployed(run, division, method)
         measure = functools.partial(
             _measured, run, variables, detector, images, run.dataset.test.labels[ids], method
         )

@@ -11,6 +11,7 @@ import dataclasses
 import math
 
 import numpy as np
+from sklearn import metrics as sklearn_metrics
 
 from occjax import (
     approximate,
@@ -24,12 +25,15 @@ from occjax import (
     shard,
     stages,
     storage,
+    tables,
 )
 from occjax.methods import METHODS
 from occjax.run import Progress, Run, say
 from occjax.types import UsageError
 
 EVERY = (1, 2)
+# The paper's, the best, and a score that nothing is fitted for.
+JUDGES = ('detector', 'all_logits', 'map_mean')
 _PROTOCOL = 'held_out'
 
 
@@ -49,25 +53,23 @@ def fidelity(run: Run) -> str:
         peer.check(run.benchmark_peer)
     variables, division = stages.load_variables(run), evaluation.divide(run, _PROTOCOL)
     exact, rows, images = division.maps, [], _images(run, variables, division.maps)
+    judges = [name for name in JUDGES if name in (*run.config.detector.methods, *metrics.BASELINES)]
     reference = None
     for threshold in (1.0, *run.fidelity_thresholds):
         for every in EVERY:
             knobs = dict(threshold=threshold, every=every)
             logits = _logits(run, variables, images, exact, **knobs)
             maps = dataclasses.replace(exact, logits=logits)
-            aurocs = _aurocs(run, division._replace(maps=maps))
+            aurocs = {name: _aurocs(run, division._replace(maps=maps), name) for name in judges}
             reference = reference or aurocs  # The exact maps come first.
-            lost = [a - b for a, b in zip(aurocs, reference, strict=True)]
             rows.append(
                 knobs
                 | {
                     'ssim': float(np.mean(approximate.ssim(maps.maps, exact.maps))),
                     'spearman': float(np.nanmean(approximate.spearman(maps.maps, exact.maps))),
-                    'auroc': float(np.mean(aurocs)),
-                    'auroc_difference': float(np.mean(lost)),
-                    'auroc_difference_interval': metrics.interval(
-                        lost, judged_over_fitted=division.judged_over_fitted
-                    ),
+                    'judges': {
+                        name: _compared(division, aurocs[name], reference[name]) for name in judges
+                    },
                 }
             )
     result = {
@@ -75,7 +77,6 @@ def fidelity(run: Run) -> str:
         'protocol': _PROTOCOL,
         'maps': len(exact),
         'adversarial_maps': int(exact.is_adversarial.sum()),
-        'exact_auroc': float(np.mean(reference)),
         'settings': _timed(run, variables, images, rows),
     }
     if run.benchmark_peer:
@@ -86,7 +87,8 @@ def fidelity(run: Run) -> str:
             row['times_peer'] = row['windows_per_second'] / theirs['windows_per_second']
     storage.write_json(run.workdir / 'fidelity.json', result)
     storage.write_bytes(run.workdir / 'fidelity.png', plot(result))
-    return table(result) + f'\nWritten: {run.workdir / "fidelity.json"}, fidelity.png\n'
+    written = f'\nWritten: {run.workdir / "fidelity.json"}, fidelity.png\n'
+    return tables.to_markdown([build(result)]) + written
 
 
 def _images(run, variables, maps):
@@ -117,16 +119,31 @@ def _logits(run, variables, images, exact, *, threshold, every):
     return np.concatenate(parts)
 
 
-def _aurocs(run, division):
-    """Returns every seed's class mean of the AUROC."""
-    banks = evaluation.fit_banks(run, division, 'detector')
-    scores = judging.score_banks(banks, METHODS['detector'], division.maps)
-    class_names = run.description['class_names']
-    seeds = judging.by_seed(scores, division, class_names=class_names, threshold=0.0)
-    aurocs = [metrics.overall(classes)['auroc'] for classes in seeds]
-    if None in aurocs:
-        raise UsageError('No class has maps of both kinds on both sides: map more test images.')
-    return aurocs
+def _aurocs(run, division, name):
+    """Returns every seed's AUROC of one judge, over the maps of all classes at once."""
+    if name in METHODS:
+        banks = evaluation.fit_banks(run, division, name)
+        scores = judging.score_banks(banks, METHODS[name], division.maps)
+    else:
+        scores = np.tile(metrics.BASELINES[name](division.maps), (len(division.is_fitted), 1))
+    kinds = division.maps.is_adversarial
+    if any(len(set(kinds[~fitted])) < 2 for fitted in division.is_fitted):
+        raise UsageError('No maps of both kinds to judge by: map more test images.')
+    return [
+        sklearn_metrics.roc_auc_score(kinds[~fitted], values[~fitted])
+        for fitted, values in zip(division.is_fitted, scores, strict=True)
+    ]
+
+
+def _compared(division, aurocs, reference):
+    """Returns the mean AUROC, and the interval of what it differs by from the exact maps'."""
+    lost = np.subtract(aurocs, reference)
+    ratio = division.judged_over_fitted
+    return {
+        'auroc': float(np.mean(aurocs)),
+        'difference': float(np.mean(lost)),
+        'interval': metrics.interval(lost, judged_over_fitted=ratio),
+    }
 
 
 def _timed(run, variables, images, rows):
@@ -145,68 +162,55 @@ def _timed(run, variables, images, rows):
     return rows
 
 
-def table(result: dict) -> str:
-    """Returns what `fidelity.json` holds as lines for a person."""
-    peer_name = result.get('peer', {}).get('name')
-    lines = [
-        f'{result["maps"]} maps of test images, {result["adversarial_maps"]} of them adversarial; '
-        f'AUROC of the detectors on exact maps {result["exact_auroc"]:.3f}',
-        '',
-        'threshold  every  s/map   FLOPs saved  SSIM   Spearman  AUROC  difference (95 %)'
-        + (f'        x {peer_name}' if peer_name else ''),
-    ]
+def build(result: dict) -> tables.Table:
+    """Returns what `fidelity.json` holds as a table."""
+    theirs, judges = result.get('peer'), list(result['settings'][0]['judges'])
+    header = ('Threshold', 'Every', 'Seconds a map', 'FLOPs saved', 'SSIM', 'Spearman')
+    lines = []
     for row in result['settings']:
-        low, high = row['auroc_difference_interval'] or (math.nan, math.nan)
-        difference = f'{row["auroc_difference"]:+.3f} ({low:+.3f} to {high:+.3f})'
-        lines.append(
-            f'{row["threshold"]:<9g}  {row["every"]:<5}  {row["seconds_per_map"]:<6.3f}  '
-            f'{row["flop_ratio"]:<11.1f}  {row["ssim"]:.3f}  {row["spearman"]:<8.3f}  '
-            f'{row["auroc"]:.3f}  {difference}'
-            + (f'  {row["times_peer"]:.1f}' if peer_name else '')
-        )
-    return '\n'.join(lines) + '\n'
+        numbers = [row[key] for key in ('seconds_per_map', 'flop_ratio', 'ssim', 'spearman')]
+        line = [f'{row["threshold"]:g}', f'{row["every"]}', *map(tables.cell, numbers)]
+        for name in judges:
+            found = row['judges'][name]
+            low, high = found['interval'] or (math.nan, math.nan)
+            line.append(f'{found["auroc"]:.3f} ({low:+.3f} to {high:+.3f})')
+        lines.append((*line, *([f'{row["times_peer"]:.1f}'] if theirs else [])))
+    header += tuple(f'AUROC, {tables.words(name).lower()}' for name in judges)
+    return tables.Table(
+        'What approximation keeps, and what it costs detection',
+        header + ((f'Times {theirs["name"]}',) if theirs else ()),
+        lines,
+        note=f'{result["maps"]} maps of test images, {result["adversarial_maps"]} of them '
+        'adversarial. AUROC over all classes, mean over the seeds, each refitted to the maps of '
+        'its row; in brackets the 95 % interval of its difference to exact maps, paired by seed.',
+    )
 
 
 def plot(result: dict) -> bytes:
-    """Returns a PNG: what each setting costs detection, against how much faster it is."""
+    """Returns a PNG: what each setting costs each judge, against how much faster it is."""
     from matplotlib.figure import Figure  # Half a second of import that other modes need not pay.
 
     rows = result['settings']
-    base = rows[0]['seconds_per_map']
-    figure = Figure(figsize=(6.4, 4.2), layout='constrained', dpi=150)
-    axes = figure.add_subplot()
-    axes.axhline(0, color='#888', linewidth=0.8)
-    for every, marker in zip(EVERY, 'os', strict=True):
-        chosen = [row for row in rows if row['every'] == every]
-        speed = [base / row['seconds_per_map'] for row in chosen]
-        lost = [row['auroc_difference'] for row in chosen]
-        ends = [row['auroc_difference_interval'] or 2 * [row['auroc_difference']] for row in chosen]
-        reach = np.abs(np.transpose(ends) - lost)
-        axes.errorbar(speed, lost, reach, fmt='none', color='#bbb', linewidth=0.8)
-        drawn = axes.scatter(
-            speed,
-            lost,
-            c=[row['ssim'] for row in chosen],
-            vmin=0.5,
-            vmax=1,
-            cmap='viridis',
-            marker=marker,
-            s=50,
-            zorder=3,
-            label='every window' if every == 1 else f'one window in {every} a side',
-        )
-        for row, x, y in zip(chosen, speed, lost, strict=True):
-            axes.annotate(
-                f'{row["threshold"]:g}',
-                (x, y),
-                textcoords='offset points',
-                xytext=(6, 4),
-                fontsize=8,
-            )
-    figure.colorbar(drawn, label='SSIM to the exact map')
-    axes.legend(fontsize=8, frameon=False)
-    axes.set_xlabel('times faster than the exact map (incremental)')
-    axes.set_ylabel('AUROC, difference to exact maps')
-    axes.set_title('What approximation costs detection; numbers are thresholds', fontsize=10)
-    axes.spines[['top', 'right']].set_visible(False)
+    judges, base = list(rows[0]['judges']), rows[0]['seconds_per_map']
+    figure = Figure(figsize=(4.2 * len(judges), 4), layout='constrained', dpi=150)
+    panels = figure.subplots(1, len(judges), squeeze=False)[0]
+    for axes, name in zip(panels, judges, strict=True):
+        axes.axhline(0, color='#888', linewidth=0.8)
+        for every, marker in zip(EVERY, 'os', strict=True):
+            chosen = [row for row in rows if row['every'] == every]
+            speed = [base / row['seconds_per_map'] for row in chosen]
+            found = [row['judges'][name] for row in chosen]
+            lost = [entry['difference'] for entry in found]
+            ends = [entry['interval'] or 2 * [entry['difference']] for entry in found]
+            label = 'every window' if every == 1 else f'one window in {every} a side'
+            reach = np.abs(np.transpose(ends) - lost)
+            axes.errorbar(speed, lost, reach, fmt=marker, elinewidth=0.8, label=label)
+            for row, x, y in zip(chosen, speed, lost, strict=True):
+                text = f'{row["threshold"]:g}'
+                axes.annotate(text, (x, y), textcoords='offset points', xytext=(5, 4), fontsize=8)
+        axes.set_title(f'{tables.words(name)}, AUROC {rows[0]["judges"][name]["auroc"]:.3f}')
+        axes.set_xlabel('times faster than the exact map')
+        axes.spines[['top', 'right']].set_visible(False)
+    panels[0].set_ylabel('AUROC, difference to exact maps')
+    panels[0].legend(fontsize=8, frameon=False)
     return figures.png(figure)

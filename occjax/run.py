@@ -51,6 +51,7 @@ class Run:
     benchmark_threshold: float = 0.4
     benchmark_every: int = 2
     fidelity_thresholds: tuple[float, ...] = (0.5, 0.4, 0.3)
+    images: str | None = None
 
     @property
     def plan(self) -> vgg.Plan:

@@ -44,10 +44,10 @@ def noise_batch(variables, images, ids, *, seed, epsilon, clip, plan):
     return noisy, vgg.logits(variables, noisy, plan=plan)
 
 
-_KNOBS = ('size', 'stride', 'grid', 'chunk_size', 'plan', 'engine', 'threshold', 'every')
+WINDOWS = ('size', 'stride', 'grid', 'chunk_size', 'engine', 'threshold', 'every')
 
 
-@functools.partial(jax.jit, static_argnames=('mesh', *_KNOBS))
+@functools.partial(jax.jit, static_argnames=('mesh', 'plan', *WINDOWS))
 def map_batch(variables, images, fill, *, mesh, plan, engine='full', **geometry):
     """Returns the `[B, h, w, K]` logits under every window; each device maps its own images."""
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from occjax.types import UsageError
 
-_EXTENSIONS = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.pgm', '.gif', '.tif', '.tiff'}
+EXTENSIONS = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.pgm', '.gif', '.tif', '.tiff'}
 DIGITS = ('Zero', 'One', 'Two', 'Three', 'Four', 'Five', 'Six', 'Seven', 'Eight', 'Nine')
 SYNSETS = {
     'n01440764': 'Tench',
@@ -96,7 +96,7 @@ def folder(root: Path | None) -> Source:
         raise UsageError(f'Expected classes of different names in {splits[0]}, got {names}.')
     found, sizes = [], []
     for split, (k, label) in itertools.product(splits, enumerate(labels)):
-        paths = [p for p in _listed(split / label) if p.suffix.lower() in _EXTENSIONS]
+        paths = [p for p in _listed(split / label) if p.suffix.lower() in EXTENSIONS]
         if not paths:
             raise UsageError(f'There is no image in {split / label}.')
         found += [(path, k) for path in paths]

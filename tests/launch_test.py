@@ -47,6 +47,7 @@ def launch(*arguments, cwd, **environment):
         (['--fidelity_thresholds=0.5,1'], '--fidelity_thresholds=0.5,1: expected shares'),
         (['--mode=heatmaps', '--engine=approximate'], 'does not exist: run --mode=train'),
         (['--mode=benchmark', '--memory_limit=1MiB'], 'is too small for one window'),
+        (['--mode=detect'], '--mode=detect needs --images='),
         (['--benchmark_images=0'], 'benchmark_images'),
         (['--benchmark_threshold=0'], 'benchmark_threshold'),
         (['--benchmark_peer=keras'], 'captum'),

@@ -1,15 +1,19 @@
 """Laws of the modes that probe a finished run: sweep and adaptive attack."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from occjax import config as config_lib
 from occjax import (
     data,
+    detection,
     evaluation,
     evasion,
     judging,
@@ -21,6 +25,7 @@ from occjax import (
 )
 from occjax import run as run_lib
 from occjax.methods import METHODS
+from occjax.types import UsageError
 from tests.small_run import SMALL, make_run
 
 pytestmark = pytest.mark.usefixtures('small_plan')
@@ -192,3 +197,38 @@ def test_other_probes_are_no_other_experiment(finished, tmp_path):
     config.seed = 5
     with pytest.raises(config_lib.UsageError, match='seed'):
         storage.open_workdir(tmp_path / 'run', config)
+
+
+def test_detect_says_what_the_stored_maps_say(finished, tmp_path):
+    """Test images as files: the class, its probability and the margins are the table's."""
+    run, _ = finished
+    _, levels, maps, scores = seed_0(run, 'detector')
+    clean = np.flatnonzero(~maps.is_adversarial)[:5]
+    for i, m in enumerate(clean):
+        pixels = run.dataset.test.images[maps.image_id[m : m + 1]][0]
+        Image.fromarray(pixels).save(tmp_path / f'{i}.png')
+    (tmp_path / 'note.txt').write_text('no image')
+    lines = detection.detect(dataclasses.replace(run, images=str(tmp_path))).splitlines()
+    assert len(lines) == 5
+    names = run.description['class_names']
+    for i, (m, line) in enumerate(zip(clean, lines, strict=True)):
+        assert line.startswith(str(tmp_path / f'{i}.png'))
+        assert f'{names[maps.predicted[m]]} ({maps.max_probability[m]:.3f})' in line
+        margin = scores[m] - levels[maps.predicted[m]]
+        word, number = re.search(r' detector: (\w+) \((.*?)\)', line).groups()
+        assert float(number) == pytest.approx(margin, abs=0.02)
+        assert word == ('adversarial' if margin > 0 else 'clean')
+    alone = detection.detect(dataclasses.replace(run, images=str(tmp_path / '3.png')))
+    assert alone == lines[3]
+
+
+@pytest.mark.parametrize('kind', ['nothing', 'missing', 'empty', 'broken'])
+def test_detect_names_what_it_cannot_read(finished, tmp_path, kind):
+    folder = tmp_path / kind
+    if kind in ('empty', 'broken'):
+        folder.mkdir()
+    if kind == 'broken':
+        (folder / 'a.png').write_bytes(b'no image')
+    images = None if kind == 'nothing' else str(folder)
+    with pytest.raises(UsageError, match='--images' if kind != 'broken' else 'a.png'):
+        detection.detect(dataclasses.replace(finished[0], images=images))

@@ -17,6 +17,7 @@ def make_run(workdir, **flags):
     config.occlusion.size, config.occlusion.stride = 5, 4
     config.detector.steps, config.detector.seeds = 30, 3
     config.detector.methods = ('detector', 'linear_probe', 'all_logits')
+    config.comparators.steps = 20
     config.validate()
     return run_lib.Run(config=config, workdir=storage.open_workdir(workdir, config), **flags)
 

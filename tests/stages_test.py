@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from configs import digits
 from occjax import (
@@ -442,13 +443,18 @@ def test_fidelity_of_exact_maps_is_perfect_and_of_others_counted(finished, tmp_p
     for key in ((1.0, 1), (0.999, 1)):
         assert rows[key]['ssim'] == pytest.approx(1, abs=1e-3)
         assert rows[key]['spearman'] == pytest.approx(1, abs=1e-2)
-    assert rows[1.0, 1]['auroc_difference'] == 0
-    assert rows[1.0, 1]['auroc'] == pytest.approx(result['exact_auroc'])
+    assert set(rows[1.0, 1]['judges']) == {'detector', 'all_logits', 'map_mean'}
+    for entry in rows[1.0, 1]['judges'].values():
+        assert (entry['difference'], entry['interval']) == (0, [0, 0])
     assert rows[0.4, 1]['ssim'] < 0.999
     assert rows[0.4, 2]['ssim'] < 1
-    assert f'{result["exact_auroc"]:.3f}' in printed
-    assert (run.workdir / 'fidelity.png').read_bytes().startswith(b'\x89PNG')
     maps, _ = evaluation.load_shards(run, 'test')
+    fitted = evaluation.divide(run, 'held_out').is_fitted
+    expected = [roc_auc_score(maps.is_adversarial[~f], -maps.maps[~f].mean((1, 2))) for f in fitted]
+    found = rows[1.0, 1]['judges']['map_mean']['auroc']
+    assert found == pytest.approx(np.mean(expected))
+    assert f'{found:.3f} (' in printed
+    assert (run.workdir / 'fidelity.png').read_bytes().startswith(b'\x89PNG')
     assert result['adversarial_maps'] == maps.is_adversarial.sum()
 
 
