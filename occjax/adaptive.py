@@ -2,7 +2,8 @@
 
 A detector is a function `margin_fn` that maps `[B, H, W, C]` images to `[B]` margins, above 0 for
 those that it calls adversarial: a score less its threshold. An image *evades* if it is classified
-wrongly and not called adversarial. It then stays as it is, the others go on.
+wrongly and not called adversarial. It then stays as it is, the others go on. All start at the
+image itself, once; restarts can only help an attacker.
 
 Images are float32 in [0, 1], NHWC. Dimensions: B batch, H W C image, K classes.
 """
@@ -84,8 +85,9 @@ def selective_pgd(
 ) -> Evasion:
     """Climbs the classifier's loss until the class is wrong, else goes down the detector's margin.
 
-    No weight between the two to choose, and neither is followed where it is already won. Arguments
-    and result are those of `joint_pgd`.
+    No weight between the two to choose, and neither is followed where it is already won. Unlike
+    in the authors' code a class counts as wrong without a lead. Arguments and result are those of
+    `joint_pgd`.
 
     References:
         Bryniarski et al., https://arxiv.org/abs/2106.15023, §3.1

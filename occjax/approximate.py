@@ -68,6 +68,7 @@ def flop_ratio(
     every: int = 1,
     num_classes: int = 10,
     hidden: int = 4096,
+    levels: int = 1,
 ) -> float:
     """Returns how many times fewer multiplications a map's windows take than in full.
 
@@ -76,12 +77,13 @@ def flop_ratio(
         size, stride, grid: see `occlusion.occluded_logits`.
         plan: the VGG.
         threshold, every: see `occluded_logits`.
-        num_classes, hidden: of the linear layers, which count on both sides.
+        num_classes, hidden, levels: see `vgg.init`; all its layers count on both sides.
 
     >>> round(flop_ratio((224, 224), size=32, stride=14, threshold=0.4), 1)
     8.4
     """
-    network = dict(image_shape=image_shape, plan=plan, num_classes=num_classes, hidden=hidden)
+    head = dict(num_classes=num_classes, hidden=hidden, levels=levels)
+    network = dict(image_shape=image_shape, plan=plan, **head)
     regions, (rows, columns), (h, w) = _regions(
         image_shape,
         size=size,

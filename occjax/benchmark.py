@@ -153,7 +153,7 @@ def random_variables(run: Run) -> vgg.Variables:
         vgg.init,
         image_size=run.config.data.image_size,
         num_classes=NUM_CLASSES,
-        hidden=run.config.classifier.hidden,
+        **run.widths,
         plan=run.plan,
     )
     return jax.jit(init)(jax.random.key(run.config.seed))
@@ -223,7 +223,7 @@ def measure(
     logits = compute(images[: len(maps)]).astype(np.float32)  # The warm-up.
     seconds = [seconds_of(lambda: compute(images)) for _ in range(run.benchmark_repeats)]
     median, windows = statistics.median(seconds), maps[0].size * len(images)
-    head = dict(num_classes=vgg.num_classes(variables), hidden=run.config.classifier.hidden)
+    head = dict(num_classes=vgg.num_classes(variables), **run.widths)
     network = dict(image_shape=run.image_shape, plan=run.plan, **head, **run.geometry)
     flops = engine_lib.flops_per_map(name, **network, **knobs)
     ours = _maps(logits, unoccluded)

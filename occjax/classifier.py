@@ -91,6 +91,12 @@ def attack_half(
     The loss that they raise is that of the class that `source` names, not of the label: else the
     step itself would tell the label.
 
+    Args:
+        source: the classifier that is attacked.
+        images: `[B, H, W, C]` in [0, 1].
+        epsilon: in pixels.
+        plan: the plan that `source` was made with.
+
     References:
         Kurakin et al., https://arxiv.org/abs/1611.01236
     """
@@ -110,9 +116,7 @@ def fit_epoch(
     dropout_rate: float,
     label_smoothing: float = 0.0,
     plan: vgg.Plan,
-    images_fn: Callable[[vgg.Variables, Array, int], Array] = lambda variables, images, step: (
-        images
-    ),
+    images_fn: Callable[[vgg.Variables, Array, int], Array] | None = None,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> tuple[ClassifierState, dict[str, float]]:
     """Takes one step a batch.
@@ -134,7 +138,7 @@ def fit_epoch(
     for batch in batches:
         state, metrics = train_step(
             state,
-            images_fn(state.variables, batch.images, step),
+            images_fn(state.variables, batch.images, step) if images_fn else batch.images,
             batch.labels,
             key=key,
             learning_rate=schedule(step),

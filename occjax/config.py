@@ -251,6 +251,7 @@ class Adaptive:
         """Raises `UsageError` for the first field that makes no sense."""
         in_range = self.epsilons and all(0 < epsilon <= 1 for epsilon in self.epsilons)
         _require(bool(in_range), 'adaptive.epsilons', self.epsilons, 'numbers above 0, up to 1')
+        _require(bool(self.methods), 'adaptive.methods', self.methods, 'at least one')
         known = ('joint', 'selective', 'orthogonal')
         expected = f'some of {", ".join(known)}'
         _require(set(self.attacks) <= set(known), 'adaptive.attacks', self.attacks, expected)
@@ -288,7 +289,7 @@ class Comparators:
 
 
 # Sections that only their own modes read: another value of theirs is no other experiment.
-PROBES = ('sweep', 'adaptive')
+_PROBES = ('sweep', 'adaptive')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -323,9 +324,20 @@ def to_json(config: Config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def identity(tree: dict) -> dict:
+    """Returns a `to_json` tree without what may differ between runs in one work directory.
+
+    That is what probes a finished experiment, and which detectors are fitted, each of which is
+    stored on its own.
+    """
+    tree = {name: value for name, value in tree.items() if name not in _PROBES}
+    detector = {name: v for name, v in tree['detector'].items() if name != 'methods'}
+    return tree | {'detector': detector}
+
+
 def digest(config: Config) -> str:
-    """Returns 16 hex digits that two configs share exactly if all their values are equal."""
-    canonical = json.dumps(to_json(config), sort_keys=True)
+    """Returns 16 hex digits that two configs share exactly if they are one experiment."""
+    canonical = json.dumps(identity(to_json(config)), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

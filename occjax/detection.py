@@ -3,7 +3,7 @@
 Those are the ones of the first seed, under the protocol `held_out`, at the thresholds that let 5 %
 of their fitting images' clean maps pass for adversarial.
 
-Dimensions: B batch, H W C image, K classes.
+Dimensions: K classes.
 """
 
 import functools
@@ -13,68 +13,63 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from occjax import detector, evaluation, judging, metrics, shard, sources, stages, verdict, vgg
+from occjax import detector, evaluation, judging, metrics, shard, sources, stages, vgg
 from occjax.methods import METHODS
 from occjax.run import Run
-from occjax.types import UsageError
+from occjax.types import HeatmapSet, UsageError
 
 
 def deployed(run: Run, division: judging.Division, method: str) -> tuple[detector.Bank, np.ndarray]:
     """Returns the first seed's bank of a method, and its `[K]` thresholds.
 
-    A class without maps to set one has an unfitted detector, and 0.
+    That of a class without maps to fit by is infinite: its detector never calls.
     """
     banks, fitted = evaluation.load_banks(run, division, 'held_out', method), division.is_fitted[0]
     maps, scores = division.maps, judging.score_banks(banks, METHODS[method], division.maps)[0]
     levels = metrics.thresholds(
         scores[fitted], maps.select(fitted), maps.unoccluded.shape[-1], threshold=0.0
     )[1]
-    return jax.tree.map(lambda leaf: leaf[0], banks), np.nan_to_num(levels)
-
-
-@functools.partial(jax.jit, static_argnames=('method', 'plan', *shard.WINDOWS))
-def judge_batch(variables, bank, thresholds, fill, images, *, method, plan, **settings):
-    """Returns `[B, K]` probabilities and the `[B]` margins above the thresholds."""
-    settings = dict(method=METHODS[method], plan=plan, fill=fill, **settings)
-    margins = verdict.margins(variables, bank, thresholds, images, **settings)
-    return jax.nn.softmax(vgg.logits(variables, images, plan=plan)), margins
+    return jax.tree.map(lambda leaf: leaf[0], banks), np.where(np.isnan(levels), np.inf, levels)
 
 
 def detect(run: Run) -> str:
-    """Returns a line for each image: its class, how probable, and what each detector says."""
-    files = _files(run.images)
-    size = run.config.data.image_size
+    """Returns a line for each image: its class, how probable, and what each detector says.
+
+    Raises:
+        UsageError: if `--images` names nothing that can be read, or a stage is missing.
+    """
+    files, size = _files(run.images), run.config.data.image_size
     images = np.stack([sources.read_image(file, size) for file in files]).astype(np.float32) / 255
     variables, division = stages.load_variables(run), evaluation.divide(run, 'held_out')
-    mapping = run.mapping(vgg.num_classes(variables))
-    methods = [name for name in ('detector', 'all_logits') if name in run.config.detector.methods]
-    margins = {}
-    for method in methods:
-        judge_fn = functools.partial(
-            judge_batch,
-            variables,
-            *deployed(run, division, method),
-            shard.fill_of(run, variables),
-            method=method,
-            plan=run.plan,
-            engine=mapping.engine,
-            chunk_size=mapping.chunk_size,
-            **run.geometry,
-            **run.knobs,
-        )
-        probabilities, margins[method] = run.in_batches(
-            judge_fn, images, batch_size=mapping.batch_size
-        )
+    predict_fn = functools.partial(_logits, variables, plan=run.plan)
+    unknown = np.zeros(len(files), np.int32)
+    maps = HeatmapSet(
+        logits=shard.map_images(run, variables, images),
+        unoccluded=run.in_batches(predict_fn, images, batch_size=run.batch_size),
+        label=unknown,
+        image_id=unknown,
+        is_adversarial=unknown.astype(bool),
+    )
+    verdicts = [[] for _ in files]
+    for method in ('detector', 'all_logits'):
+        if method in run.config.detector.methods:
+            bank, levels = deployed(run, division, method)
+            seen = METHODS[method].inputs_fn(maps).astype(np.float32)
+            scores = detector.score(bank, seen, METHODS[method].predicted(maps))
+            for said, margin in zip(verdicts, scores - levels[maps.predicted], strict=True):
+                word = 'adversarial' if margin > 0 else 'clean'
+                known = f'{word} ({margin:+.2f})' if np.isfinite(margin) else 'never fitted'
+                said.append(f'{method}: {known}')
     names = run.description['class_names']
-    lines = []
-    for i, file in enumerate(files):
-        k = probabilities[i].argmax()
-        verdicts = [
-            f'{method}: {"adversarial" if values[i] > 0 else "clean"} ({values[i]:+.2f})'
-            for method, values in margins.items()
-        ]
-        lines.append(f'{file}  {names[k]} ({probabilities[i, k]:.3f})  {"  ".join(verdicts)}')
-    return '\n'.join(lines)
+    return '\n'.join(
+        f'{file}  {names[k]} ({p:.3f})  {"  ".join(said)}'
+        for file, k, p, said in zip(
+            files, maps.predicted, maps.max_probability, verdicts, strict=True
+        )
+    )
+
+
+_logits = jax.jit(vgg.logits, static_argnames='plan')
 
 
 def _files(path):
@@ -86,7 +81,11 @@ def _files(path):
         return [root]
     if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
         raise UsageError(f'Cannot read --images={path}: no such file or folder, or no permission.')
-    found = sorted(p for p in root.rglob('*') if p.suffix.lower() in sources.EXTENSIONS)
+    found = sorted(
+        path
+        for path in root.rglob('*')
+        if path.suffix.lower() in sources.EXTENSIONS and not path.name.startswith('.')
+    )
     if not found:
         raise UsageError(f'There is no image in --images={path}.')
     return found

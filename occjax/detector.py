@@ -185,7 +185,8 @@ def init_bank(
     *,
     num_classes: int,
     grid: tuple[int, ...],
-    **widths: tuple[int, ...],
+    features: tuple[int, ...] = MLP.features,
+    convolutions: tuple[int, ...] = (),
 ) -> Bank:
     """Returns K fresh detectors as one bank.
 
@@ -193,11 +194,11 @@ def init_bank(
         key: JAX random key.
         num_classes: K.
         grid: `(h, w)`, or the shape of whatever else the detectors shall see.
-        **widths: of the layers, see `MLP`: `features`, the paper's by default, `()` for a linear
-            one; `convolutions`.
+        features: widths of the hidden layers, the paper's by default; `()` for a linear one.
+        convolutions: widths of the 3×3 layers before them.
     """
-    keys = jax.random.split(key, num_classes)
-    return jax.vmap(lambda key: init(key, grid=grid, **widths))(keys)
+    keys, widths = jax.random.split(key, num_classes), dict(features=features)
+    return jax.vmap(lambda key: init(key, grid=grid, convolutions=convolutions, **widths))(keys)
 
 
 def fit_bank(

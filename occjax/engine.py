@@ -55,8 +55,6 @@ def occluded_logits(
         module = approximate if engine == 'approximate' else incremental
         return module.occluded_logits(variables, images, plan=plan, **settings)
 
-    # Gradients compute a chunk's layers again: to keep those of all windows takes gigabytes.
-    @jax.checkpoint
     def features_fn(images):
         return vgg.features(variables, images, plan=plan)
 
@@ -75,6 +73,7 @@ def flops_per_map(
     plan: vgg.Plan,
     num_classes: int = 10,
     hidden: int = 4096,
+    levels: int = 1,
     **geometry: Any,
 ) -> int:
     """Returns the additions and multiplications of a map's convolutions and linear layers.
@@ -86,14 +85,14 @@ def flops_per_map(
         engine: 'full', 'incremental' or 'approximate'.
         image_shape: `(H, W)`.
         plan: the VGG.
-        num_classes, hidden: of its linear layers.
+        num_classes, hidden, levels: see `vgg.init`.
         **geometry: size, stride and grid, see `occlusion.grid_shape`, and of the approximate
             engine its knobs.
 
     >>> flops_per_map('full', (224, 224), plan=vgg.VGG11, size=32, stride=14) // 196 // 2
     7605035008
     """
-    head = dict(num_classes=num_classes, hidden=hidden, plan=plan)
+    head = dict(num_classes=num_classes, hidden=hidden, levels=levels, plan=plan)
     shapes = incremental.full_shapes(image_shape, plan)
     once = 2 * incremental.multiplications(shapes, image_shape=image_shape, **head)
     where = {name: value for name, value in geometry.items() if name not in ('threshold', 'every')}

@@ -12,7 +12,19 @@ import platform
 import jax
 import numpy as np
 
-from occjax import config, detector, engine, judging, metrics, paper, report, storage, tables, vgg
+from occjax import (
+    comparators,
+    config,
+    detector,
+    engine,
+    judging,
+    metrics,
+    paper,
+    report,
+    storage,
+    tables,
+    vgg,
+)
 from occjax.methods import METHODS
 from occjax.run import Run, say
 from occjax.types import COMPARATORS, CONTROLS, HeatmapSet
@@ -152,11 +164,11 @@ def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:
         },
         'detection': {protocol: detection(run, protocol) for protocol in PROTOCOLS},
         'cost': cost(run),
-        'adaptive': adaptive(run),
+        'adaptive': load_adaptive(run),
     }
 
 
-def adaptive(run: Run) -> dict | None:
+def load_adaptive(run: Run) -> dict | None:
     """Returns what `--mode=adaptive` found in this work directory, None if it wasn't run (P8)."""
     path = run.workdir / 'adaptive.json'
     if not path.exists():
@@ -168,7 +180,7 @@ def adaptive(run: Run) -> dict | None:
 def cost(run: Run) -> dict:
     """Returns forward passes, FLOPs and milliseconds a verdict of every method (P9)."""
     num_classes = len(run.description['class_names'])
-    head = dict(num_classes=num_classes, hidden=run.config.classifier.hidden, plan=run.plan)
+    head = dict(num_classes=num_classes, plan=run.plan, **run.widths)
     name = run.mapping(num_classes).engine
     network = dict(image_shape=run.image_shape, **head, **run.geometry)
     windows, flops = math.prod(run.grid), engine.flops_per_map(name, **network, **run.knobs)
@@ -178,10 +190,15 @@ def cost(run: Run) -> dict:
         timed = storage.read_json(path, mode='benchmark')['engines'].get(name)
         milliseconds = timed and 1000 / timed['maps_per_second']
     alone = {'forward_passes': 1, 'gflop': once / 1e9, 'milliseconds': None}
-    # The autoencoder's own work, less than a hundredth of a pass, is left out.
+    again = comparators.autoencoder_flops(run.image_shape)
+    work = {
+        'feature_squeezing': (3, 0),
+        'magnet_error': (1, again),
+        'magnet_divergence': (2, again),
+    }
     compared = {
-        name: alone | {'forward_passes': passes, 'gflop': passes * once / 1e9}
-        for name, passes in zip(COMPARATORS, (3, 1, 2), strict=True)
+        name: alone | {'forward_passes': passes, 'gflop': (passes * once + beside) / 1e9}
+        for name, (passes, beside) in work.items()
     }
     mapped = {
         'forward_passes': 1 + windows,
@@ -206,9 +223,8 @@ def make_report(run: Run) -> str:
     rows = vgg.summary(
         image_size=run.config.data.image_size,
         num_classes=len(class_names),
-        hidden=run.config.classifier.hidden,
         plan=run.plan,
-        levels=run.config.classifier.thermometer,
+        **run.widths,
     )
     report.write(
         run.workdir / 'report',

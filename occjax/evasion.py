@@ -6,6 +6,7 @@ images that they were not fitted on.
 Dimensions: B batch, N images, K classes.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -29,87 +30,101 @@ from occjax import (
 )
 from occjax.methods import METHODS
 from occjax.run import Run, say
+from occjax.types import UsageError
 
 ATTACKS = {
     'joint': adaptive.joint_pgd,
     'selective': adaptive.selective_pgd,
     'orthogonal': adaptive.orthogonal_pgd,
 }
-_STATIC = ('name', 'method', 'steps', 'clip', 'plan', *shard.WINDOWS)
+_STATIC = ('name', 'method', 'steps', 'weight', 'clip', 'mesh', 'plan', *shard.WINDOWS)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def attack_batch(
+    variables, bank, thresholds, fill, images, labels, *, name, epsilon, mesh, **settings
+):
+    """Returns whether each `[B]` image is classified wrongly, evades, and after how many steps.
+
+    Attack `fgsm` doesn't know of the detector, `none` leaves the images. Each device attacks its
+    own images.
+    """
+    whole, by_image = jax.P(), jax.P('data')
+    return jax.shard_map(
+        functools.partial(_attacked, name=name, **settings),
+        mesh=mesh,
+        in_specs=(whole, whole, whole, whole, whole, by_image, by_image),
+        out_specs=by_image,
+        check_vma=False,
+    )(variables, bank, thresholds, fill, epsilon, images, labels)
+
+
+def _attacked(
     variables,
     bank,
     thresholds,
     fill,
+    epsilon,
     images,
     labels,
     *,
     name,
     method,
-    epsilon,
     steps,
     weight,
     clip,
     plan,
     **settings,
 ):
-    """Returns whether each `[B]` image is classified wrongly, evades, and after how many steps.
-
-    Attack `fgsm` doesn't know of the detector, `none` leaves the images.
-    """
+    """Does what `attack_batch` says on one device."""
     logits_fn = functools.partial(vgg.logits, variables, plan=plan)
-    margin_fn = functools.partial(
-        verdict.margins,
-        variables,
-        bank,
-        thresholds,
-        method=METHODS[method],
-        plan=plan,
-        fill=fill,
-        **settings,
-    )
-    bounds = attack.PIXELS if clip else None
+    settings = dict(method=METHODS[method], plan=plan, fill=fill, **settings)
+    margin_fn = functools.partial(verdict.margins, variables, bank, thresholds, **settings)
+    ball = dict(epsilon=epsilon, bounds=attack.PIXELS if clip else None)
     if name in ATTACKS:
-        own = {'weight': weight} if name == 'joint' else {}
-        attacked, taken = ATTACKS[name](
-            logits_fn, margin_fn, images, labels, epsilon=epsilon, steps=steps, bounds=bounds, **own
-        )
-        return jnp.argmax(logits_fn(attacked), -1) != labels, taken >= 0, taken
-    attacked = images
+        ball |= {'weight': weight} if name == 'joint' else {}
+        images, taken = ATTACKS[name](logits_fn, margin_fn, images, labels, steps=steps, **ball)
+        return jnp.argmax(logits_fn(images), -1) != labels, taken >= 0, taken
     if name == 'fgsm':
-        attacked = attack.fgsm(logits_fn, images, labels, epsilon=epsilon, bounds=bounds)
-    is_wrong = jnp.argmax(logits_fn(attacked), -1) != labels
-    is_silent = margin_fn(attacked) <= 0
+        images = attack.fgsm(logits_fn, images, labels, **ball)
+    is_wrong = jnp.argmax(logits_fn(images), -1) != labels
+    is_silent = margin_fn(images) <= 0
     # An untouched image can't evade: what is asked of it is whether it rings.
     return is_wrong, is_silent & (is_wrong | (name == 'none')), jnp.zeros(len(images), int)
 
 
 def evade(run: Run) -> str:
-    """Attacks every detector in every way; writes adaptive.json and .png, returns a table."""
+    """Attacks every detector in every way; writes adaptive.json and .png, returns a table.
+
+    Raises:
+        UsageError: if a detector is attacked that isn't fitted, or no image is left to attack.
+    """
     wanted, variables = run.config.adaptive, stages.load_variables(run)
+    missing = set(wanted.methods) - set(run.config.detector.methods)
+    if missing:
+        raise UsageError(
+            f'config.adaptive.methods has {sorted(missing)}, which config.detector.methods lacks: '
+            'take them out of the one, or add them to the other and run --mode=detectors.'
+        )
     division = evaluation.divide(run, 'held_out')
     maps, fitted = division.maps, division.is_fitted[0]
     ids = maps.image_id[~fitted & ~maps.is_adversarial][: wanted.images]
     images = data.take(run.dataset.test, ids)
     rows, alarms = [], {}
-    for method in wanted.methods:
-        if method not in run.config.detector.methods:
-            say(f'adaptive: {method} is left out, as config.detector.methods does not name it')
-            continue
+    if not len(ids):
+        raise UsageError('No test image is left that no detector was fitted on: map more of them.')
+    for method in dict.fromkeys(wanted.methods):
         detector = detection.deployed(run, division, method)
         measure = functools.partial(
             _measured, run, variables, detector, images, run.dataset.test.labels[ids], method
         )
         alarms[method] = 1 - measure('none', 0.0)['evasion']
-        for name in ('fgsm', *wanted.attacks):
-            rows += [measure(name, epsilon) for epsilon in wanted.epsilons]
+        for name in dict.fromkeys(('fgsm', *wanted.attacks)):
+            rows += [measure(name, epsilon) for epsilon in dict.fromkeys(wanted.epsilons)]
     result = {
         'manifest': evaluation.manifest(run),
         'images': len(ids),
-        'steps': wanted.steps,
+        'settings': dataclasses.asdict(wanted),
         'false_alarms': alarms,
         'rows': rows,
     }
@@ -138,6 +153,7 @@ def _measured(run, variables, detector, images, labels, method, name, epsilon):
             steps=wanted.steps,
             weight=wanted.weight,
             clip=run.config.attack.clip,
+            mesh=run.mesh,
             plan=run.plan,
             engine=mapping.engine,
             chunk_size=mapping.chunk_size,
@@ -145,7 +161,7 @@ def _measured(run, variables, detector, images, labels, method, name, epsilon):
             **run.knobs,
         )
         # Few images at once: those that evade wait for the slowest of their batch.
-        batch_size = min(run.map_batch_size, 8 * jax.device_count())
+        batch_size = min(mapping.batch_size, 8 * jax.device_count())
         found = run.in_batches(attack_fn, images, labels, batch_size=batch_size)
         storage.save_arrays(path, dict(zip(('wrong', 'evades', 'steps'), found, strict=True)))
     found = storage.load_arrays(path, mode='adaptive')
@@ -158,7 +174,7 @@ def _measured(run, variables, detector, images, labels, method, name, epsilon):
         'epsilon': epsilon,
         'wrong': float(found['wrong'].mean()),
         'evasion': float(evades.mean()),
-        'interval': {'evasion': [float(ends.low), float(ends.high)]},
+        'interval': [float(ends.low), float(ends.high)],
         'by_step': by_step if name in ATTACKS else None,
     }
 

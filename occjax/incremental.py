@@ -73,11 +73,12 @@ def patches_at(
 
 
 def multiplications(
-    shapes: list[tuple[int, int]], *, image_shape: tuple[int, int], channels: int = 3, **network
+    shapes: list[tuple[int, int]], *, image_shape: tuple[int, int], **network
 ) -> int:
     """Returns those of one forward pass whose layers' outputs have the given shapes."""
     rows = vgg.summary(image_size=image_shape, **network)
     total = sum(row.parameters - row.output_shape[1] for row in rows if 'Linear' in row.layer)
+    channels = 3 * network.get('levels', 1)
     for layer, shape in zip(network['plan'], shapes, strict=True):
         if layer != 'M':
             total += math.prod(shape) * 9 * channels * layer
@@ -104,6 +105,7 @@ def flop_ratio(
     plan: vgg.Plan = vgg.VGG11,
     num_classes: int = 10,
     hidden: int = 4096,
+    levels: int = 1,
 ) -> float:
     """Returns how many times fewer multiplications a window takes than in full, from shapes alone.
 
@@ -111,12 +113,12 @@ def flop_ratio(
         image_shape: `(H, W)`.
         size, stride, grid: see `occlusion.occluded_logits`.
         plan: the VGG.
-        num_classes, hidden: of its linear layers, which count on both sides.
+        num_classes, hidden, levels: see `vgg.init`; all its layers count on both sides.
 
     >>> round(flop_ratio((224, 224), size=32, stride=14), 1)
     6.0
     """
-    network = dict(num_classes=num_classes, hidden=hidden, plan=plan)
+    network = dict(num_classes=num_classes, hidden=hidden, levels=levels, plan=plan)
     regions = patches(image_shape, size=size, stride=stride, grid=grid, plan=plan)[1:]
     full = multiplications(full_shapes(image_shape, plan), image_shape=image_shape, **network)
     shapes = [patch.shape for patch in regions]

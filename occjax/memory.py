@@ -109,6 +109,7 @@ def needs(
     plan: vgg.Plan,
     num_classes: int = 10,
     hidden: int = 4096,
+    levels: int = 1,
     **geometry: Any,
 ) -> Needs:
     """Returns an upper bound of what `engine.occluded_logits` takes, its arguments included.
@@ -117,16 +118,17 @@ def needs(
         name: of the engine; the approximate one takes no more than the incremental.
         image_shape: `(H, W)`.
         plan: the VGG.
-        num_classes, hidden: of its linear layers.
+        num_classes, hidden, levels: see `vgg.init`.
         **geometry: size, stride and grid, see `occlusion.grid_shape`.
     """
-    rows = vgg.summary(image_size=image_shape, plan=plan, num_classes=num_classes, hidden=hidden)
+    head = dict(num_classes=num_classes, hidden=hidden, levels=levels)
+    rows = vgg.summary(image_size=image_shape, plan=plan, **head)
     grid = math.prod(occlusion.grid_shape(image_shape, **geometry))
     regions = incremental.patches(image_shape, plan=plan, **geometry)[1:]
     on_cpu = jax.default_backend() == 'cpu'
     # Weights twice: they are read from disk or made at random before they lie on the device.
     fixed = 2 * sum(row.parameters for row in rows)
-    sides, channels, clean, whole, patch, tiles = image_shape, 3, 0, 0, 0, 0
+    sides, channels, clean, whole, patch, tiles = image_shape, 3 * levels, 0, 0, 0, 0
     for layer, region in zip(plan, regions, strict=True):
         inputs = math.prod(sides) * channels
         scale, margin = (2, 1) if layer == 'M' else (1, 2)

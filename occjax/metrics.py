@@ -96,7 +96,7 @@ def rates(
         'auroc': sklearn_metrics.roc_auc_score(is_adversarial, scores),
         'tpr_at_5_fpr': np.mean(scores[is_adversarial] > at_5),
         'tpr_at_1_fpr': np.mean(scores[is_adversarial] > at_1),
-        # What the threshold of 5 % lets through here; more where the fitting maps were learnt.
+        # What share that threshold calls adversarial here: more where the fitting maps were learnt.
         'fpr_at_5_fpr': np.mean(scores[~is_adversarial] > at_5),
     }
     return counts | {name: float(value) for name, value in values.items()}

@@ -180,7 +180,8 @@ def map_chunks(fn: Callable[[Array], Any], count: int, *, chunk_size: int) -> An
     size = math.ceil(count / chunks)
     # The last chunk is filled up with numbers from the start, which are cut off again.
     numbers = (jnp.arange(chunks * size) % count).reshape(chunks, size)
-    mapped = jax.lax.map(fn, numbers)
+    # Gradients compute a chunk's layers again: to keep those of all windows takes gigabytes.
+    mapped = jax.lax.map(jax.checkpoint(fn), numbers)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], mapped)
 
 

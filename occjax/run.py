@@ -59,6 +59,12 @@ class Run:
         return PLANS[self.config.classifier.plan]
 
     @property
+    def widths(self) -> dict[str, int]:
+        """What else is to be known of the classifier's layers, see `vgg.init`."""
+        wanted = self.config.classifier
+        return dict(hidden=wanted.hidden, levels=wanted.thermometer)
+
+    @property
     def batch_size(self) -> int:
         """How many images the classifier takes at once outside of training, 128 of 32×32 pixels."""
         wanted = self.eval_batch_size or max(8, 2**17 // self.config.data.image_size**2)
@@ -152,7 +158,7 @@ class Run:
             )
         wanted = 'approximate' if self.knobs else self.engine
         engine = engine or engine_lib.choose(wanted, self.image_shape, **where)
-        head = dict(num_classes=num_classes, hidden=self.config.classifier.hidden)
+        head = dict(num_classes=num_classes, **self.widths)
         needs = memory.needs(engine, self.image_shape, **where, **head)
         images, windows = needs.fit(
             self.memory_limit or memory.available(),

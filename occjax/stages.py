@@ -22,7 +22,7 @@ SPLITS = ('train', 'test')
 
 # Purposes of random numbers: each has its own stream under the config's one seed.
 _MAPPED_IMAGES, _SOURCE, _AUTOENCODER = 0, 6, 7
-_ADVERSARIES = 1000  # What the seeds of an ensemble's others are from the config's.
+_ADVERSARIES = 1000  # How far the seeds of an ensemble's others are from one another.
 
 
 @functools.partial(jax.jit, static_argnames='plan')
@@ -39,18 +39,17 @@ def shrink(images, *, side):
 
 def init_variables(run: Run, seed: int | None = None) -> vgg.Variables:
     """Returns the untrained classifier, which normalises by the training images' statistics."""
-    settings, stats = run.config.classifier, {}
-    if settings.normalize:
+    stats = {}
+    if run.config.classifier.normalize:
         stats = dict(zip(('mean', 'std'), data.pixel_statistics(run.dataset.train), strict=True))
-    return vgg.init(
-        jax.random.key(run.config.seed if seed is None else seed),
-        image_size=run.config.data.image_size,
-        num_classes=len(run.dataset.class_names),
-        hidden=settings.hidden,
-        plan=run.plan,
-        levels=settings.thermometer,
-        **stats,
-    )
+    seed = run.config.seed if seed is None else seed
+    return _init(run, seed, len(run.dataset.class_names), **stats)
+
+
+def _init(run, seed, num_classes, **stats):
+    """Returns an untrained classifier."""
+    shape = dict(image_size=run.config.data.image_size, num_classes=num_classes)
+    return vgg.init(jax.random.key(seed), plan=run.plan, **shape, **run.widths, **stats)
 
 
 def train(run: Run):
@@ -61,18 +60,17 @@ def train(run: Run):
     adversaries = []
     for i in range(settings.ensemble):
         say(f'classifier: adversary {i + 1}/{settings.ensemble}, trained on clean images')
-        seed = run.config.seed + _ADVERSARIES + i
-        adversaries.append(_trained(run, run.workdir / f'adversary-{i}', seed, lambda v, x, t: x))
+        seed = run.config.seed + _ADVERSARIES * (i + 1)
+        adversaries.append(_trained(run, run.workdir / f'adversary-{i}', seed))
 
-    def images_fn(variables, images, step):
-        if not settings.adversarial_epsilon:
-            return images
+    def attacked(variables, images, step):
         sources = [variables, *adversaries]
         source = sources[run.rng(_SOURCE, step).integers(len(sources))]
         return classifier.attack_half(
             source, images, epsilon=settings.adversarial_epsilon, plan=run.plan
         )
 
+    images_fn = attacked if settings.adversarial_epsilon else None
     variables = _trained(run, directory, run.config.seed, images_fn)
     predict_fn = functools.partial(predict, variables, plan=run.plan)
     accuracies = {
@@ -86,7 +84,7 @@ def train(run: Run):
     storage.write_json(directory / 'metrics.json', accuracies)
 
 
-def _trained(run, directory, seed, images_fn):
+def _trained(run, directory, seed, images_fn=None):
     """Returns the variables of a classifier after all epochs; continues after the last stored."""
     settings, split = run.config.classifier, run.dataset.train
     state = classifier.init_state(init_variables(run, seed))
@@ -134,7 +132,10 @@ def load_variables(run: Run) -> vgg.Variables:
     """Returns the trained classifier."""
     directory = run.workdir / 'classifier'
     storage.read_json(directory / 'metrics.json', mode='train')  # Absent until training is over.
-    like = jax.eval_shape(lambda: classifier.init_state(init_variables(run)))
+    # From the description, so that no image is read for the shapes.
+    num_classes = len(run.description['class_names'])
+    fresh = functools.partial(_init, run, run.config.seed, num_classes)
+    like = jax.eval_shape(lambda: classifier.init_state(fresh()))
     return run.replicate(storage.restore_checkpoint(directory, like, mode='train').variables)
 
 
@@ -148,8 +149,8 @@ def mapped_ids(run: Run, name: str) -> np.ndarray:
 def load_autoencoder(run: Run) -> Any:
     """Returns MagNet's autoencoder, fitted to training images the first time."""
     split, wanted, directory = run.dataset.train, run.config.comparators, run.workdir / 'magnet'
-    key = jax.random.key(run.config.seed + 6)
-    variables = comparators.init_autoencoder(key, channels=split.images.shape[-1])
+    init_key, key = jax.random.split(jax.random.key(run.config.seed + 6))
+    variables = comparators.init_autoencoder(init_key, channels=split.images.shape[-1])
     if storage.latest_step(directory) is not None:
         return storage.restore_checkpoint(directory, variables, mode='heatmaps')
     chosen = np.sort(run.rng(_AUTOENCODER).permutation(len(split))[: wanted.images])

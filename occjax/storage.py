@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from occjax.config import PROBES, Config, complete, difference, to_json
+from occjax.config import Config, complete, difference, identity, to_json
 from occjax.types import UsageError
 
 
@@ -66,7 +66,7 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
     try:
         if stored.exists():
             found = complete(read_json(stored, mode='all'))
-            changes = difference(found, wanted | {name: found[name] for name in PROBES})
+            changes = difference(identity(found), identity(wanted))
             if changes:
                 raise UsageError(
                     f'{workdir} holds another config ({"; ".join(changes)}): choose another '

@@ -22,36 +22,41 @@ def attacks(run: Run) -> dict[str, tuple[str, float]]:
     """Returns the attacks by name: FGSM at every epsilon, the others at the config's own."""
     wanted = run.config.sweep
     epsilons = sorted({*wanted.epsilons, run.config.attack.epsilon})
-    found = {f'fgsm {epsilon:.3g}': ('fgsm', epsilon) for epsilon in epsilons}
+    found = {f'fgsm {epsilon:.4g}': ('fgsm', epsilon) for epsilon in epsilons}
     own = run.config.attack.epsilon
-    return found | {f'{name} {own:.3g}': (name, own) for name in wanted.attacks}
+    return found | {f'{name} {own:.4g}': (name, own) for name in wanted.attacks}
 
 
 def occluders(run: Run) -> list[tuple[int, int, tuple[float, ...]]]:
-    """Returns (size, stride, fill) of the windows to try beside the config's own.
+    """Returns (size, stride, fill) of the windows to try, the config's own first.
 
     By default each of the three is moved once down and once up, the others left.
     """
-    if run.config.sweep.occluders:
-        return [(size, stride, (fill,)) for size, stride, fill in run.config.sweep.occluders]
     own, largest = run.config.occlusion, run.config.data.image_size - 1
-    sizes = max(1, own.size // 2), min(largest, own.size * 3 // 2)
-    strides = max(1, own.stride // 2), 2 * own.stride
-    return [
-        *((size, own.stride, own.fill) for size in sizes),
-        *((own.size, stride, own.fill) for stride in strides),
-        *((own.size, own.stride, fill) for fill in ((0.0,), (1.0,))),
-    ]
+    here = (own.size, own.stride, own.fill)
+    if run.config.sweep.occluders:
+        others = [(size, stride, (fill,)) for size, stride, fill in run.config.sweep.occluders]
+    else:
+        sizes = max(1, own.size // 2), min(largest, own.size * 3 // 2)
+        strides = max(1, own.stride // 2), 2 * own.stride
+        others = [
+            *((size, own.stride, own.fill) for size in sizes),
+            *((own.size, stride, own.fill) for stride in strides),
+            *((own.size, own.stride, fill) for fill in ((0.0,), (1.0,))),
+        ]
+    return list(dict.fromkeys([here, *others]))
 
 
 def sweep(run: Run) -> str:
     """Attacks, maps, fits and judges; writes `sweep.json` and `sweep.png`, and returns a table."""
     variables, found = stages.load_variables(run), attacks(run)
     clean = conditions.mapped(run, variables, 'none')
-    parts = {name: conditions.mapped(run, variables, *how) for name, how in found.items()}
+    parts = {
+        name: _of(clean, conditions.mapped(run, variables, *how)) for name, how in found.items()
+    }
     result = {
         'manifest': evaluation.manifest(run),
-        'images': run.config.sweep.images,
+        'images': min(run.config.sweep.images, len(stages.mapped_ids(run, 'test'))),
         'correct': len(clean),
         'attacks': {
             name: {
@@ -82,12 +87,11 @@ def _occluders(run, variables):
     """Returns forward passes and AUROC of every kind of window, and of all of them together."""
     own, epsilon = run.config.occlusion, run.config.attack.epsilon
     rows, sets = [], []
-    for size, stride, fill in [(own.size, own.stride, own.fill), *occluders(run)]:
+    for size, stride, fill in occluders(run):
         windows = dataclasses.replace(own, size=size, stride=stride, fill=fill)
         other = dataclasses.replace(run, config=dataclasses.replace(run.config, occlusion=windows))
-        parts = [
-            conditions.mapped(other, variables, *how) for how in (('none',), ('fgsm', epsilon))
-        ]
+        clean = conditions.mapped(other, variables, 'none')
+        parts = clean, _of(clean, conditions.mapped(other, variables, 'fgsm', epsilon))
         sets.append(parts)
         label = f'{size} px, every {stride}, fill {",".join(map("{:g}".format, fill)) or "mean"}'
         rows.append(_occluder(run, label, *parts))
@@ -109,6 +113,14 @@ def _side_by_side(sets):
     """Returns maps of the same images under several kinds of windows as one row of cells each."""
     rows = [maps.logits.reshape(len(maps), 1, -1, maps.logits.shape[-1]) for maps in sets]
     return dataclasses.replace(sets[0], logits=np.concatenate(rows, axis=2))
+
+
+def _of(clean, attacked):
+    """Returns the attacks on images that have clean maps, so that all divide the same images.
+
+    Programs of different attacks may differ in a last bit, and so on a borderline image.
+    """
+    return attacked.select(np.isin(attacked.image_id, clean.image_id))
 
 
 def _divided(run, clean, attacked):

@@ -223,16 +223,21 @@ def adaptive_table(found: dict | None) -> Table:
     rows, epsilons = found['rows'], dict.fromkeys(row['epsilon'] for row in found['rows'])
     evading = {(row['method'], row['attack']): [] for row in rows}
     for row in rows:
-        evading[row['method'], row['attack']].append(cell(with_interval(row, 'evasion')))
+        low, high = row['interval']
+        text = f'{row["evasion"]:.3f} ({low:.2f} to {high:.2f})'
+        evading[row['method'], row['attack']].append(text)
     alarms = ', '.join(f'{words(k)} {cell(v)}' for k, v in found['false_alarms'].items())
     return Table(
         title,
         ('Detector', 'Attack', *(f'ε = {epsilon:.3g}' for epsilon in epsilons)),
-        [(words(method), words(name), *cells) for (method, name), cells in evading.items()],
+        [
+            (words(method), 'FGSM' if name == 'fgsm' else words(name), *cells)
+            for (method, name), cells in evading.items()
+        ],
         note=f'Shares of {cell(found["images"])} correctly classified test images that are '
-        'classified wrongly and not called adversarial, at the thresholds of 5 % false positives; '
-        "± is half of Wilson's 95 % interval. Fgsm does not know of the detector, the others "
-        f'follow its gradient for up to {found["steps"]} steps. False alarms on the same images, '
+        'classified wrongly and not called adversarial, at the thresholds of 5 % false positives, '
+        "with Wilson's 95 % intervals. FGSM does not know of the detector, the others follow its "
+        f'gradient for up to {found["settings"]["steps"]} steps. False alarms on the same images, '
         f'unattacked: {alarms}. {claim}',
         text_columns=2,
     )

@@ -117,22 +117,22 @@ def init(
 def normalize(variables: Variables, images: Array) -> Array:
     """Returns `[B, H, W, C]` pixels as the first convolution wants them, in its weights' type."""
     kernel = variables.params['conv'][0]['kernel']
-    levels = kernel.shape[2] // images.shape[-1]
-    if levels > 1:
+    levels = kernel.shape[2] // len(variables.pixel_stats['mean'])
+    if levels > 1:  # Zeros and ones have no need of mean and deviation.
         return thermometer(images, levels).astype(kernel.dtype)
     x = (images - variables.pixel_stats['mean']) / variables.pixel_stats['std']
     return x.astype(kernel.dtype)
 
 
 def thermometer(images: Array, levels: int) -> Array:
-    """Encodes pixels by which of `levels` thresholds in [0, 1) they exceed.
+    """Encodes pixels by which of `levels` thresholds in (0, 1] they exceed.
 
     The encoding has no gradient; that of the distances above the thresholds stands in for it, as
     Athalye et al. attack it.
 
     Args:
         images: `[B, H, W, C]` in [0, 1].
-        levels: L, the thresholds being 0, 1/L, 2/L, ….
+        levels: L, the thresholds being 1/L, 2/L, …, 1.
 
     Returns:
         `[B, H, W, C * L]` zeros and ones, the levels of a channel side by side.
@@ -141,7 +141,7 @@ def thermometer(images: Array, levels: int) -> Array:
         Buckman et al., https://openreview.net/forum?id=S18Su--CW; Athalye et al.,
         https://arxiv.org/abs/1802.00420, §5.1
     """
-    above = images[..., None] - jnp.arange(levels) / levels
+    above = images[..., None] - jnp.arange(1, levels + 1) / levels
     soft = jnp.clip(above, 0, 1)
     hard = (above > 0).astype(images.dtype)
     encoded = soft + jax.lax.stop_gradient(hard - soft)

@@ -35,12 +35,12 @@ CONTRACTS = {
     'grid_shape': '(image_shape, *, size, stride, grid)',
     'occluded_logits': '(logits_fn, images, *, size, stride, fill, grid, chunk_size)',
     'heatmaps': '(logits_fn, images, classes, *, size, stride, fill, grid, chunk_size)',
-    'vgg.init': '(key, *, image_size, num_classes, hidden, plan, channels, mean, std)',
+    'vgg.init': '(key, *, image_size, num_classes, hidden, plan, channels, levels, mean, std)',
     'vgg.logits': '(variables, images, *, plan)',
     'vgg.train_logits': '(variables, images, *, key, dropout_rate, plan)',
-    'vgg.summary': '(*, image_size, num_classes, hidden, plan)',
+    'vgg.summary': '(*, image_size, num_classes, hidden, plan, levels)',
     'vgg.from_torchvision': '(state_dict, *, mean, std)',
-    'detector.init_bank': '(key, *, num_classes, grid, features)',
+    'detector.init_bank': '(key, *, num_classes, grid, features, convolutions)',
     'detector.score': '(bank, maps, predicted)',
 }
 

@@ -7,7 +7,7 @@ import numpy as np
 from absl.testing import parameterized
 
 from occjax import metrics
-from occjax.types import HeatmapSet
+from occjax.types import COMPARATORS, HeatmapSet
 
 NAMES = ('Zero', 'One', 'Two')
 
@@ -119,7 +119,8 @@ class BaselinesTest(parameterized.TestCase):
         unoccluded = np.array([[np.log(3), 0, 0], [0, np.log(8), 0]], np.float32)
         logits = np.zeros((2, 2, 2, 3), np.float32)
         logits[0, 0, 0, 0] = 50  # Three cells of 1/3 and one of 1.
-        maps = dataclasses.replace(maps, unoccluded=unoccluded, logits=logits)
+        compared = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+        maps = dataclasses.replace(maps, unoccluded=unoccluded, logits=logits, comparators=compared)
         scores = {name: fn(maps) for name, fn in metrics.BASELINES.items()}
         np.testing.assert_allclose(scores['max_probability'], [-3 / 5, -8 / 10], rtol=1e-6)
         np.testing.assert_allclose(scores['map_mean'], [-1 / 2, -1 / 3], rtol=1e-6)
@@ -130,6 +131,8 @@ class BaselinesTest(parameterized.TestCase):
         # Quartiles of 1/3, 1/3, 1/3, 1: the upper is a quarter of the way from 1/3 to 1.
         np.testing.assert_allclose(scores['map_iqr'], [1 / 6, 0], atol=1e-6)
         np.testing.assert_allclose(scores['map_mad'], [0, 0], atol=1e-6)
+        for name, column in zip(COMPARATORS, compared.T, strict=True):
+            np.testing.assert_array_equal(scores[name], column)
         logits[0, 1, 0, 0] = 50  # Two and two: the median lies between them.
         spread = metrics.BASELINES['map_mad'](dataclasses.replace(maps, logits=logits))
         np.testing.assert_allclose(spread, [1 / 3, 0], atol=1e-6)

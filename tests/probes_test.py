@@ -35,6 +35,7 @@ def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
     """FGSM at the config's epsilon is what is stored already; the rest is counted."""
     run = make_run(tmp_path / 'run')
     shutil.copytree(finished[0].workdir / 'classifier', run.workdir / 'classifier')
+    shutil.copy(finished[0].workdir / 'dataset.json', run.workdir)
     run.config.sweep.epsilons, run.config.sweep.attacks = (0.1,), ('bim', 'square')
     run.config.sweep.steps, run.config.sweep.images = 3, 60
     run.config.sweep.occluders = ((4, 6, 0.0), (9, 5, 1.0))
@@ -64,7 +65,8 @@ def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
 def test_windows_to_try_differ_from_the_config_s_in_one_thing_each(tmp_path):
     run = make_run(tmp_path / 'run')
     own = (5, 4, (0.5,))
-    for windows in sweep.occluders(run):
+    assert sweep.occluders(run)[0] == own
+    for windows in sweep.occluders(run)[1:]:
         assert sum(a != b for a, b in zip(windows, own, strict=True)) == 1
 
 
@@ -76,7 +78,8 @@ def seed_0(run, method):
     fitted = division.is_fitted[0]
     levels = metrics.thresholds(scores[fitted], division.maps.select(fitted), 10, threshold=0.0)
     bank = jax.tree.map(lambda leaf: leaf[0], banks)
-    return bank, np.nan_to_num(levels[1]), division.maps.select(~fitted), scores[~fitted]
+    levels = np.where(np.isnan(levels[1]), np.inf, levels[1])
+    return bank, levels, division.maps.select(~fitted), scores[~fitted]
 
 
 SETTINGS = dict(plan=SMALL, size=5, stride=4, fill=0.5, engine='full')
@@ -155,7 +158,7 @@ def test_an_attacker_who_knows_the_detector_evades_more(finished, tmp_path):
     rows = {(r['method'], r['attack'], r['epsilon']): r for r in result['rows']}
     assert len(rows) == 2 * 4 * 2
     for row in result['rows']:
-        low, high = row['interval']['evasion']
+        low, high = row['interval']
         assert 0 <= low <= row['evasion'] <= high <= 1
         assert row['evasion'] <= row['wrong']
         if row['by_step']:
@@ -186,13 +189,17 @@ def test_a_false_alarm_is_a_clean_image_above_its_threshold(finished, tmp_path):
     _, levels, maps, scores = seed_0(run, 'detector')
     clean = np.flatnonzero(~maps.is_adversarial)[:40]
     expected = np.mean(scores[clean] > levels[maps.predicted[clean]])
-    assert result['false_alarms']['detector'] == pytest.approx(expected, abs=1.5 / len(clean))
+    borderline = np.sum(np.abs(scores[clean] - levels[maps.predicted[clean]]) < 1e-3)
+    assert result['false_alarms']['detector'] == pytest.approx(
+        expected, abs=(borderline + 0.1) / len(clean)
+    )
 
 
 def test_other_probes_are_no_other_experiment(finished, tmp_path):
     """A work directory opens with other sweeps and attackers, and with nothing else changed."""
     config = make_run(tmp_path / 'run').config
     config.sweep.images, config.adaptive.steps = 7, 3
+    config.detector.methods = ('detector', 'pooled')
     storage.open_workdir(tmp_path / 'run', config)
     config.seed = 5
     with pytest.raises(config_lib.UsageError, match='seed'):
@@ -203,7 +210,7 @@ def test_detect_says_what_the_stored_maps_say(finished, tmp_path):
     """Test images as files: the class, its probability and the margins are the table's."""
     run, _ = finished
     _, levels, maps, scores = seed_0(run, 'detector')
-    clean = np.flatnonzero(~maps.is_adversarial)[:5]
+    clean = np.flatnonzero(~maps.is_adversarial & np.isfinite(levels[maps.predicted]))[:5]
     for i, m in enumerate(clean):
         pixels = run.dataset.test.images[maps.image_id[m : m + 1]][0]
         Image.fromarray(pixels).save(tmp_path / f'{i}.png')
@@ -232,3 +239,26 @@ def test_detect_names_what_it_cannot_read(finished, tmp_path, kind):
     images = None if kind == 'nothing' else str(folder)
     with pytest.raises(UsageError, match='--images' if kind != 'broken' else 'a.png'):
         detection.detect(dataclasses.replace(finished[0], images=images))
+
+
+def test_other_settings_are_attacked_anew(finished, tmp_path):
+    """What is stored of one number of steps is none of another's."""
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    run = make_run(tmp_path / 'run')
+    settings = run.config.adaptive
+    settings.epsilons, settings.attacks, settings.images = (0.1,), ('joint',), 8
+    settings.methods, curves = ('detector',), []
+    for settings.steps, settings.weight in ((1, 1.0), (3, 1.0), (3, 50.0)):
+        evasion.evade(run)
+        rows = json.loads((run.workdir / 'adaptive.json').read_text())['rows']
+        curves += [row['by_step'] for row in rows if row['attack'] == 'joint']
+    assert [len(curve) for curve in curves] == [2, 4, 4]
+    assert len(list((run.workdir / 'adaptive').glob('*joint*'))) == 3
+
+
+def test_only_fitted_detectors_can_be_attacked(finished, tmp_path):
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    run = make_run(tmp_path / 'run')
+    run.config.adaptive.methods = ('pooled',)
+    with pytest.raises(UsageError, match="has \\['pooled'\\]"):
+        evasion.evade(run)

@@ -27,7 +27,7 @@ from occjax import (
     vgg,
 )
 from occjax import run as run_lib
-from occjax.types import Batch, HeatmapSet, UsageError
+from occjax.types import COMPARATORS, Batch, HeatmapSet, UsageError
 from tests.small_run import SMALL, make_run, run_all
 
 pytestmark = pytest.mark.usefixtures('small_plan')
@@ -474,3 +474,19 @@ def test_approximate_maps_are_asked_for_by_the_config(finished, tmp_path):
         wrong = dataclasses.replace(run, config=config, engine=engine)
         with pytest.raises(UsageError, match='config.occlusion'):
             wrong.mapping(10)
+
+
+def test_maps_without_comparators_or_controls_still_report(finished, tmp_path):
+    """Those that were stored before either existed."""
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    for path in (tmp_path / 'run' / 'heatmaps').glob('*.npz'):
+        arrays = storage.load_arrays(path, mode='heatmaps')
+        old = {k: v for k, v in arrays.items() if 'comparators' not in k and 'noise' not in k}
+        storage.save_arrays(path, old)
+    run = make_run(tmp_path / 'run')
+    results = evaluation.gather(run, *evaluation.load_shards(run, 'train'))
+    found = results['detection']['held_out']
+    assert set(found['baselines']) == {'linear_probe', 'all_logits', *metrics.BASELINES} - set(
+        COMPARATORS
+    )
+    assert found['overall']['controls'] == {}
