@@ -82,6 +82,15 @@ class ConvolutionTest(parameterized.TestCase):
         expected = gradients(images, kernel, np.asarray(out, float), PADS[padding])
         jax.tree.map(self.assert_close, tuple(actual), expected)
 
+    @parameterized.parameters(255, 256, 300)
+    def test_many_small_maps_equal_the_definition(self, count):
+        """From some number of them on, 2x2 maps are one dense product."""
+        images, kernel = sample((count, 2, 2, WIDE), (3, 3, WIDE, WIDE + 1))
+        out, *actual = both_ways(convolution.conv3x3, images, kernel)
+        self.assert_close(out, naive(images, kernel, 1))
+        expected = gradients(images, kernel, np.asarray(out, float), 1)
+        jax.tree.map(self.assert_close, tuple(actual), expected)
+
     @parameterized.product(form=tuple(FORMS), shape=SHAPES)
     def test_form_equals_definition(self, form, shape):
         h, w, pad = shape
