@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from occjax.convolution import conv3x3
 from occjax.types import Array, LogitsFn
 
 
@@ -64,8 +65,12 @@ class Autoencoder(nn.Module):
     def __call__(self, images: Array) -> Array:
         """Returns `[B, H, W, C]` images again."""
         x = images
-        for features in (self.width, self.width, images.shape[-1]):
-            x = nn.sigmoid(nn.Conv(features, (3, 3))(x))
+        for i, features in enumerate((self.width, self.width, images.shape[-1])):
+            # Not `nn.Conv`: on CPU a step of 64 patches takes XLA 4.8 s, this 0.14 (2 busy cores).
+            shape, normal = (3, 3, x.shape[-1], features), nn.initializers.lecun_normal()
+            kernel = self.param(f'kernel_{i}', normal, shape)
+            bias = self.param(f'bias_{i}', nn.initializers.zeros, (features,))
+            x = nn.sigmoid(conv3x3(x, kernel) + bias)
         return x
 
 
@@ -81,7 +86,7 @@ def fit_autoencoder(
     images: Array,
     *,
     steps: int,
-    batch_size: int = 64,
+    batch_size: int = 32,
     side: int = 32,
     noise: float = 0.025,
     learning_rate: float = 3e-3,

@@ -153,6 +153,7 @@ def load_autoencoder(run: Run) -> Any:
     variables = comparators.init_autoencoder(init_key, channels=split.images.shape[-1])
     if storage.latest_step(directory) is not None:
         return storage.restore_checkpoint(directory, variables, mode='heatmaps')
+    say("comparators: fitting MagNet's autoencoder")
     chosen = np.sort(run.rng(_AUTOENCODER).permutation(len(split))[: wanted.images])
     images = np.asarray(split.images[chosen])
     variables = comparators.fit_autoencoder(key, variables, images, steps=wanted.steps)
