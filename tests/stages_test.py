@@ -370,6 +370,7 @@ def test_a_classifier_that_is_never_right_is_reported_too(finished, tmp_path, mo
     """No image is correct, so there is no map of either kind: dashes, no NaN, no error."""
     run = make_run(tmp_path / 'run')
     shutil.copytree(finished[0].workdir / 'classifier', run.workdir / 'classifier')
+    shutil.copy(finished[0].workdir / 'dataset.json', run.workdir)
 
     def never_right(before, after, labels):
         nothing = np.zeros(len(labels), bool)
