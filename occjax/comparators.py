@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from occjax.convolution import conv3x3
+from occjax.detector import Conv3x3
 from occjax.types import Array, LogitsFn
 
 
@@ -65,12 +65,9 @@ class Autoencoder(nn.Module):
     def __call__(self, images: Array) -> Array:
         """Returns `[B, H, W, C]` images again."""
         x = images
-        for i, features in enumerate((self.width, self.width, images.shape[-1])):
-            # Not `nn.Conv`: on CPU a step of 64 patches takes XLA 4.8 s, this 0.14 (2 busy cores).
-            shape, normal = (3, 3, x.shape[-1], features), nn.initializers.lecun_normal()
-            kernel = self.param(f'kernel_{i}', normal, shape)
-            bias = self.param(f'bias_{i}', nn.initializers.zeros, (features,))
-            x = nn.sigmoid(conv3x3(x, kernel) + bias)
+        for features in (self.width, self.width, images.shape[-1]):
+            # With `nn.Conv` a step of 64 patches took 4.8 s, with this one 0.14 (2 busy cores).
+            x = nn.sigmoid(Conv3x3(features)(x))
         return x
 
 

@@ -16,9 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from occjax.convolution import conv3x3
 from occjax.types import Array
 
 Bank = Any  # The variables of `MLP`, each leaf with a leading axis of K.
+
+
+class Conv3x3(nn.Module):
+    """A 3×3 convolution with bias, `[M, h, w, C]` to `[M, h, w, features]`.
+
+    `nn.Conv` computes the same, but on CPU its gradients take tens of times as long.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Returns `[M, h, w, features]`."""
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
+        return conv3x3(x, kernel) + self.param('bias', nn.initializers.zeros, (self.features,))
 
 
 class MLP(nn.Module):
@@ -36,7 +53,7 @@ class MLP(nn.Module):
         """Returns `[M]` logits."""
         x = maps
         for width in self.convolutions:
-            x = nn.relu(nn.Conv(width, (3, 3))(x))
+            x = nn.relu(Conv3x3(width)(x))
         x = x.reshape(len(maps), math.prod(x.shape[1:]))
         for width in self.features:
             x = nn.relu(nn.Dense(width)(x))

@@ -86,7 +86,12 @@ def test_magnet_s_numbers_are_scipy_s():
     np.testing.assert_allclose(divergence, expected, rtol=1e-3, atol=1e-6)
     cold = comparators.magnet(logits_fn, variables, IMAGES, temperature=1.0)[1]
     assert (cold > divergence).all()
-    # Logits so far apart that probabilities are 0: the divergence is that of other classes, ln 2.
-    far = lambda x: jnp.where(x.mean() > again.mean(), 1e4, -1e4) * jnp.array([[1.0, -1.0]])  # noqa: E731
-    sure = comparators.magnet(far, variables, jnp.ones((1, 7, 6, 3)), temperature=1.0)[1]
+
+    # Logits so far apart that probabilities are 0, and of another class after reconstruction,
+    # which no sigmoid brings to 1: ln 2, and no NaN.
+    def sure_of_white(images):
+        return jnp.where(images.min() == 1, 1e4, -1e4) * jnp.array([[1.0, -1.0]])
+
+    white = jnp.ones((1, 7, 6, 3))
+    sure = comparators.magnet(sure_of_white, variables, white, temperature=1.0)[1]
     np.testing.assert_allclose(sure, np.log(2), rtol=1e-5)
