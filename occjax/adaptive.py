@@ -8,7 +8,6 @@ image itself, once; restarts can only help an attacker.
 Images are float32 in [0, 1], NHWC. Dimensions: B batch, H W C image, K classes.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from occjax import attack
 from occjax.attack import PIXELS, Bounds
 from occjax.types import Array, LogitsFn
 
@@ -139,11 +139,8 @@ def _select(chosen, new, old):
 
 def _reject(vectors, others):
     """Returns each image's vector less its part along the other one; zero others change nothing."""
-    # In units of the largest entry: squares of a confident model's tiny gradients underflow.
-    largest = jnp.abs(others).max(axis=(1, 2, 3), keepdims=True)
-    others = others / jnp.maximum(largest, jnp.finfo(others.dtype).tiny)
-    dot = functools.partial(jnp.sum, axis=(1, 2, 3), keepdims=True)
-    return vectors - others * dot(vectors * others) / jnp.maximum(dot(others**2), 1)
+    others = attack.unit(others, order=2)
+    return vectors - others * jnp.sum(vectors * others, axis=(1, 2, 3), keepdims=True)
 
 
 def _evade(
@@ -167,8 +164,8 @@ def _evade(
         (_, margins), vjp, is_wrong = jax.vjp(both, x, has_aux=True)
         taken = jnp.where((taken < 0) & is_wrong & (margins <= 0), t, taken)
         direction = direction_fn(lambda a, b: vjp((a, b))[0], is_wrong, margins)
-        moved = jnp.clip(x + step_size * jnp.sign(direction), images - epsilon, images + epsilon)
-        moved = moved if bounds is None else jnp.clip(moved, *bounds)
+        moved = x + step_size * jnp.sign(direction)
+        moved = attack.project(moved, images, epsilon=epsilon, bounds=bounds)
         # The step after the last is there to look at what the last one reached.
         return t + 1, _select((taken < 0) & (t < steps), moved, x), taken
 

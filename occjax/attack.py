@@ -84,7 +84,7 @@ def fgsm_l2(
         Dong et al., https://arxiv.org/abs/1710.06081, eq. (2)
     """
     images, labels = _checked(images, labels)
-    direction = _unit(_gradient(logits_fn, images, labels), order=2)
+    direction = unit(_gradient(logits_fn, images, labels), order=2)
     return _clip(images + _per_image(epsilon, images) * direction, bounds)
 
 
@@ -285,13 +285,18 @@ def _gradient(logits_fn, images, labels):
     return jax.grad(total_loss)(images)
 
 
-def _unit(gradient, *, order):
-    """Divides each image's gradient by its norm; a zero gradient stays zero."""
+def unit(gradient: Array, *, order: int) -> Array:
+    """Divides each image's `[B, H, W, C]` gradient by its norm; a zero gradient stays zero."""
     # By the largest entry first: squares of a confident model's tiny gradients underflow.
     largest = jnp.abs(gradient).max(axis=(1, 2, 3), keepdims=True)
     scaled = gradient / jnp.maximum(largest, jnp.finfo(gradient.dtype).tiny)
     norm = jnp.linalg.norm(scaled.reshape(len(scaled), -1), ord=order, axis=-1)
     return scaled / jnp.maximum(norm, 1).reshape(-1, 1, 1, 1)
+
+
+def project(images: Array, centre: Array, *, epsilon: Number, bounds: Bounds) -> Array:
+    """Returns `[B, H, W, C]` images clipped to the max norm ball around `centre`, and to bounds."""
+    return _clip(jnp.clip(images, centre - epsilon, centre + epsilon), bounds)
 
 
 def _clip(images, bounds):
@@ -330,9 +335,9 @@ def _ascend(
         adversarial, before = state
         direction = _gradient(logits_fn, adversarial, labels)
         if decay is not None:
-            direction = _per_image(decay, images) * before + _unit(direction, order=1)
+            direction = _per_image(decay, images) * before + unit(direction, order=1)
         moved = adversarial + step_size * jnp.sign(direction)
-        return _clip(jnp.clip(moved, images - epsilon, images + epsilon), bounds), direction
+        return project(moved, images, epsilon=epsilon, bounds=bounds), direction
 
     state = (images if start is None else start, jnp.zeros_like(images))
     return _iterate(step, state, steps)[0]
