@@ -168,7 +168,11 @@ METHODS = (
 
 @dataclasses.dataclass(kw_only=True)
 class Detector:
-    """The MLPs (§III-D), how they are fitted, and how maps are divided into fitting and scoring."""
+    """The MLPs (§III-D), how they are fitted, and how maps are divided into fitting and scoring.
+
+    `held_out_threshold_fraction` of the held out images set thresholds at a false positive rate and
+    nothing else; with 0, those do that the detectors were fitted on, which know them by heart.
+    """
 
     steps: int = 1000
     batch_size: int = 128
@@ -176,6 +180,7 @@ class Detector:
     balance: str = 'undersample'
     paper_fit_fraction: float = 0.8
     held_out_fit_fraction: float = 0.5
+    held_out_threshold_fraction: float = 0.0
     seeds: int = 5
     methods: tuple[str, ...] = METHODS
 
@@ -195,6 +200,10 @@ class Detector:
         for field in ('paper_fit_fraction', 'held_out_fit_fraction'):
             value = getattr(self, field)
             _require(0 < value < 1, f'detector.{field}', value, 'a share between 0 and 1')
+        value, fitted = self.held_out_threshold_fraction, self.held_out_fit_fraction
+        expected = f'a share from 0 that leaves some beside held_out_fit_fraction={fitted:g}'
+        fits = 0 <= value < 1 - fitted
+        _require(fits, 'detector.held_out_threshold_fraction', value, expected)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """Verdicts on images of one's own (`--mode=detect`), by the detectors as one would deploy them.
 
 Those are the ones of the first seed, under the protocol `held_out`, at the thresholds that let 5 %
-of their fitting images' clean maps pass for adversarial.
+of the clean maps they come from pass for adversarial.
 
 Dimensions: K classes.
 """
@@ -24,11 +24,9 @@ def deployed(run: Run, division: judging.Division, method: str) -> tuple[detecto
 
     That of a class without maps to fit by is infinite: its detector never calls.
     """
-    banks, fitted = evaluation.load_banks(run, division, 'held_out', method), division.is_fitted[0]
-    maps, scores = division.maps, judging.score_banks(banks, METHODS[method], division.maps)[0]
-    levels = metrics.thresholds(
-        scores[fitted], maps.select(fitted), maps.unoccluded.shape[-1], threshold=0.0
-    )[1]
+    banks, maps = evaluation.load_banks(run, division, 'held_out', method), division.maps
+    known = division.known(0, judging.score_banks(banks, METHODS[method], maps)[0], learns=True)
+    _, levels = metrics.thresholds(num_classes=maps.unoccluded.shape[-1], threshold=0.0, **known)
     return jax.tree.map(lambda leaf: leaf[0], banks), np.where(np.isnan(levels), np.inf, levels)
 
 

@@ -107,8 +107,8 @@ def evade(run: Run) -> str:
             'take them out of the one, or add them to the other and run --mode=detectors.'
         )
     division = evaluation.divide(run, 'held_out')
-    maps, fitted = division.maps, division.is_fitted[0]
-    ids = maps.image_id[~fitted & ~maps.is_adversarial][: wanted.images]
+    maps, judged = division.maps, division.is_judged[0]
+    ids = maps.image_id[judged & ~maps.is_adversarial][: wanted.images]
     images = data.take(run.dataset.test, ids)
     rows, alarms = [], {}
     if not len(ids):

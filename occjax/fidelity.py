@@ -127,11 +127,11 @@ def _aurocs(run, division, name):
     else:
         scores = np.tile(metrics.BASELINES[name](division.maps), (len(division.is_fitted), 1))
     kinds = division.maps.is_adversarial
-    if any(len(set(kinds[~fitted])) < 2 for fitted in division.is_fitted):
+    if any(len(set(kinds[judged])) < 2 for judged in division.is_judged):
         raise UsageError('No maps of both kinds to judge by: map more test images.')
     return [
-        sklearn_metrics.roc_auc_score(kinds[~fitted], values[~fitted])
-        for fitted, values in zip(division.is_fitted, scores, strict=True)
+        sklearn_metrics.roc_auc_score(kinds[judged], values[judged])
+        for judged, values in zip(division.is_judged, scores, strict=True)
     ]
 
 

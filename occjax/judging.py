@@ -8,7 +8,7 @@ Dimensions: S seeds, M maps, K classes.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,12 +27,35 @@ class Division(NamedTuple):
     """Maps, and the ones among them on which each seed's detectors are fitted."""
 
     maps: HeatmapSet
-    is_fitted: np.ndarray  # bool[S, M]; the others judge
+    is_fitted: np.ndarray  # bool[S, M]
+    is_reserved: np.ndarray  # bool[S, M], for the thresholds alone; where none is, see `known`
+
+    @property
+    def is_judged(self) -> np.ndarray:
+        """`bool[S, M]`, the maps that detectors are judged by."""
+        return ~(self.is_fitted | self.is_reserved)
 
     @property
     def judged_over_fitted(self) -> float:
         """How many maps judge for one that is fitted on."""
-        return float((~self.is_fitted).sum() / max(1, self.is_fitted.sum()))
+        return float(self.is_judged.sum() / max(1, self.is_fitted.sum()))
+
+    def known(self, seed: int, scores: np.ndarray, *, learns: bool) -> dict[str, Any]:
+        """Returns what a seed's thresholds come from, as `metrics.thresholds` takes it.
+
+        Args:
+            seed: which.
+            scores: `[M]`.
+            learns: whether they are of networks, which know the maps they were fitted on better
+                than any others: where maps are reserved, these then set the thresholds.
+        """
+        here = ~self.is_judged[seed]
+        reserved = self.is_reserved[seed][here]
+        return {
+            'fit_scores': scores[here],
+            'fit_maps': self.maps.select(here),
+            'is_reserved': reserved if learns and reserved.any() else None,
+        }
 
 
 def divide(
@@ -44,17 +67,20 @@ def divide(
         maps: `paper` divides maps at random, as the paper seems to have done; `held_out` divides
             images, so that an image and its attacked twin stand on one side.
         protocol: which.
-        settings: the shares to fit on, and the number of seeds.
+        settings: the shares to fit on and to set thresholds by, and the number of seeds.
         rng_of: a generator for a purpose and a seed, such as `Run.rng`.
     """
     unit = np.arange(len(maps)) if protocol == 'paper' else maps.image_id
     fraction = getattr(settings, f'{protocol}_fit_fraction')
+    reserved = settings.held_out_threshold_fraction if protocol == 'held_out' else 0.0
     units = np.unique(unit)
-    count = round(fraction * len(units))
-    chosen = [
-        rng_of(_SPLIT[protocol], seed).permutation(units)[:count] for seed in range(settings.seeds)
+    ends = round(fraction * len(units)), round((fraction + reserved) * len(units))
+    parts = [
+        np.split(rng_of(_SPLIT[protocol], seed).permutation(units), ends)[:2]
+        for seed in range(settings.seeds)
     ]
-    return Division(maps, np.stack([np.isin(unit, units) for units in chosen]))
+    masks = [np.stack([np.isin(unit, part) for part in kind]) for kind in zip(*parts, strict=True)]
+    return Division(maps, *masks)
 
 
 def init_banks(key: jax.Array, division: Division, method: Method) -> detector.Bank:
@@ -138,14 +164,13 @@ def by_seed(
     scores = np.broadcast_to(np.asarray(scores), division.is_fitted.shape)
     return [
         metrics.per_class(
-            values[~fitted],
-            maps.select(~fitted),
-            values[fitted],
-            maps.select(fitted),
+            values[judged],
+            maps.select(judged),
             class_names=class_names,
             threshold=threshold,
+            **division.known(seed, values, learns=threshold is not None),
         )
-        for fitted, values in zip(division.is_fitted, scores, strict=True)
+        for seed, (judged, values) in enumerate(zip(division.is_judged, scores, strict=True))
     ]
 
 
@@ -184,28 +209,26 @@ def control_rates(
 
     Args:
         scores: `[S, M]` or `[M]` scores of the controls.
-        controls: maps of one kind, of the same split; those of images that a seed's detectors were
-            fitted on don't count for it.
+        controls: maps of one kind, of the same split; those of images that a seed's detectors or
+            thresholds come from don't count for it.
         fit_scores: `[S, M]` or `[M]` scores of `division.maps`.
         division: what detectors and thresholds were fitted on.
-        threshold: see `metrics.per_class`.
+        threshold: see `metrics.per_class`; None means scores that learn nothing.
 
     Returns:
         `n` (the mean of the seeds), `called` and `called_at_5_fpr`, shares with their `interval`s.
     """
-    maps = division.maps
     called = {'called': [], 'called_at_5_fpr': []}
     counts = []
-    for fitted, values, known in zip(
-        division.is_fitted,
-        np.broadcast_to(scores, (len(division.is_fitted), len(controls))),
-        np.broadcast_to(fit_scores, division.is_fitted.shape),
-        strict=True,
-    ):
+    scores = np.broadcast_to(scores, (len(division.is_fitted), len(controls)))
+    fit_scores = np.broadcast_to(fit_scores, division.is_fitted.shape)
+    for seed, values in enumerate(scores):
+        known = division.known(seed, fit_scores[seed], learns=threshold is not None)
         levels = metrics.thresholds(
-            known[fitted], maps.select(fitted), maps.unoccluded.shape[-1], threshold=threshold
+            num_classes=controls.unoccluded.shape[-1], threshold=threshold, **known
         )[:, controls.predicted]
-        here = ~np.isin(controls.image_id, maps.image_id[fitted]) & ~np.isnan(levels[0])
+        fresh = ~np.isin(controls.image_id, known['fit_maps'].image_id)
+        here = fresh & ~np.isnan(levels[0])
         counts.append(here.sum())
         for kind, level in zip(called, levels, strict=True):
             if here.any():

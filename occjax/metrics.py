@@ -110,6 +110,7 @@ def per_class(
     *,
     class_names: tuple[str, ...],
     threshold: float | None = None,
+    is_reserved: np.ndarray | None = None,
 ) -> dict[str, dict]:
     """Returns `rates` for every class, by the class that the classifier names.
 
@@ -117,15 +118,18 @@ def per_class(
         scores: `[M]` scores of `maps`, the ones to judge by.
         maps: maps of both kinds.
         fit_scores: scores of `fit_maps`.
-        fit_maps: the maps that detector and thresholds were fitted on.
+        fit_maps: the maps that detector and thresholds come from.
         class_names: K names.
         threshold: for all classes; None takes each class's `best_threshold` on `fit_maps`.
+        is_reserved: `bool` for each of `fit_maps`: the detector was not fitted on these, so that
+            they alone set the thresholds at a false positive rate; None: all of them do.
     """
-    chosen, *_ = thresholds(fit_scores, fit_maps, len(class_names), threshold=threshold)
+    known = dict(threshold=threshold, is_reserved=is_reserved)
+    chosen, _ = thresholds(fit_scores, fit_maps, len(class_names), **known)
+    clean = ~fit_maps.is_adversarial & (True if is_reserved is None else is_reserved)
     result = {}
     for k, name in enumerate(class_names):
-        here, fitted = maps.predicted == k, fit_maps.predicted == k
-        known = fit_scores[fitted & ~fit_maps.is_adversarial]
+        here, known = maps.predicted == k, fit_scores[clean & (fit_maps.predicted == k)]
         result[name] = rates(
             scores[here],
             maps.is_adversarial[here],
@@ -141,18 +145,26 @@ def thresholds(
     num_classes: int,
     *,
     threshold: float | None = None,
+    is_reserved: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns `[2, K]`: each class's threshold, and that of 5 % false positives.
 
-    The arguments are `per_class`'s; a class without fitting maps of both kinds has nan.
+    The arguments are `per_class`'s; a class without maps of both kinds to fit by, or without clean
+    ones to set thresholds by, has nan.
     """
+    fits = sets = np.ones(len(fit_maps), bool)
+    if is_reserved is not None:
+        fits, sets = ~is_reserved, is_reserved
+    sets, scores = sets & ~fit_maps.is_adversarial, np.asarray(fit_scores, np.float64)
     result = np.full((2, num_classes), np.nan)
     for k in range(num_classes):
-        fitted = fit_maps.predicted == k
-        known, kinds = np.asarray(fit_scores[fitted], np.float64), fit_maps.is_adversarial[fitted]
-        if kinds.any() and not kinds.all():
-            best = best_threshold(known, kinds) if threshold is None else threshold
-            result[:, k] = best, threshold_at_fpr(known[~kinds], 0.05)
+        here = fit_maps.predicted == k
+        kinds = fit_maps.is_adversarial[here & fits]
+        if kinds.any() and not kinds.all() and (here & sets).any():
+            best = threshold
+            if threshold is None:
+                best = best_threshold(scores[here], fit_maps.is_adversarial[here])
+            result[:, k] = best, threshold_at_fpr(scores[here & sets], 0.05)
     return result
 
 

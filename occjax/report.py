@@ -77,7 +77,8 @@ def _facts(results, config):
         'paper': "maps of the classifier's own training images, "
         f'{detector.paper_fit_fraction:.0%} to fit the detectors and the rest to score them.',
         'held_out': 'maps of test images, which the classifier never saw, '
-        f'{detector.held_out_fit_fraction:.0%} to fit the detectors and the rest to score them.',
+        f'{detector.held_out_fit_fraction:.0%} to fit the detectors, '
+        f'{detector.held_out_threshold_fraction:.0%} more to set thresholds, the rest to score.',
     }
     return [
         ('Dataset', f'{data.name}, {data.image_size}×{data.image_size} pixels'),

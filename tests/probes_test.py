@@ -36,20 +36,20 @@ def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
     run = make_run(tmp_path / 'run')
     shutil.copytree(finished[0].workdir / 'classifier', run.workdir / 'classifier')
     shutil.copy(finished[0].workdir / 'dataset.json', run.workdir)
-    run.config.sweep.epsilons, run.config.sweep.attacks = (0.1,), ('bim', 'square')
+    run.config.sweep.epsilons, run.config.sweep.attacks = (0.02,), ('bim', 'square')
     run.config.sweep.steps, run.config.sweep.images = 3, 60
     run.config.sweep.occluders = ((4, 6, 0.0), (9, 5, 1.0))
     printed = sweep.sweep(run)
     result = json.loads((run.workdir / 'sweep.json').read_text())
-    assert list(result['attacks']) == ['fgsm 0.1', 'fgsm 0.3', 'bim 0.3', 'square 0.3']
-    assert set(result['transfer']['detector']) == {'fgsm 0.1', 'fgsm 0.3'}
+    assert list(result['attacks']) == ['fgsm 0.02', 'fgsm 0.3', 'bim 0.3', 'square 0.3']
+    assert set(result['transfer']['detector']) == {'fgsm 0.02', 'fgsm 0.3'}
     maps, _ = evaluation.load_shards(finished[0], 'test')
     chosen = np.isin(maps.image_id, stages.mapped_ids(run, 'test')[:60])
     assert result['correct'] == np.sum(chosen & ~maps.is_adversarial)
     attacked = result['attacks']['fgsm 0.3']
     assert attacked['successful'] == np.sum(chosen & maps.is_adversarial)
     assert attacked['success_rate'] == attacked['successful'] / result['correct']
-    assert result['attacks']['fgsm 0.1']['successful'] < attacked['successful']
+    assert result['attacks']['fgsm 0.02']['successful'] < attacked['successful']
     assert f'{attacked["success_rate"]:.3f}' in printed
     assert (run.workdir / 'sweep.png').read_bytes().startswith(b'\x89PNG')
     # Of 16 pixels: 5 every 4 stand at 3 x 3 places, 4 every 6 and 9 every 5 at 2 x 2.
@@ -74,12 +74,12 @@ def seed_0(run, method):
     """Returns the first seed's bank, its thresholds, and the maps that it was not fitted on."""
     division = evaluation.divide(run, 'held_out')
     banks = evaluation.load_banks(run, division, 'held_out', method)
-    scores, fitted = judging.score_banks(banks, METHODS[method], division.maps)[0], None
-    fitted = division.is_fitted[0]
-    levels = metrics.thresholds(scores[fitted], division.maps.select(fitted), 10, threshold=0.0)
+    scores = judging.score_banks(banks, METHODS[method], division.maps)[0]
+    judged, known = division.is_judged[0], division.known(0, scores, learns=True)
+    levels = metrics.thresholds(**known, num_classes=10, threshold=0.0)
     bank = jax.tree.map(lambda leaf: leaf[0], banks)
     levels = np.where(np.isnan(levels[1]), np.inf, levels[1])
-    return bank, levels, division.maps.select(~fitted), scores[~fitted]
+    return bank, levels, division.maps.select(judged), scores[judged]
 
 
 SETTINGS = dict(plan=SMALL, size=5, stride=4, fill=0.5, engine='full')
@@ -108,6 +108,8 @@ def test_the_gradient_of_a_verdict_is_right(finished, method, engine):
     variables = stages.load_variables(run)
     bank, levels, maps, _ = seed_0(run, method)
     image = data.take(run.dataset.test, maps.image_id[:1])
+    # The empty ground of a digit ties the maxima of pools, which have no gradient there.
+    image += np.random.default_rng(1).uniform(0, 0.1, image.shape).astype(np.float32)
 
     @jax.jit
     def margin_fn(image):
@@ -118,7 +120,7 @@ def test_the_gradient_of_a_verdict_is_right(finished, method, engine):
 
     gradient = jax.grad(margin_fn)(image)
     assert np.abs(gradient).max() > 0
-    rng, step, errors, sizes = np.random.default_rng(0), 1e-3, [], []
+    rng, step, errors, sizes = np.random.default_rng(0), 1e-4, [], []
     for _ in range(12):
         direction = rng.choice([-1.0, 1.0], image.shape).astype(np.float32)
         numeric = (margin_fn(image + step * direction) - margin_fn(image - step * direction)) / (

@@ -10,7 +10,7 @@ SMALL = (8, 'M', 16, 'M')
 def make_run(workdir, **flags):
     """Returns a run that takes seconds; its attack succeeds often and for several classes."""
     config = digits.get_config()
-    config.data.image_size, config.data.train_images, config.data.test_images = 16, 300, 90
+    config.data.image_size, config.data.train_images, config.data.test_images = 16, 300, 200
     config.classifier.hidden, config.classifier.epochs = 32, 3
     config.classifier.learning_rate = 3e-3
     config.attack.epsilon = 0.3

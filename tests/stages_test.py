@@ -109,7 +109,7 @@ def test_results_are_the_stored_maps_counted_by_hand(finished):
         detection = results['detection'][protocol]
         rivals = {'linear_probe', 'all_logits', *metrics.BASELINES}
         assert set(detection['baselines']) == rivals
-        judged = [division.maps.select(~fitted) for fitted in division.is_fitted]
+        judged = [division.maps.select(judged) for judged in division.is_judged]
         for k, name in enumerate(run.dataset.class_names):
             counted = [np.sum(maps.is_adversarial & (maps.predicted == k)) for maps in judged]
             assert detection['per_class'][name]['n_adversarial'] == round(np.mean(counted))
@@ -150,18 +150,12 @@ def test_controls_are_judged_where_nothing_was_fitted(finished):
     division, controls = evaluation.divide(run, 'held_out'), evaluation.load_controls(run)
     entries = results['detection']['held_out']['overall']['controls']
     for kind, part in controls.items():
-        levels = [
-            np.isnan(
-                metrics.thresholds(
-                    np.zeros(fitted.sum()), division.maps.select(fitted), 10, threshold=0.0
-                )[0]
-            )
-            for fitted in division.is_fitted
-        ]
-        counts = [
-            np.sum(~np.isin(part.image_id, division.maps.image_id[f]) & ~level[part.predicted])
-            for f, level in zip(division.is_fitted, levels, strict=True)
-        ]
+        counts = []
+        for seed, judged in enumerate(division.is_judged):
+            known = division.known(seed, np.zeros(len(judged)), learns=True)
+            unfitted = np.isnan(metrics.thresholds(**known, num_classes=10, threshold=0.0)[0])
+            seen = np.isin(part.image_id, division.maps.image_id[~judged])
+            counts.append(np.sum(~seen & ~unfitted[part.predicted]))
         assert entries[kind]['n'] == round(np.mean(counts))
     assert (
         'controls' not in results['detection']['paper']['overall']
@@ -218,10 +212,10 @@ def test_every_seed_is_a_fit_of_its_own(finished):
 def test_an_image_and_its_twin_stand_on_one_side(finished):
     run, _ = finished
     division = evaluation.divide(run, 'held_out')
-    for fitted in division.is_fitted:
-        ids = division.maps.image_id
-        assert not set(ids[fitted]) & set(ids[~fitted])
-        assert 0 < fitted.sum() < len(fitted)
+    for masks in zip(division.is_fitted, division.is_reserved, division.is_judged, strict=True):
+        ids = [set(division.maps.image_id[mask]) for mask in masks]
+        assert all(ids)
+        assert sum(map(len, ids)) == len(set.union(*ids))
 
 
 def test_the_paper_s_split_is_80_to_20_of_all_maps(finished):
@@ -450,8 +444,8 @@ def test_fidelity_of_exact_maps_is_perfect_and_of_others_counted(finished, tmp_p
     assert rows[0.4, 1]['ssim'] < 0.999
     assert rows[0.4, 2]['ssim'] < 1
     maps, _ = evaluation.load_shards(run, 'test')
-    fitted = evaluation.divide(run, 'held_out').is_fitted
-    expected = [roc_auc_score(maps.is_adversarial[~f], -maps.maps[~f].mean((1, 2))) for f in fitted]
+    judged = evaluation.divide(run, 'held_out').is_judged
+    expected = [roc_auc_score(maps.is_adversarial[j], -maps.maps[j].mean((1, 2))) for j in judged]
     found = rows[1.0, 1]['judges']['map_mean']['auroc']
     assert found == pytest.approx(np.mean(expected))
     assert f'{found:.3f} (' in printed

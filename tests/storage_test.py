@@ -161,6 +161,7 @@ def test_configs_are_valid_and_survive_json(module):
         ('occlusion.fill', (128.0,), 'pixels from 0 to 1'),
         ('detector.balance', 'oversample', 'one of undersample'),
         ('detector.held_out_fit_fraction', 1.0, 'a share between 0 and 1'),
+        ('detector.held_out_threshold_fraction', 0.6, 'a share from 0 that leaves some'),
     ],
 )
 def test_a_config_names_the_field_that_is_wrong(field, value, message):
