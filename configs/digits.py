@@ -4,7 +4,16 @@
 balanced accuracy of the detectors .906 ± .027 (protocol paper) and .810 ± .040 (held_out).
 """
 
-from occjax.config import Attack, Classifier, Config, Data, Detector, Occlusion
+from occjax.config import (
+    METHODS,
+    Attack,
+    Classifier,
+    Comparators,
+    Config,
+    Data,
+    Detector,
+    Occlusion,
+)
 
 
 def get_config() -> Config:
@@ -41,5 +50,8 @@ def get_config() -> Config:
             paper_fit_fraction=0.8,  # ours: not stated
             held_out_fit_fraction=0.4,  # ours: the paper holds nothing out
             held_out_threshold_fraction=0.2,  # ours: the paper has no thresholds but 0
+            # Two that tell nothing new here, for a first run of minutes.
+            methods=tuple(name for name in METHODS if name not in ('log_map', 'conv_logits')),
         ),
+        comparators=Comparators(steps=400),  # ours: 1000 would take a minute more
     )
