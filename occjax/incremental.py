@@ -182,23 +182,16 @@ def logits_at(
         x = _cut(fill, image, corners[0], shapes[0])
         steps = zip(plan, inputs, shapes[1:], corners, corners[1:], strict=False)
         for layer, before, shape, old, new in steps:
-            pad = 0 if layer == 'M' else 1
-            if x.shape[1:3] == tuple(side - 2 * pad for side in before.shape[1:3]):
-                # The patch is the whole map: nothing unchanged is left around it.
-                x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-            elif layer == 'M':
+            if layer == 'M':
                 # The pool drops the last of an odd side, which the patch before may hold.
                 around = [
                     2 * k + side % 2 for k, side in zip(shape, before.shape[1:], strict=False)
                 ]
-                x = _paste(_cut(before, image, 2 * new, around), x, old - 2 * new)
+                x = vgg.max_pool(_paste(_cut(before, image, 2 * new, around), x, old - 2 * new))
             else:
                 # `before` is padded by one, so `new` there is the corner of the patch's inputs.
                 around = [k + 2 for k in shape]
                 x = _paste(_cut(before, image, new, around), x, old + 1 - new)
-            if layer == 'M':
-                x = vgg.max_pool(x)
-            else:
                 x = vgg.conv_block(x, *next(layers), padding='VALID')
         return _paste(features[image], x, corners[-1])
 

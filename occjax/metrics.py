@@ -126,7 +126,7 @@ def per_class(
     """
     known = dict(threshold=threshold, is_reserved=is_reserved)
     chosen, _ = thresholds(fit_scores, fit_maps, len(class_names), **known)
-    clean = ~fit_maps.is_adversarial & (True if is_reserved is None else is_reserved)
+    clean = _sets_thresholds(fit_maps, is_reserved)
     result = {}
     for k, name in enumerate(class_names):
         here, known = maps.predicted == k, fit_scores[clean & (fit_maps.predicted == k)]
@@ -152,10 +152,8 @@ def thresholds(
     The arguments are `per_class`'s; a class without maps of both kinds to fit by, or without clean
     ones to set thresholds by, has nan.
     """
-    fits = sets = np.ones(len(fit_maps), bool)
-    if is_reserved is not None:
-        fits, sets = ~is_reserved, is_reserved
-    sets, scores = sets & ~fit_maps.is_adversarial, np.asarray(fit_scores, np.float64)
+    fits = np.ones(len(fit_maps), bool) if is_reserved is None else ~is_reserved
+    sets, scores = _sets_thresholds(fit_maps, is_reserved), np.asarray(fit_scores, np.float64)
     result = np.full((2, num_classes), np.nan)
     for k in range(num_classes):
         here = fit_maps.predicted == k
@@ -166,6 +164,12 @@ def thresholds(
                 best = best_threshold(scores[here], fit_maps.is_adversarial[here])
             result[:, k] = best, threshold_at_fpr(scores[here & sets], 0.05)
     return result
+
+
+def _sets_thresholds(fit_maps, is_reserved):
+    """Returns which of `per_class`'s fitting maps set the thresholds at a false positive rate."""
+    clean = ~fit_maps.is_adversarial
+    return clean if is_reserved is None else clean & is_reserved
 
 
 def overall(classes: dict[str, dict]) -> dict:
