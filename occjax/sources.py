@@ -159,12 +159,13 @@ def tfds_directory(name: str, data_dir: Path | None) -> Source:
 def _builder(name, data_dir):
     """Returns TFDS's builder of this name."""
     import tensorflow_datasets as tfds
+    from google.protobuf import json_format  # What TFDS reads its own files with.
 
     try:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError as error:
         raise UsageError(f'No source is called {name}: not digits, folder or in TFDS.') from error
-    except (AssertionError, ValueError, OSError) as error:
+    except (AssertionError, ValueError, OSError, json_format.Error) as error:
         raise UsageError(f'TFDS cannot read {name}: {one_line(error)}') from error
 
 

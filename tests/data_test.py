@@ -3,6 +3,7 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 import sys
 import tarfile
 import tempfile
@@ -515,6 +516,30 @@ class TfdsTest(TemporaryTest):
         info = self.folder / 'cifar10' / '3.0.2' / 'dataset_info.json'
         info.write_text(info.read_text().replace('array_record', 'tfrecord'))
         self.assert_usage_error('array_record format', name='cifar10')
+
+    @parameterized.parameters(
+        ('features.json', '"label": {', '"kind": {', "'label'"),
+        ('features.json', 'class_label_feature.ClassLabel', 'text_feature.Text', 'class labels'),
+        ('dataset_info.json', '"name": "test"', '"name": "probe"', 'validation'),
+        ('dataset_info.json', '"splits"', '', 'TFDS cannot read mine'),
+        ('features.json', '"featuresDict"', '', 'TFDS cannot read mine'),
+    )
+    def test_datasets_without_labels_or_a_split_or_sense(self, file, old, new, message):
+        self.cifar10()
+        self.load('cifar10', 32)
+        # Under a name that TFDS has no code for it goes by the files alone.
+        (self.folder / 'cifar10').rename(self.folder / 'mine')
+        for path in list((self.folder / 'mine').glob('*/cifar10-*')):
+            path.rename(path.with_name(path.name.replace('cifar10', 'mine')))
+        for path in (self.folder / 'mine').glob('*/*.json'):
+            text = path.read_text().replace('"cifar10"', '"mine"')
+            if path.name == file:
+                self.assertIn(old, text)
+                text = text.replace(old, new)
+                if 'Text' in new:
+                    text = re.sub(r'"classLabel": {[^}]*}', '"text": {}', text)
+            path.write_text(text)
+        self.assert_usage_error(message, name='mine')
 
 
 class ProgressTest(TemporaryTest):
