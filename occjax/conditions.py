@@ -86,10 +86,4 @@ def mapped(run: Run, variables: vgg.Variables, name: str, epsilon: float = 0.0) 
             storage.save_arrays(path, maps)
             progress(len(here))
         arrays.append(HeatmapSet(**storage.load_arrays(path, mode='sweep')))
-    return together(*arrays)
-
-
-def together(*sets: HeatmapSet) -> HeatmapSet:
-    """Returns several sets of maps as one."""
-    present = [name for name, array in vars(sets[0]).items() if array is not None]
-    return HeatmapSet(**{k: np.concatenate([getattr(s, k) for s in sets]) for k in present})
+    return HeatmapSet.concatenate(arrays)

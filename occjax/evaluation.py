@@ -48,10 +48,8 @@ def load_shards(run: Run, split_name: str) -> tuple[HeatmapSet, list[dict]]:
 def _as_maps(shards, prefix=''):
     """Returns the maps in shards whose arrays begin with a prefix; older ones lack comparators."""
     names = [f.name for f in dataclasses.fields(HeatmapSet)]
-    names = [name for name in names if all(prefix + name in shard for shard in shards)]
-    return HeatmapSet(
-        **{name: np.concatenate([shard[prefix + name] for shard in shards]) for name in names}
-    )
+    sets = [{name: shard.get(prefix + name) for name in names} for shard in shards]
+    return HeatmapSet.concatenate([HeatmapSet(**arrays) for arrays in sets])
 
 
 def divide(run: Run, protocol: str) -> judging.Division:

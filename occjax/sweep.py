@@ -16,6 +16,7 @@ import numpy as np
 from occjax import conditions, evaluation, judging, metrics, stages, storage, sweep_report, tables
 from occjax.methods import METHODS
 from occjax.run import Run
+from occjax.types import HeatmapSet
 
 
 def attacks(run: Run) -> dict[str, tuple[str, float]]:
@@ -125,7 +126,7 @@ def _of(clean, attacked):
 
 def _divided(run, clean, attacked):
     """Returns clean and attacked maps, divided by image for every seed."""
-    maps = conditions.together(clean, attacked)
+    maps = HeatmapSet.concatenate([clean, attacked])
     return judging.divide(maps, 'held_out', run.config.detector, run.rng)
 
 

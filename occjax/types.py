@@ -6,7 +6,7 @@ windows, M heatmaps. Images are NHWC; outside of `vgg` pixels are float32 in [0,
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -111,3 +111,10 @@ class HeatmapSet:
         """Returns the maps that an index or boolean array chooses."""
         present = {name: array for name, array in vars(self).items() if array is not None}
         return HeatmapSet(**{name: array[chosen] for name, array in present.items()})
+
+    @classmethod
+    def concatenate(cls, sets: Sequence['HeatmapSet']) -> 'HeatmapSet':
+        """Returns several sets as one; `comparators` only if all have them."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        names = [name for name in names if all(getattr(s, name) is not None for s in sets)]
+        return cls(**{name: np.concatenate([getattr(s, name) for s in sets]) for name in names})
