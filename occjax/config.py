@@ -162,6 +162,7 @@ METHODS = (
     'log_map',
     'unoccluded_logits',
     'all_logits',
+    'logit_differences',
     'conv_logits',
 )
 

@@ -6,6 +6,7 @@ applied by `vmap`. A map is judged by the detector of the class that the classif
 Dimensions: K classes, h w heatmap grid, M maps, N maps a class (padded to the largest).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -47,11 +48,16 @@ class MLP(nn.Module):
 
     features: tuple[int, ...] = (256, 256, 128, 64, 32)
     convolutions: tuple[int, ...] = ()  # ours: widths of 3×3 layers on `[M, h, w, …]` before
+    standardize: bool = False  # ours: every cell to mean 0 and deviation 1 of the maps in `fit`
 
     @nn.compact
     def __call__(self, maps: Array) -> Array:
         """Returns `[M]` logits."""
         x = maps
+        if self.standardize:
+            mean = self.variable('cells', 'mean', jnp.zeros, maps.shape[1:])
+            deviation = self.variable('cells', 'deviation', jnp.ones, maps.shape[1:])
+            x = (x - mean.value) / deviation.value
         for width in self.convolutions:
             x = nn.relu(Conv3x3(width)(x))
         x = x.reshape(len(maps), math.prod(x.shape[1:]))
@@ -136,9 +142,9 @@ def stack_groups(groups: Sequence[Groups]) -> Groups:
     )
 
 
-def init(key: Array, *, grid: tuple[int, ...], **widths: tuple[int, ...]) -> Any:
-    """Returns the variables of one detector for maps of shape `grid`; `widths` are `MLP`'s."""
-    return MLP(**widths).init(key, jnp.zeros((1, *grid)))
+def init(key: Array, *, grid: tuple[int, ...], **fields: Any) -> Any:
+    """Returns the variables of one detector for maps of shape `grid`; `fields` are `MLP`'s."""
+    return MLP(**fields).init(key, jnp.zeros((1, *grid)))
 
 
 def apply(variables: Any, maps: Array) -> Array:
@@ -147,7 +153,8 @@ def apply(variables: Any, maps: Array) -> Array:
     widths = {2: (), 4: ()}  # by the dimensions of their kernels
     for layer in hidden:
         widths[layer['kernel'].ndim] += (len(layer['bias']),)
-    return MLP(features=widths[2], convolutions=widths[4]).apply(variables, maps)
+    known = dict(features=widths[2], convolutions=widths[4], standardize='cells' in variables)
+    return MLP(**known).apply(variables, maps)
 
 
 def fit(
@@ -180,21 +187,34 @@ def fit(
     maps, is_adversarial, weight = map(jnp.asarray, (maps, is_adversarial, weight))
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     count = jnp.sum(weight > 0)
+    params, rest = variables['params'], {}
+    if 'cells' in variables:
+        keep = functools.partial(jnp.where, count > 0)
+        rest = {'cells': jax.tree.map(keep, _cells(maps, weight), variables['cells'])}
 
-    def loss(variables, rows):
-        logits = apply(variables, maps[rows])
+    def loss(params, rows):
+        logits = apply({'params': params} | rest, maps[rows])
         losses = optax.sigmoid_binary_cross_entropy(logits, is_adversarial[rows])
         return jnp.mean(weight[rows] * losses)
 
     def step(carry, key):
-        variables, opt_state = carry
+        params, opt_state = carry
         rows = jax.random.randint(key, (batch_size,), 0, jnp.maximum(count, 1))
-        updates, opt_state = optimizer.update(jax.grad(loss)(variables, rows), opt_state)
-        return (optax.apply_updates(variables, updates), opt_state), None
+        updates, opt_state = optimizer.update(jax.grad(loss)(params, rows), opt_state)
+        return (optax.apply_updates(params, updates), opt_state), None
 
-    carry = variables, optimizer.init(variables)
-    (variables, _), _ = jax.lax.scan(step, carry, jax.random.split(key, steps))
-    return variables
+    carry = params, optimizer.init(params)
+    (params, _), _ = jax.lax.scan(step, carry, jax.random.split(key, steps))
+    return {'params': params} | rest
+
+
+def _cells(maps, weight):
+    """Returns mean and deviation of every cell over the maps that carry weight."""
+    total = jnp.maximum(weight.sum(), 1)
+    mean = jnp.tensordot(weight, maps, 1) / total
+    variance = jnp.tensordot(weight, (maps - mean) ** 2, 1) / total
+    # The floor is for cells that are the same in all maps.
+    return {'mean': mean, 'deviation': jnp.sqrt(jnp.maximum(variance, 1e-12))}
 
 
 def init_bank(
@@ -204,6 +224,7 @@ def init_bank(
     grid: tuple[int, ...],
     features: tuple[int, ...] = MLP.features,
     convolutions: tuple[int, ...] = (),
+    standardize: bool = False,
 ) -> Bank:
     """Returns K fresh detectors as one bank.
 
@@ -213,9 +234,12 @@ def init_bank(
         grid: `(h, w)`, or the shape of whatever else the detectors shall see.
         features: widths of the hidden layers, the paper's by default; `()` for a linear one.
         convolutions: widths of the 3×3 layers before them.
+        standardize: whether `fit_bank` brings every cell to mean 0 and deviation 1.
     """
-    keys, widths = jax.random.split(key, num_classes), dict(features=features)
-    return jax.vmap(lambda key: init(key, grid=grid, convolutions=convolutions, **widths))(keys)
+    fields = dict(features=features, convolutions=convolutions, standardize=standardize)
+    return jax.vmap(functools.partial(init, grid=grid, **fields))(
+        jax.random.split(key, num_classes)
+    )
 
 
 def fit_bank(

@@ -92,6 +92,7 @@ def init_banks(key: jax.Array, division: Division, method: Method) -> detector.B
         grid=method.inputs_fn(maps.select(slice(0, 1))).shape[1:],
         features=method.features,
         convolutions=method.convolutions,
+        standardize=method.standardize,
     )
     return jax.vmap(init)(jax.random.split(key, len(division.is_fitted)))
 

@@ -22,6 +22,7 @@ class Method(NamedTuple):
     inputs_fn: Callable[[HeatmapSet], np.ndarray]  # maps to f32[M, ...]
     features: tuple[int, ...] = MLP.features
     convolutions: tuple[int, ...] = ()
+    standardize: bool = False
     pooled: bool = False
     windows: bool = True  # False: the unoccluded image alone is classified
 
@@ -63,6 +64,14 @@ def _logits(maps):
     return logits / 4
 
 
+def _logit_differences(maps):
+    """What every window changes of all classes' logits, and the unoccluded logits, by class."""
+    # Networks see these small numbers only once they are standardized.
+    changes = maps.logits - maps.unoccluded[:, None, None]
+    changes = changes.reshape(len(maps), math.prod(changes.shape[1:]))
+    return maps.array_module.concatenate([changes, maps.unoccluded], axis=1)
+
+
 def _logit_maps(maps):
     """The same as an image of the windows, `[M, h, w, 2K]`: the unoccluded logits in every cell."""
     xp = maps.array_module
@@ -84,5 +93,8 @@ METHODS = {
     'log_map': Method(_log_map),
     'unoccluded_logits': Method(_unoccluded_logits, pooled=True, windows=False),
     'all_logits': Method(_logits, pooled=True),
+    'logit_differences': Method(
+        _logit_differences, features=(512, 128), standardize=True, pooled=True
+    ),
     'conv_logits': Method(_logit_maps, features=(128,), convolutions=(64, 64), pooled=True),
 }

@@ -99,6 +99,42 @@ class BankTest(parameterized.TestCase):
         ]
         np.testing.assert_allclose(detector.score(bank, maps, predicted), expected, atol=1e-6)
 
+    def test_standardized_cells_have_no_units(self):
+        """Any scale and offset of a cell, fitted and judged alike, leave every score."""
+        rng, key = np.random.default_rng(0), jax.random.key(0)
+        scale, offset = rng.uniform(0.01, 9, (4, 4)), rng.normal(size=(4, 4))
+        maps, kinds, weight = toy_groups([(30, 10), (8, 50), (20, 0)], balance='weights')
+        fresh = toy_maps([(5, 5)] * 3, seed=1)
+
+        def scores(change, standardize):
+            bank = detector.init_bank(key, num_classes=3, grid=(4, 4), standardize=standardize)
+            bank = detector.fit_bank(key, bank, change(maps), kinds, weight, **FIT)
+            # Without maps to fit by there is nothing to standardize by either.
+            judged = fresh.select(fresh.predicted < 2)
+            return bank, detector.score(bank, change(judged.maps), judged.predicted)
+
+        bank, plain = scores(lambda x: x, True)
+        _, changed = scores(lambda x: (x * scale + offset).astype(np.float32), True)
+        np.testing.assert_allclose(changed, plain, atol=2e-3)
+        with self.assertRaises(AssertionError):
+            _, changed = scores(lambda x: (x * scale + offset).astype(np.float32), False)
+            np.testing.assert_allclose(changed, plain, atol=2e-3)
+        cells = bank['cells']
+        for k in range(2):
+            real = weight[k] > 0
+            mean = np.average(maps[k, real], axis=0, weights=weight[k, real])
+            np.testing.assert_allclose(cells['mean'][k], mean, atol=1e-5)
+        np.testing.assert_array_equal(cells['mean'][2], 0)
+        np.testing.assert_array_equal(cells['deviation'][2], 1)
+
+    def test_a_cell_that_never_changes_does_no_harm(self):
+        maps, kinds, weight = toy_groups([(20, 20), (20, 20)])
+        maps[..., 0, 0] = 0
+        bank = detector.init_bank(jax.random.key(0), num_classes=2, grid=(4, 4), standardize=True)
+        bank = detector.fit_bank(jax.random.key(0), bank, maps, kinds, weight, **FIT)
+        scores = detector.score(bank, maps[1], np.ones(40, int))
+        self.assertGreater(np.mean((scores > 0) == kinds[1]), 0.9)
+
     def test_score_asks_the_detector_of_the_predicted_class(self):
         bank = detector.init_bank(jax.random.key(0), num_classes=3, grid=(2, 5))
         maps = np.random.default_rng(0).uniform(size=(7, 2, 5)).astype(np.float32)

@@ -58,6 +58,15 @@ def test_all_logits_hold_the_unoccluded_ones_too():
     assert not METHODS['all_logits'].predicted(MAPS).any()
 
 
+def test_logit_differences_are_zero_where_the_window_changes_nothing():
+    inputs = METHODS['logit_differences'].inputs_fn(MAPS)
+    assert inputs.shape == (len(MAPS), 3 * 4 * 2 + 2)
+    np.testing.assert_allclose(inputs[:, -2:], MAPS.unoccluded, rtol=1e-6)
+    changes = inputs[:, :-2].reshape(MAPS.logits.shape)
+    np.testing.assert_allclose(changes + MAPS.unoccluded[:, None, None], MAPS.logits, atol=1e-5)
+    assert METHODS['logit_differences'].standardize
+
+
 def test_logit_maps_keep_the_windows_places():
     inputs = 4 * METHODS['conv_logits'].inputs_fn(MAPS)
     assert inputs.shape == (len(MAPS), 3, 4, 2 * 2)
