@@ -208,6 +208,7 @@ def plot(result: dict) -> bytes:
     for panel, method in zip(panels, methods, strict=True):
         panel.set_title(method, fontsize=10)
         panel.set_xlabel('steps')
+        panel.xaxis.get_major_locator().set_params(integer=True)
         steps = [row for row in rows if row['method'] == method and row['by_step']]
         for number, epsilon in enumerate(dict.fromkeys(row['epsilon'] for row in steps)):
             for row in steps:
