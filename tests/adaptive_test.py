@@ -80,6 +80,7 @@ def test_an_image_that_evades_stays_as_it_is_and_the_steps_are_counted(attack_fn
     last = int(found.steps.argmax())
     again = run(steps=taken)
     np.testing.assert_array_equal(again.images[last], found.images[last])
+    assert again.steps[last] == taken
     assert run(steps=taken - 1).steps[last] == -1
 
 
