@@ -175,7 +175,7 @@ def fit(
 
     Args:
         key: JAX random key for the draws.
-        variables: of one detector.
+        variables: of one detector; one that standardizes does so by these maps.
         maps: `[N, h, w]`.
         is_adversarial: `bool[N]`.
         weight: `[N]`; zeros only at the end. All zeros leave the detector as it is.
@@ -209,10 +209,10 @@ def fit(
 
 
 def _cells(maps, weight):
-    """Returns mean and deviation of every cell over the maps that carry weight."""
-    total = jnp.maximum(weight.sum(), 1)
-    mean = jnp.tensordot(weight, maps, 1) / total
-    variance = jnp.tensordot(weight, (maps - mean) ** 2, 1) / total
+    """Returns every cell's mean and deviation over `[N, ...]` maps; nan if none carries weight."""
+    weight = weight.reshape(-1, *[1] * (maps.ndim - 1))
+    mean = jnp.sum(weight * maps, axis=0) / weight.sum()
+    variance = jnp.sum(weight * (maps - mean) ** 2, axis=0) / weight.sum()
     # The floor is for cells that are the same in all maps.
     return {'mean': mean, 'deviation': jnp.sqrt(jnp.maximum(variance, 1e-12))}
 
@@ -237,9 +237,8 @@ def init_bank(
         standardize: whether `fit_bank` brings every cell to mean 0 and deviation 1.
     """
     fields = dict(features=features, convolutions=convolutions, standardize=standardize)
-    return jax.vmap(functools.partial(init, grid=grid, **fields))(
-        jax.random.split(key, num_classes)
-    )
+    init_one = functools.partial(init, grid=grid, **fields)
+    return jax.vmap(init_one)(jax.random.split(key, num_classes))
 
 
 def fit_bank(

@@ -115,10 +115,11 @@ class BankTest(parameterized.TestCase):
 
         bank, plain = scores(lambda x: x, True)
         _, changed = scores(lambda x: (x * scale + offset).astype(np.float32), True)
-        np.testing.assert_allclose(changed, plain, atol=2e-3)
+        # Adam turns a rounding of its inputs into some thousandths.
+        np.testing.assert_allclose(changed, plain, rtol=0.02)
         with self.assertRaises(AssertionError):
             _, changed = scores(lambda x: (x * scale + offset).astype(np.float32), False)
-            np.testing.assert_allclose(changed, plain, atol=2e-3)
+            np.testing.assert_allclose(changed, plain, rtol=0.02)
         cells = bank['cells']
         for k in range(2):
             real = weight[k] > 0
