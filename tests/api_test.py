@@ -40,7 +40,7 @@ CONTRACTS = {
     'vgg.train_logits': '(variables, images, *, key, dropout_rate, plan)',
     'vgg.summary': '(*, image_size, num_classes, hidden, plan, levels)',
     'vgg.from_torchvision': '(state_dict, *, mean, std)',
-    'detector.init_bank': '(key, *, num_classes, grid, features, convolutions)',
+    'detector.init_bank': '(key, *, num_classes, grid, features, convolutions, standardize)',
     'detector.score': '(bank, maps, predicted)',
 }
 
