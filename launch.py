@@ -10,7 +10,9 @@ run: those that took a second to compile, or fewer with
 
 import os
 import pathlib
+import signal
 import sys
+import threading
 
 import jax
 from absl import app, flags, logging
@@ -134,12 +136,13 @@ def main(_):
         'sweep': sweep.sweep,
         'adaptive': evasion.evade,
     }
-    for mode in STAGES if _MODE.value == 'all' else [_MODE.value]:
-        tables = modes[mode](run)
-        if tables:
-            print(tables)
-        if mode == 'report':
-            print(f'Report: {run.workdir / "report" / "report.html"}')
+    with storage.locked(run.workdir):
+        for mode in STAGES if _MODE.value == 'all' else [_MODE.value]:
+            tables = modes[mode](run)
+            if tables:
+                print(tables)
+            if mode == 'report':
+                print(f'Report: {run.workdir / "report" / "report.html"}')
 
 
 def thresholds() -> tuple[float, ...]:
@@ -180,7 +183,30 @@ def parse(argv):
     return rest
 
 
+def end_on(*signals: signal.Signals):
+    """Ends the process within a moment of a signal, with exit code 128 + its number.
+
+    Python's own handlers wait for the compiled program in flight, which may take minutes. Nothing
+    is lost by not waiting: files appear whole or not at all, as if the process had been killed.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for number in signals:
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writer)
+
+    def watch():
+        number = os.read(reader, 1)[0]
+        name = signal.Signals(number).name
+        line = f'launch.py: ended by {name}; the same command goes on from what is finished.\n'
+        os.write(sys.stderr.fileno(), line.encode())
+        os._exit(128 + number)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == '__main__':
+    end_on(signal.SIGINT, signal.SIGTERM)
     jax.config.config_with_absl()
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell much; --verbosity=0 lets them.
     if not any(argument.split('=')[0].lstrip('-') == 'config' for argument in sys.argv[1:]):
@@ -189,4 +215,11 @@ if __name__ == '__main__':
         app.run(main, flags_parser=parse)
     except UsageError as error:
         print(f'launch.py: {error}', file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # A full disk, one that is read-only, a folder that is gone.
+        print(
+            f'launch.py: {error.strerror or error}: {error.filename or "a file"}. What is finished '
+            'is kept: mend that and run the same command again.',
+            file=sys.stderr,
+        )
         sys.exit(2)

@@ -34,6 +34,7 @@ from occjax import (
 )
 from occjax import engine as engine_lib
 from occjax.run import Run, say
+from occjax.streams import Stream
 
 NUM_CLASSES = 10  # of an untrained classifier
 
@@ -90,7 +91,7 @@ def benchmark(run: Run) -> str:
         result['peer'] = theirs
         for ours in result['engines'].values():
             ours['times_peer'] = ours['windows_per_second'] / theirs['windows_per_second']
-    storage.write_json(run.workdir / 'benchmark.json', result)
+    storage.write_record(run.workdir / 'benchmark.json', result)
     storage.write_bytes(run.workdir / 'benchmark.png', benchmark_report.plot(result))
     return (
         benchmark_report.table(result)
@@ -134,7 +135,7 @@ def seconds_of(fn: Callable[[], object]) -> float:
 
 def _subject(run):
     """Returns variables, `[B, H, W, C]` images, and where they are from."""
-    count, rng = run.benchmark_images, np.random.default_rng(run.config.seed)
+    count, rng = run.benchmark_images, run.rng(Stream.BENCHMARK)
     if (run.workdir / 'classifier' / 'metrics.json').exists():
         split = run.dataset.test
         return (
@@ -156,7 +157,7 @@ def random_variables(run: Run) -> vgg.Variables:
         **run.widths,
         plan=run.plan,
     )
-    return jax.jit(init)(jax.random.key(run.config.seed))
+    return jax.jit(init)(run.key(Stream.CLASSIFIER_INIT))
 
 
 def _maps(logits, unoccluded):
@@ -243,5 +244,6 @@ def measure(
         'temporary_bytes': program.memory_analysis().temp_size_in_bytes,
         'largest_difference': float(np.max(np.abs(ours - maps))),
         'ssim': float(np.mean(approximate.ssim(ours, maps))),
+        'how': run.provenance(name, **knobs) | {'dtype': dtype.name},
         **knobs,
     }

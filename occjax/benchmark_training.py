@@ -13,6 +13,7 @@ import numpy as np
 from occjax import classifier, peer, storage
 from occjax.benchmark import NUM_CLASSES, random_variables, seconds_of
 from occjax.run import Run, say
+from occjax.streams import Stream
 
 
 def benchmark(run: Run) -> str:
@@ -25,7 +26,7 @@ def benchmark(run: Run) -> str:
     """
     if run.benchmark_peer:
         peer.check(run.benchmark_peer)
-    settings, rng = run.config.classifier, np.random.default_rng(run.config.seed)
+    settings, rng = run.config.classifier, run.rng(Stream.BENCHMARK)
     shape = (settings.batch_size, *run.image_shape, 3)
     images = rng.uniform(size=shape).astype(np.float32)
     labels = rng.integers(0, NUM_CLASSES, settings.batch_size)

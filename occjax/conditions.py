@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import attack, data, shard, stages, storage, vgg
+from occjax import attack, data, evaluation, shard, stages, storage, vgg
+from occjax.config import Occlusion
 from occjax.run import Progress, Run
+from occjax.streams import Stream
 from occjax.types import HeatmapSet
 
 # Each is called with a key of its image's own; those that are deterministic leave it.
@@ -30,22 +32,31 @@ ATTACKS = {
 
 
 @functools.partial(jax.jit, static_argnames=('name', 'steps', 'clip', 'plan'))
-def attack_batch(variables, images, labels, ids, *, name, epsilon, steps, seed, clip, plan):
+def attack_batch(variables, images, labels, ids, *, name, epsilon, steps, key, clip, plan):
     """Returns attacked images, and `[B, K]` logits before and after; no image sees its batch."""
     logits_fn = functools.partial(vgg.logits, variables, plan=plan)
     bounds = attack.PIXELS if clip else None
     settings = dict(epsilon=epsilon, steps=steps, bounds=bounds)
 
     def one(image, label, image_id):
-        key = jax.random.fold_in(jax.random.key(seed), image_id)
-        return ATTACKS[name](logits_fn, image[None], label[None], key=key, **settings)[0]
+        own = jax.random.fold_in(key, image_id)
+        return ATTACKS[name](logits_fn, image[None], label[None], key=own, **settings)[0]
 
     adversarial = jax.vmap(one)(images, labels, ids)
     return adversarial, logits_fn(images), logits_fn(adversarial)
 
 
-def mapped(run: Run, variables: vgg.Variables, name: str, epsilon: float = 0.0) -> HeatmapSet:
-    """Returns the maps of the attacks that succeed, or of all correct images if name is `none`."""
+def mapped(
+    run: Run,
+    variables: vgg.Variables,
+    name: str,
+    epsilon: float = 0.0,
+    windows: Occlusion | None = None,
+) -> HeatmapSet:
+    """Returns the maps of the attacks that succeed, or of all correct images if name is `none`.
+
+    They are under the config's windows, or under others.
+    """
     split, wanted, arrays = run.dataset.test, run.config.sweep, []
     ids = stages.mapped_ids(run, 'test')[: wanted.images]
     attack_fn = functools.partial(
@@ -54,36 +65,38 @@ def mapped(run: Run, variables: vgg.Variables, name: str, epsilon: float = 0.0) 
         name=name,
         epsilon=epsilon,
         steps=wanted.steps,
-        seed=run.config.seed + 5,
+        key=run.key(Stream.SWEEP_ATTACK),
         clip=run.config.attack.clip,
         plan=run.plan,
     )
-    windows = run.config.occlusion
+    windows = windows or run.config.occlusion
+    known = dict(mode='sweep', made_from=evaluation.classifier_origin(run))
+    run = run.with_occlusion(windows)
     fill = ','.join(f'{value:g}' for value in windows.fill) or 'mean'
     directory = run.workdir / 'sweep' / f'{windows.size}-{windows.stride}-{fill}'
     iterated = '' if name in ('none', 'fgsm', 'targeted_fgsm') else f'-{wanted.steps}'
     progress = Progress(len(ids), f'sweep, {name} {epsilon:.3g}, {directory.name}: images')
+
+    def part(here):
+        labels = split.labels[here]
+        adversarial, before, after = run.in_batches(
+            attack_fn, data.take(split, here), labels, here, batch_size=run.batch_size
+        )
+        correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))
+        chosen = correct if name == 'none' else successful
+        return {
+            'logits': shard.map_images(run, variables, adversarial[chosen]),
+            'unoccluded': after[chosen],
+            'label': labels[chosen],
+            'image_id': here[chosen],
+            'is_adversarial': np.full(chosen.sum(), name != 'none'),
+        }
+
     for start in range(0, len(ids), run.shard_size):
         here = ids[start : start + run.shard_size]
         # All that makes the part stands in its name, so that other settings make other parts.
         path = directory / f'{name}{iterated}-{epsilon:.6g}-{start:07d}-{start + len(here):07d}.npz'
-        if path.exists():
-            progress.total -= len(here)
-        else:
-            labels = split.labels[here]
-            adversarial, before, after = run.in_batches(
-                attack_fn, data.take(split, here), labels, here, batch_size=run.batch_size
-            )
-            correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))
-            chosen = correct if name == 'none' else successful
-            maps = {
-                'logits': shard.map_images(run, variables, adversarial[chosen]),
-                'unoccluded': after[chosen],
-                'label': labels[chosen],
-                'image_id': here[chosen],
-                'is_adversarial': np.full(chosen.sum(), name != 'none'),
-            }
-            storage.save_arrays(path, maps)
-            progress(len(here))
-        arrays.append(HeatmapSet(**storage.load_arrays(path, mode='sweep')))
+        there = path.exists()
+        arrays.append(HeatmapSet(**storage.cached(path, functools.partial(part, here), **known)))
+        progress(len(here), was_there=there)
     return HeatmapSet.concatenate(arrays)

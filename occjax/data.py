@@ -151,7 +151,9 @@ def batches(split: Split, batch_size: int) -> Iterator[Batch]:
         yield _batch(split, np.where(is_real, index, 0), is_real)
 
 
-def training_batches(split: Split, batch_size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
+def training_batches(
+    split: Split, batch_size: int, *, seed: int, epoch: int, classifier: int = 0
+) -> Iterator[Batch]:
     """Yields an epoch's whole batches in an order that is a pure function of `(seed, epoch)`.
 
     Batch statistics want equal batches, so the remainder, another in each epoch, is left out; a

@@ -3,9 +3,11 @@
 Dimensions: M maps, K classes.
 """
 
+import collections
 import dataclasses
 import functools
 import importlib.metadata
+import json
 import math
 import platform
 
@@ -26,29 +28,58 @@ from occjax import (
     vgg,
 )
 from occjax.methods import METHODS
-from occjax.run import Run, say
+from occjax.run import Run
+from occjax.streams import Stream
 from occjax.types import COMPARATORS, CONTROLS, HeatmapSet
 
 # The split whose maps each protocol divides.
 PROTOCOLS = {'paper': 'train', 'held_out': 'test'}
 
 
-def load_shards(run: Run, split_name: str) -> tuple[HeatmapSet, list[dict]]:
-    """Returns all maps of a split, and the shards that they stand in."""
+def load_metrics(run: Run) -> dict:
+    """Returns the trained classifier's accuracies, `step`, and `classifier`, its digest."""
+    directory = run.workdir / 'classifier'
+    found = storage.read_record(directory / 'metrics.json', mode='train')
+    storage.check_origin(directory, found['made_from'], run.origin, mode='train')
+    return found
+
+
+def classifier_origin(run: Run) -> storage.Origin:
+    """Returns what heatmaps come from; without the classifier if that is there no more."""
+    if not (run.workdir / 'classifier' / 'metrics.json').exists():
+        return run.origin
+    return run.origin | {'classifier': load_metrics(run)['classifier']}
+
+
+def load_manifest(run: Run) -> dict:
+    """Returns the names of all shards and their digests, `made_from`, and its own `digest`."""
     directory = run.workdir / 'heatmaps'
-    names = storage.read_json(directory / 'manifest.json', mode='heatmaps')
+    found = storage.read_record(directory / 'manifest.json', mode='heatmaps')
+    storage.check_origin(directory, found['made_from'], classifier_origin(run), mode='heatmaps')
+    return found
+
+
+def heatmaps_origin(run: Run) -> storage.Origin:
+    """Returns what detectors come from."""
+    return run.origin | {'heatmaps': load_manifest(run)['digest']}
+
+
+def load_shards(run: Run, split_name: str) -> tuple[HeatmapSet, list[dict]]:
+    """Returns all maps of a split, and the shards that they are in."""
+    directory, found = run.workdir / 'heatmaps', load_manifest(run)
+    known = dict(mode='heatmaps', made_from=found['made_from'])
     shards = [
-        storage.load_arrays(directory / name, mode='heatmaps')
-        for name in names
+        storage.load_arrays(directory / name, digest=digest, **known)
+        for name, digest in found['shards'].items()
         if name.startswith(split_name)
     ]
     return _as_maps(shards), shards
 
 
 def _as_maps(shards, prefix=''):
-    """Returns the maps in shards whose arrays begin with a prefix; older ones lack comparators."""
+    """Returns the maps in shards whose arrays begin with a prefix."""
     names = [f.name for f in dataclasses.fields(HeatmapSet)]
-    sets = [{name: shard.get(prefix + name) for name in names} for shard in shards]
+    sets = [{name: shard[prefix + name] for name in names} for shard in shards]
     return HeatmapSet.concatenate([HeatmapSet(**arrays) for arrays in sets])
 
 
@@ -61,25 +92,18 @@ def divide(run: Run, protocol: str) -> judging.Division:
 def load_controls(run: Run) -> dict[str, HeatmapSet]:
     """Returns the maps of test images that neither fit nor judge detectors, by `CONTROLS`."""
     _, shards = load_shards(run, 'test')
-    if not all(f'{kind}_logits' in shard for shard in shards for kind in CONTROLS):
-        say(
-            f'{run.workdir / "heatmaps"} is from before {", ".join(CONTROLS)} were mapped too: '
-            'for their table delete that folder and run --mode=all.'
-        )
-        return {}
     return {kind: _as_maps(shards, f'{kind}_') for kind in CONTROLS}
 
 
 def init_banks(run: Run, division: judging.Division, name: str) -> detector.Bank:
     """Returns a method's unfitted banks of all seeds for a protocol's maps."""
-    key = jax.random.key(run.config.seed + 2)
-    return judging.init_banks(key, division, METHODS[name])
+    return judging.init_banks(run.key(Stream.BANK_INIT), division, METHODS[name])
 
 
 def fit_banks(run: Run, division: judging.Division, name: str) -> detector.Bank:
     """Returns the same, fitted."""
     return judging.fit_banks(
-        jax.random.key(run.config.seed + 3),
+        run.key(Stream.BANK_FIT),
         init_banks(run, division, name),
         division,
         METHODS[name],
@@ -92,7 +116,8 @@ def load_banks(run: Run, division: judging.Division, protocol: str, name: str) -
     """Returns the same, as the stage `detectors` stored them."""
     like = jax.eval_shape(lambda: init_banks(run, division, name))
     directory = run.workdir / 'detectors' / protocol / name
-    return storage.restore_checkpoint(directory, like, mode='detectors')
+    known = dict(mode='detectors', made_from=heatmaps_origin(run))
+    return storage.restore_checkpoint(directory, like, **known)
 
 
 def detection(run: Run, protocol: str) -> dict:
@@ -127,14 +152,15 @@ def detection(run: Run, protocol: str) -> dict:
 
 def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:
     """Returns what results.json holds, from the training images' maps and all that is stored."""
-    accuracies = storage.read_json(run.workdir / 'classifier' / 'metrics.json', mode='train')
+    metrics = load_metrics(run)
+    accuracies = {f'{name}_accuracy': metrics[f'{name}_accuracy'] for name in ('train', 'test')}
     class_names = run.description['class_names']
     published = paper.numbers(class_names)
     correct, adversarial = (maps.select(maps.is_adversarial == kind) for kind in (False, True))
     counts = [np.bincount(m.predicted, minlength=len(class_names)) for m in (correct, adversarial)]
     attempted = int(sum(shard['attempted'] for shard in shards))
     return {
-        'manifest': manifest(run),
+        'manifest': manifest(run) | {'heatmaps': provenance(shards)},
         'classifier': accuracies
         | {'paper_test_accuracy': published.test_accuracy if published else None},
         'attack': {
@@ -161,7 +187,7 @@ def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:
             for kind, m in (('correct', correct), ('adversarial', adversarial))
         },
         'detection': {protocol: detection(run, protocol) for protocol in PROTOCOLS},
-        'cost': cost(run),
+        'cost': cost(run, shards),
         'adaptive': load_adaptive(run),
     }
 
@@ -171,22 +197,35 @@ def load_adaptive(run: Run) -> dict | None:
     path = run.workdir / 'adaptive.json'
     if not path.exists():
         return None
-    found = storage.read_json(path, mode='adaptive')
-    return {name: value for name, value in found.items() if name != 'manifest'}
+    found = storage.read_record(path, mode='adaptive')
+    storage.check_origin(path, found['made_from'], heatmaps_origin(run), mode='adaptive')
+    return {name: found[name] for name in ('images', 'settings', 'false_alarms', 'rows')}
 
 
-def cost(run: Run) -> dict:
-    """Returns forward passes, FLOPs and milliseconds a verdict of every method (P9)."""
+def provenance(shards: list[dict]) -> dict:
+    """Returns how most of the shards' maps were computed, see `Run.provenance`."""
+    counted = collections.Counter(str(shard['how']) for shard in shards)
+    return json.loads(counted.most_common(1)[0][0])
+
+
+def cost(run: Run, shards: list[dict]) -> dict:
+    """Returns forward passes, FLOPs and milliseconds a verdict of every method (P9).
+
+    They are those of the engine, knobs, device and precision that made the stored maps, the
+    milliseconds from a benchmark of just these, if one is there.
+    """
     num_classes = len(run.description['class_names'])
     head = dict(num_classes=num_classes, plan=run.plan, **run.widths)
-    name = run.mapping(num_classes).engine
+    how = provenance(shards)
+    name = how['engine']
     network = dict(image_shape=run.image_shape, **head, **run.geometry)
     windows, flops = math.prod(run.grid), engine.flops_per_map(name, **network, **run.knobs)
     once = engine.flops_per_map('full', **network) / windows
     path, milliseconds = run.workdir / 'benchmark.json', None
     if path.exists():
-        timed = storage.read_json(path, mode='benchmark')['engines'].get(name)
-        milliseconds = timed and 1000 / timed['maps_per_second']
+        timed = storage.read_record(path, mode='benchmark')['engines'].get(name)
+        if timed and timed['how'] == how:
+            milliseconds = 1000 / timed['maps_per_second']
     alone = {'forward_passes': 1, 'gflop': once / 1e9, 'milliseconds': None}
     again = comparators.autoencoder_flops(run.image_shape)
     work = {

@@ -106,7 +106,7 @@ def evade(run: Run) -> str:
             f'config.adaptive.methods has {sorted(missing)}, which config.detector.methods lacks: '
             'take them out of the one, or add them to the other and run --mode=detectors.'
         )
-    division = evaluation.divide(run, 'held_out')
+    division, made_from = evaluation.divide(run, 'held_out'), evaluation.heatmaps_origin(run)
     maps, judged = division.maps, division.is_judged[0]
     ids = maps.image_id[judged & ~maps.is_adversarial][: wanted.images]
     images = data.take(run.dataset.test, ids)
@@ -115,31 +115,34 @@ def evade(run: Run) -> str:
         raise UsageError('No test image is left that no detector was fitted on: map more of them.')
     for method in dict.fromkeys(wanted.methods):
         detector = detection.deployed(run, division, method)
+        labels = run.dataset.test.labels[ids]
         measure = functools.partial(
-            _measured, run, variables, detector, images, run.dataset.test.labels[ids], method
+            _measured, run, variables, detector, images, labels, made_from, method
         )
         alarms[method] = 1 - measure('none', 0.0)['evasion']
         for name in dict.fromkeys(('fgsm', *wanted.attacks)):
             rows += [measure(name, epsilon) for epsilon in dict.fromkeys(wanted.epsilons)]
     result = {
         'manifest': evaluation.manifest(run),
+        'made_from': made_from,
         'images': len(ids),
         'settings': dataclasses.asdict(wanted),
         'false_alarms': alarms,
         'rows': rows,
     }
-    storage.write_json(run.workdir / 'adaptive.json', result)
+    storage.write_record(run.workdir / 'adaptive.json', result)
     storage.write_bytes(run.workdir / 'adaptive.png', plot(result))
     written = f'\nWritten: {run.workdir / "adaptive.json"}, adaptive.png; --mode=report shows it.\n'
     return tables.to_markdown([tables.adaptive_table(result)]) + written
 
 
-def _measured(run, variables, detector, images, labels, method, name, epsilon):
+def _measured(run, variables, detector, images, labels, made_from, method, name, epsilon):
     """Returns what one attack at one epsilon does to one detector, from the store if it's there."""
     wanted = run.config.adaptive
     settings = f'{len(images)}x{wanted.steps}-{wanted.weight:g}-{epsilon:.6g}'
     path = run.workdir / 'adaptive' / f'{method}-{name}-{settings}.npz'
-    if not path.exists():
+
+    def part():
         say(f'adaptive: {name} at {epsilon:.3g} on {method}')
         mapping = run.mapping(vgg.num_classes(variables))
         attack_fn = functools.partial(
@@ -163,8 +166,9 @@ def _measured(run, variables, detector, images, labels, method, name, epsilon):
         # Few images at once: those that evade wait for the slowest of their batch.
         batch_size = min(mapping.batch_size, 8 * jax.device_count())
         found = run.in_batches(attack_fn, images, labels, batch_size=batch_size)
-        storage.save_arrays(path, dict(zip(('wrong', 'evades', 'steps'), found, strict=True)))
-    found = storage.load_arrays(path, mode='adaptive')
+        return dict(zip(('wrong', 'evades', 'steps'), found, strict=True))
+
+    found = storage.cached(path, part, mode='adaptive', made_from=made_from)
     evades, taken = found['evades'], found['steps']
     ends = stats.binomtest(int(evades.sum()), len(evades)).proportion_ci(method='wilson')
     by_step = [float(np.mean(evades & (taken <= t))) for t in range(wanted.steps + 1)]

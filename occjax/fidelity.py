@@ -106,16 +106,18 @@ def _logits(run, variables, images, exact, *, threshold, every):
     knobs, parts, size = dict(threshold=threshold, every=every), [], run.shard_size
     name = f'threshold-{threshold:g}-every-{every}'
     progress = Progress(len(images), f'fidelity, {name}: maps')
+    made_from = evaluation.heatmaps_origin(run)
     for start in range(0, len(images), size):
         path = run.workdir / 'fidelity' / f'{name}-{start:07d}.npz'
         part = images[start : start + size]
-        if path.exists():
-            progress.total -= len(part)
-        else:
-            logits = shard.map_images(run, variables, part, knobs=knobs)
-            storage.save_arrays(path, {'logits': logits})
-            progress(len(part))
-        parts.append(storage.load_arrays(path, mode='fidelity')['logits'])
+
+        def explain(part=part):
+            return {'logits': shard.map_images(run, variables, part, knobs=knobs)}
+
+        there = path.exists()
+        found = storage.cached(path, explain, mode='fidelity', made_from=made_from)
+        parts.append(found['logits'])
+        progress(len(part), was_there=there)
     return np.concatenate(parts)
 
 

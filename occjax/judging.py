@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from occjax import detector, metrics
+from occjax import detector, metrics, streams
 from occjax.config import Detector
 from occjax.methods import Method
 from occjax.types import HeatmapSet
 
 # Purposes of random numbers: each has its own stream under the config's one seed.
 _SPLIT = {'paper': 1, 'held_out': 2}
-_UNDERSAMPLING = 3
 
 
 class Division(NamedTuple):
@@ -130,7 +129,7 @@ def fit_banks(
             maps.is_adversarial[fitted],
             num_classes=method.num_networks(maps),
             balance=settings.balance,
-            rng=rng_of(_UNDERSAMPLING, seed),
+            rng=rng_of(streams.Stream.UNDERSAMPLING, seed),
         )
         for seed, fitted in enumerate(division.is_fitted)
     ]

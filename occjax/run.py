@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from occjax import data, memory, occlusion, storage, vgg
+from occjax import config as config_lib
+from occjax import data, memory, occlusion, storage, streams, vgg
 from occjax import engine as engine_lib
 from occjax.config import Config
+from occjax.streams import Stream
 from occjax.types import Dataset, UsageError
 
 PLANS = {'vgg11': vgg.VGG11, 'vgg13': vgg.VGG13, 'vgg16': vgg.VGG16, 'vgg19': vgg.VGG19}
@@ -92,18 +94,37 @@ class Run:
             'train_images': len(dataset.train),
             'test_images': len(dataset.test),
         }
-        if path.exists() and storage.read_json(path, mode='train') != description:
+        if not path.exists():
+            storage.write_record(path, description)
+        elif self.description != description:
             raise UsageError(
                 f'{self.workdir} was made from other images than --data_dir={self.data_dir} now '
                 'holds: choose another --workdir, or delete that one.'
             )
-        storage.write_json(path, description)
         return dataset
 
     @property
     def description(self) -> dict:
         """What `dataset` was when it was first read, for stages that need no images."""
-        return storage.read_json(self.workdir / 'dataset.json', mode='train')
+        found = storage.read_record(self.workdir / 'dataset.json', mode='train')
+        return {name: value for name, value in found.items() if name != 'digest'}
+
+    @property
+    def origin(self) -> storage.Origin:
+        """What everything in the work directory was made from: the config and the images."""
+        return {
+            'config': config_lib.digest(self.config),
+            'dataset': self.description['fingerprint'],
+        }
+
+    def with_occlusion(self, occlusion: config_lib.Occlusion) -> 'Run':
+        """Returns the same run with other windows, and the images that it has read."""
+        other = dataclasses.replace(
+            self, config=dataclasses.replace(self.config, occlusion=occlusion)
+        )
+        if 'dataset' in vars(self):
+            vars(other)['dataset'] = self.dataset
+        return other
 
     @property
     def map_batch_size(self) -> int:
@@ -169,6 +190,18 @@ class Run:
         estimate = needs.total(images, windows)
         return Mapping(engine, windows, images * jax.device_count(), estimate)
 
+    def provenance(self, engine: str, **knobs: float) -> dict[str, Any]:
+        """Returns how an engine computes heatmaps here and now: what may move their last bits."""
+        return {
+            'engine': engine,
+            **knobs,
+            'dtype': 'float32',
+            'precision': jax.config.jax_default_matmul_precision or 'default',
+            'device': jax.devices()[0].device_kind,
+            'devices': jax.device_count(),
+            'jax': jax.__version__,
+        }
+
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
         """All devices along one axis, over which batches are divided."""
@@ -199,9 +232,13 @@ class Run:
             outputs.append(jax.device_get(fn(*(self.divide(array[rows]) for array in arrays))))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
 
-    def rng(self, *purpose: int) -> np.random.Generator:
-        """Returns a generator for one purpose, a pure function of the config's seed."""
-        return np.random.default_rng([self.config.seed, *purpose])
+    def rng(self, stream: Stream, *index: int) -> np.random.Generator:
+        """Returns `streams.rng` of the config's seed."""
+        return streams.rng(self.config.seed, stream, *index)
+
+    def key(self, stream: Stream, *index: int) -> jax.Array:
+        """Returns `streams.key` of the config's seed."""
+        return streams.key(self.config.seed, stream, *index)
 
 
 class Progress:
@@ -216,8 +253,11 @@ class Progress:
         """How many are done in a second."""
         return self.done / (time.monotonic() - self.began)
 
-    def __call__(self, count: int):
-        """Counts `count` more as done."""
+    def __call__(self, count: int, *, was_there: bool = False):
+        """Counts `count` more as done; those that were there before say nothing of the rate."""
+        if was_there:
+            self.total -= count
+            return
         self.done += count
         if time.monotonic() - self.told >= self.every:
             self.told = time.monotonic()

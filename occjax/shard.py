@@ -4,6 +4,7 @@ Dimensions: B batch, H W C image, K classes, h w heatmap grid, M maps.
 """
 
 import functools
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from occjax import attack, comparators, data, vgg
 from occjax import engine as engine_lib
 from occjax.run import Run
+from occjax.streams import Stream
 from occjax.types import COMPARATORS, Split
 
 
@@ -35,9 +37,9 @@ def attack_batch(variables, images, labels, *, epsilon, clip, plan):
 
 
 @functools.partial(jax.jit, static_argnames=('plan', 'clip'))
-def noise_batch(variables, images, ids, *, seed, epsilon, clip, plan):
+def noise_batch(variables, images, ids, *, key, epsilon, clip, plan):
     """Returns images under noise of the attack's size, each image's own, and their logits."""
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(ids)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(ids)
     bounds = (0.0, 1.0) if clip else None
     noise_fn = functools.partial(attack.sign_noise, epsilon=epsilon, bounds=bounds)
     noisy = jax.vmap(lambda key, image: noise_fn(image[None], key=key)[0])(keys, images)
@@ -100,7 +102,7 @@ def control_parts(
     noise_fn = functools.partial(
         noise_batch,
         variables,
-        seed=run.config.seed + 4,
+        key=run.key(Stream.NOISE),
         epsilon=settings.epsilon,
         clip=settings.clip,
         plan=run.plan,
@@ -165,6 +167,7 @@ def collect(
         [part.images[part.is_mapped] for parts in groups.values() for part in parts]
     )
     logits = map_images(run, variables, chosen)
+    engine = run.mapping(vgg.num_classes(variables)).engine
     compared = compare(run, variables, autoencoder, chosen)
     arrays = {}
     for prefix, parts in groups.items():
@@ -190,6 +193,7 @@ def collect(
         'nan_count': np.isnan(attacked).sum(),
         'max_perturbation': np.nanmax(np.abs(attacked - images[correct]), initial=0),
         'pixel_range': [np.nanmin(attacked, initial=1), np.nanmax(attacked, initial=0)],
+        'how': json.dumps(run.provenance(engine, **run.knobs)),
         'example_id': ids[example],  # One a shard, for the figures.
         'example_clean': images[example],
         'example_adversarial': adversarial[example],

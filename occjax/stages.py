@@ -2,7 +2,9 @@
 
     train -> heatmaps -> detectors -> report
 
-Each reads what the one before left in the work directory, and picks up where it stopped.
+Each reads what the one before left in the work directory, and picks up where it stopped. A stage
+is done if its record is whole, everything that the record names is there, and both were made from
+what is there today; else it makes what is missing, or says what no longer fits.
 """
 
 import functools
@@ -16,13 +18,10 @@ import optax
 
 from occjax import classifier, comparators, data, evaluation, shard, storage, vgg
 from occjax.run import Progress, Run, say
+from occjax.streams import Stream
 from occjax.types import UsageError
 
 SPLITS = ('train', 'test')
-
-# Purposes of random numbers: each has its own stream under the config's one seed.
-_MAPPED_IMAGES, _SOURCE, _AUTOENCODER = 0, 6, 7
-_ADVERSARIES = 1000  # How far the seeds of an ensemble's others are from one another.
 
 
 @functools.partial(jax.jit, static_argnames='plan')
@@ -37,41 +36,48 @@ def shrink(images, *, side):
     return jax.image.resize(images, (len(images), side, side, images.shape[-1]), 'linear')
 
 
-def init_variables(run: Run, seed: int | None = None) -> vgg.Variables:
-    """Returns the untrained classifier, which normalises by the training images' statistics."""
+def init_variables(run: Run, number: int = 0) -> vgg.Variables:
+    """Returns the untrained classifier, which normalises by the training images' statistics.
+
+    Args:
+        run: the experiment.
+        number: 0, or above it for the others of an ensemble.
+    """
     stats = {}
     if run.config.classifier.normalize:
         stats = dict(zip(('mean', 'std'), data.pixel_statistics(run.dataset.train), strict=True))
-    seed = run.config.seed if seed is None else seed
-    return _init(run, seed, len(run.dataset.class_names), **stats)
+    return _init(run, number, len(run.dataset.class_names), **stats)
 
 
-def _init(run, seed, num_classes, **stats):
+def _init(run, number, num_classes, **stats):
     """Returns an untrained classifier."""
+    key = run.key(Stream.CLASSIFIER_INIT, number)
     shape = dict(image_size=run.config.data.image_size, num_classes=num_classes)
-    return vgg.init(jax.random.key(seed), plan=run.plan, **shape, **run.widths, **stats)
+    return vgg.init(key, plan=run.plan, **shape, **run.widths, **stats)
 
 
 def train(run: Run):
     """Trains the classifier, a checkpoint an epoch, and evaluates it on both splits."""
     settings, directory = run.config.classifier, run.workdir / 'classifier'
+    split = run.dataset.train  # Opened first: what follows is made from it.
     if (directory / 'metrics.json').exists():
-        return
+        step = evaluation.load_metrics(run)['step']
+        if (directory / str(step)).is_dir():
+            return
     adversaries = []
     for i in range(settings.ensemble):
         say(f'classifier: adversary {i + 1}/{settings.ensemble}, trained on clean images')
-        seed = run.config.seed + _ADVERSARIES * (i + 1)
-        adversaries.append(_trained(run, run.workdir / f'adversary-{i}', seed))
+        adversaries.append(_trained(run, run.workdir / f'adversary-{i}', split, i + 1))
 
     def attacked(variables, images, step):
         sources = [variables, *adversaries]
-        source = sources[run.rng(_SOURCE, step).integers(len(sources))]
+        source = sources[run.rng(Stream.ATTACK_SOURCE, step).integers(len(sources))]
         return classifier.attack_half(
             source, images, epsilon=settings.adversarial_epsilon, plan=run.plan
         )
 
     images_fn = attacked if settings.adversarial_epsilon else None
-    variables = _trained(run, directory, run.config.seed, images_fn)
+    variables = _trained(run, directory, split, 0, images_fn)
     predict_fn = functools.partial(predict, variables, plan=run.plan)
     accuracies = {
         f'{name}_accuracy': classifier.evaluate(
@@ -81,16 +87,18 @@ def train(run: Run):
         for name in SPLITS
     }
     say('classifier: ' + ', '.join(f'{name} {value:.4f}' for name, value in accuracies.items()))
-    storage.write_json(directory / 'metrics.json', accuracies)
+    made = storage.checkpoint_metadata(directory, mode='train', step=settings.epochs)
+    found = {'step': settings.epochs, 'classifier': made['digest'], 'made_from': run.origin}
+    storage.write_record(directory / 'metrics.json', accuracies | found)
 
 
-def _trained(run, directory, seed, images_fn=None):
+def _trained(run, directory, split, number, images_fn=None):
     """Returns the variables of a classifier after all epochs; continues after the last stored."""
-    settings, split = run.config.classifier, run.dataset.train
-    state = classifier.init_state(init_variables(run, seed))
+    settings, origin = run.config.classifier, run.origin
+    state = classifier.init_state(init_variables(run, number))
     done = storage.latest_step(directory) or 0
     if done:
-        state = storage.restore_checkpoint(directory, state, mode='train')
+        state = storage.restore_checkpoint(directory, state, mode='train', made_from=origin)
         say(f'classifier: continuing after epoch {done}')
     state = run.replicate(state)
     batch_size = min(settings.batch_size, len(split))
@@ -100,14 +108,16 @@ def _trained(run, directory, seed, images_fn=None):
     for epoch in range(done, settings.epochs):
         progress = Progress(len(split), f'epoch {epoch + 1}/{settings.epochs}, images')
         side = dict(enumerate(settings.resize)).get(epoch, run.config.data.image_size)
-        batches = data.training_batches(split, batch_size, seed=seed, epoch=epoch)
+        batches = data.training_batches(
+            split, batch_size, seed=run.config.seed, epoch=epoch, classifier=number
+        )
         state, values = classifier.fit_epoch(
             state,
             (
                 batch._replace(images=shrink(run.divide(batch.images), side=side))
                 for batch in batches
             ),
-            key=jax.random.key(seed + 1),
+            key=run.key(Stream.DROPOUT, number),
             schedule=schedule,
             dropout_rate=settings.dropout_rate,
             label_smoothing=settings.label_smoothing,
@@ -124,40 +134,43 @@ def _trained(run, directory, seed, images_fn=None):
             f'epoch {epoch + 1}/{settings.epochs}: loss {values["loss"]:.4f}, '
             f'accuracy {values["accuracy"]:.4f}, {progress.rate:.0f} images/s'
         )
-        storage.save_checkpoint(directory, epoch + 1, state)
+        storage.save_checkpoint(directory, epoch + 1, state, made_from=origin)
     return state.variables
 
 
 def load_variables(run: Run) -> vgg.Variables:
     """Returns the trained classifier."""
-    directory = run.workdir / 'classifier'
-    storage.read_json(directory / 'metrics.json', mode='train')  # Absent until training is over.
+    directory, metrics = run.workdir / 'classifier', evaluation.load_metrics(run)
     # From the description, so that no image is read for the shapes.
     num_classes = len(run.description['class_names'])
-    fresh = functools.partial(_init, run, run.config.seed, num_classes)
-    like = jax.eval_shape(lambda: classifier.init_state(fresh()))
-    return run.replicate(storage.restore_checkpoint(directory, like, mode='train').variables)
+    like = jax.eval_shape(lambda: classifier.init_state(_init(run, 0, num_classes)))
+    known = dict(mode='train', step=metrics['step'])
+    made = {'classifier': storage.checkpoint_metadata(directory, **known)['digest']}
+    storage.check_origin(directory / 'metrics.json', metrics, made, mode='train')
+    state = storage.restore_checkpoint(directory, like, made_from=run.origin, **known)
+    return run.replicate(state.variables)
 
 
 def mapped_ids(run: Run, name: str) -> np.ndarray:
     """Returns which images of a split are mapped, in the order of their maps."""
     count = len(getattr(run.dataset, name))
     limit = getattr(run.config.occlusion, f'{name}_images') or count
-    return run.rng(_MAPPED_IMAGES, SPLITS.index(name)).permutation(count)[:limit]
+    return run.rng(Stream.EXPLAINED_IMAGES, SPLITS.index(name)).permutation(count)[:limit]
 
 
 def load_autoencoder(run: Run) -> Any:
     """Returns MagNet's autoencoder, fitted to training images the first time."""
     split, wanted, directory = run.dataset.train, run.config.comparators, run.workdir / 'magnet'
-    init_key, key = jax.random.split(jax.random.key(run.config.seed + 6))
+    init_key, key = run.key(Stream.AUTOENCODER_INIT), run.key(Stream.AUTOENCODER_FIT)
     variables = comparators.init_autoencoder(init_key, channels=split.images.shape[-1])
+    known = dict(made_from=run.origin)
     if storage.latest_step(directory) is not None:
-        return storage.restore_checkpoint(directory, variables, mode='heatmaps')
+        return storage.restore_checkpoint(directory, variables, mode='heatmaps', **known)
     say("comparators: fitting MagNet's autoencoder")
-    chosen = np.sort(run.rng(_AUTOENCODER).permutation(len(split))[: wanted.images])
-    images = np.asarray(split.images[chosen])
+    order = run.rng(Stream.AUTOENCODER_IMAGES).permutation(len(split))
+    images = np.asarray(split.images[np.sort(order[: wanted.images])])
     variables = comparators.fit_autoencoder(key, variables, images, steps=wanted.steps)
-    storage.save_checkpoint(directory, wanted.steps, variables)
+    storage.save_checkpoint(directory, wanted.steps, variables, **known)
     return variables
 
 
@@ -165,8 +178,12 @@ def heatmaps(run: Run):
     """Attacks both splits and stores the maps, shard by shard; what is stored stays."""
     directory = run.workdir / 'heatmaps'
     if (directory / 'manifest.json').exists():
-        return
+        names = evaluation.load_manifest(run)['shards']
+        if all((directory / name).exists() for name in names):
+            return
     variables, autoencoder, shards = load_variables(run), load_autoencoder(run), []
+    digest = storage.checkpoint_metadata(run.workdir / 'magnet', mode='heatmaps')['digest']
+    made_from = evaluation.classifier_origin(run) | {'autoencoder': digest}
     for name in SPLITS:
         split, ids = getattr(run.dataset, name), mapped_ids(run, name)
         for start in range(0, len(ids), run.shard_size):
@@ -174,27 +191,38 @@ def heatmaps(run: Run):
             shards.append((path, split, ids[start : start + run.shard_size]))
     progress = Progress(sum(len(ids) for *_, ids in shards), 'heatmaps, images')
     for path, split, ids in shards:
-        if path.exists():
-            progress.total -= len(ids)
-        else:
-            controls = split is run.dataset.test
-            arrays = shard.collect(run, variables, autoencoder, split, ids, controls=controls)
-            storage.save_arrays(path, arrays)
-            progress(len(ids))
-    storage.write_json(directory / 'manifest.json', [path.name for path, *_ in shards])
+        make_fn = functools.partial(
+            shard.collect,
+            run,
+            variables,
+            autoencoder,
+            split,
+            ids,
+            controls=split is run.dataset.test,
+        )
+        there = path.exists()
+        storage.cached(path, make_fn, mode='heatmaps', made_from=made_from)
+        progress(len(ids), was_there=there)
+    digests = {path.name: storage.file_digest(path) for path, *_ in shards}
+    storage.write_record(directory / 'manifest.json', {'shards': digests, 'made_from': made_from})
 
 
 def detectors(run: Run):
     """Fits the banks of every protocol, method and seed."""
+    made_from = evaluation.heatmaps_origin(run)
     for protocol in evaluation.PROTOCOLS:
         division = evaluation.divide(run, protocol)
         for name in run.config.detector.methods:
             directory = run.workdir / 'detectors' / protocol / name
             if storage.latest_step(directory) is not None:
+                found = storage.checkpoint_metadata(directory, mode='detectors')['made_from']
+                storage.check_origin(directory, found, made_from, mode='detectors')
                 continue
             began = time.monotonic()
             banks = evaluation.fit_banks(run, division, name)
-            storage.save_checkpoint(directory, run.config.detector.steps, banks)
+            storage.save_checkpoint(
+                directory, run.config.detector.steps, banks, made_from=made_from
+            )
             say(f'detectors ({protocol}, {name}): fitted in {time.monotonic() - began:.0f} s')
 
 

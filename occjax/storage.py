@@ -1,17 +1,23 @@
 """The work directory: one experiment's files, complete or absent, and never a stranger's.
 
 `config.json` names the experiment; a directory of another one is refused. Every file appears by a
-rename, so that a killed run leaves nothing half-written, and what a later stage trusts carries a
-digest, because a flipped bit in stored weights would restore without complaint.
+rename once it is on the disk, so that a killed run leaves nothing half-written. Whatever a later
+stage trusts carries a digest of its content, since a flipped bit in stored weights would restore
+without complaint, and says by the digests of its parents what it was made from, so that maps of
+one classifier never meet the weights of another.
 """
 
+import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import pathlib
+import socket
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,34 +26,96 @@ import numpy as np
 from occjax.config import Config, complete, difference, identity, to_json
 from occjax.types import UsageError
 
+Origin = dict[str, str]  # What something was made from: names of its parents and their digests.
+
+_PARTIAL = '.occjax-partial'  # Ends the names of files that are not complete.
+_DIGEST_LENGTH = 64  # hex digits of SHA-256
+
+
+class DamagedError(UsageError):
+    """A file whose content is not what was stored."""
+
+    def __init__(self, path: pathlib.Path, mode: str):
+        what = 'that folder' if path.is_dir() else 'it'
+        super().__init__(f'{path} is damaged: delete {what} and run --mode={mode}.')
+
 
 def write_bytes(path: pathlib.Path, content: bytes):
-    """Writes a file whole, or not at all."""
+    """Writes a file whole and to the disk, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=_PARTIAL)
     try:
         with os.fdopen(handle, 'wb') as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)
         raise
+    _sync(path.parent)
+
+
+def _sync(directory):
+    """Brings a directory's list of names to the disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: pathlib.Path, value: Any):
     """Writes JSON; NaN and infinity are errors."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + '\n').encode())
+    write_bytes(path, _as_json(value))
 
 
-def read_json(path: pathlib.Path, *, mode: str) -> Any:
-    """Reads JSON; if it isn't there, says which mode of `launch.py` makes it."""
+def _as_json(value):
+    return (json.dumps(value, indent=2, allow_nan=False) + '\n').encode()
+
+
+def _sealed(value):
+    """Returns the text of a record: JSON of a dictionary, with a digest of the rest."""
+    return _as_json(value | {'digest': hashlib.sha256(_as_json(value)).hexdigest()})
+
+
+def write_record(path: pathlib.Path, value: dict):
+    """Writes a dictionary as JSON with a digest, for `read_record`."""
+    write_bytes(path, _sealed(value))
+
+
+def read_record(path: pathlib.Path, *, mode: str) -> dict:
+    """Reads what `write_record` wrote, and its `digest`.
+
+    Args:
+        path: the file.
+        mode: the mode of `launch.py` that makes it.
+
+    Raises:
+        UsageError: if it is absent, or a single bit is not as it was written.
+    """
+    content = _read(path, mode)
     try:
-        return json.loads(path.read_text())
+        value = json.loads(content)
+        rest = {name: entry for name, entry in value.items() if name != 'digest'}
+        if _sealed(rest) == content:
+            return value
+    except (ValueError, AttributeError):  # No JSON; no dictionary.
+        pass
+    raise DamagedError(path, mode)
+
+
+def _read(path, mode):
+    """Returns the bytes of a file that a mode makes."""
+    try:
+        return path.read_bytes()
     except FileNotFoundError:
         raise missing(path, mode) from None
-    except ValueError:
-        raise UsageError(f'{path} is damaged: delete it and run --mode={mode}.') from None
+    except IsADirectoryError:
+        raise DamagedError(path, mode) from None
 
 
 def missing(path: pathlib.Path, mode: str) -> UsageError:
@@ -55,34 +123,95 @@ def missing(path: pathlib.Path, mode: str) -> UsageError:
     return UsageError(f'{path} does not exist: run --mode={mode} first (or --mode=all).')
 
 
+def check_origin(path: pathlib.Path, found: Origin, wanted: Origin, *, mode: str):
+    """Checks that something was made from what is there today.
+
+    Args:
+        path: the file or folder to delete if it was not.
+        found: the parents that it was made from.
+        wanted: the parents of today; those that are not known are left out.
+        mode: the mode of `launch.py` that makes it.
+
+    Raises:
+        UsageError: names what is another one.
+    """
+    changed = [name for name, digest in wanted.items() if found.get(name) != digest]
+    if changed:
+        raise UsageError(
+            f'{path} was made from another {changed[0]} than the one of today: delete it and run '
+            f'--mode={mode}, or choose another --workdir.'
+        )
+
+
 def open_workdir(path: str, config: Config) -> pathlib.Path:
     """Returns the directory of this very experiment, made if need be.
 
+    Other files in it are left alone; what stages find there tells itself what it was made from.
+
     Raises:
-        UsageError: if it holds another experiment, something else altogether, or can't be written.
+        UsageError: if it holds another experiment, or can't be written.
     """
     workdir = pathlib.Path(path).expanduser()
     stored, wanted = workdir / 'config.json', to_json(config)
     try:
         if stored.exists():
-            found = complete(read_json(stored, mode='all'))
-            changes = difference(identity(found), identity(wanted))
+            found = read_record(stored, mode='all')
+            del found['digest']
+            changes = difference(identity(complete(found)), identity(wanted))
             if changes:
                 raise UsageError(
                     f'{workdir} holds another config ({"; ".join(changes)}): choose another '
                     '--workdir, or delete that one.'
                 )
-        elif workdir.is_dir() and any(workdir.iterdir()):
-            raise UsageError(f'{workdir} is no work directory of occjax: choose another --workdir.')
         else:
-            write_json(stored, wanted)
+            write_record(stored, wanted)
     except OSError as error:
         raise UsageError(f'Cannot use --workdir={workdir}: {error.strerror}.') from None
     return workdir
 
 
-def _tree_digest(leaves: dict[str, np.ndarray]) -> str:
-    """Returns a digest over names, types, shapes and bytes."""
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of a work directory, and removes what a killed one left half-made.
+
+    The lock is the operating system's and ends with the process, however that ends; the file's
+    content only says whose it is.
+
+    Raises:
+        UsageError: if another process has it; names process and host.
+    """
+    import fcntl
+
+    path = workdir / '.lock'
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        yield  # Where nothing can be written there is nothing to protect.
+        return
+    with os.fdopen(handle, 'r+') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = file.read().strip() or 'another process'
+            raise UsageError(
+                f'{workdir} is in use by {owner}: wait until it ends, or choose another --workdir.'
+            ) from None
+        file.truncate()
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        file.flush()
+        for leftover in workdir.rglob(f'.*{_PARTIAL}'):
+            leftover.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            file.seek(0)
+            file.truncate()
+
+
+def digest_of(leaves: dict[str, np.ndarray]) -> str:
+    """Returns a digest over names, types, shapes and bytes of arrays."""
     sha = hashlib.sha256()
     for name in sorted(leaves):
         array = np.ascontiguousarray(leaves[name])
@@ -97,6 +226,11 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in flat}
 
 
+def _kinds(leaves):
+    """Returns each leaf's type and shape, as JSON gives them back."""
+    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()}
+
+
 def _manager(directory: pathlib.Path):
     """Returns Orbax's checkpoint manager, which keeps the last two steps."""
     import orbax.checkpoint as ocp  # Seconds of import that other modes need not pay.
@@ -105,16 +239,22 @@ def _manager(directory: pathlib.Path):
     return ocp, ocp.CheckpointManager(directory.absolute(), options=options)
 
 
-def save_checkpoint(directory: pathlib.Path, step: int, tree: Any):
-    """Stores a pytree of arrays under its step, with its digest."""
+def save_checkpoint(directory: pathlib.Path, step: int, tree: Any, *, made_from: Origin):
+    """Stores a pytree of arrays under its step, with its digest and what it was made from."""
     leaves = {name: np.asarray(leaf) for name, leaf in _named_leaves(jax.device_get(tree)).items()}
-    ocp, manager = _manager(directory)
-    with manager:
-        args = ocp.args.Composite(
-            tree=ocp.args.StandardSave(leaves),
-            metadata=ocp.args.JsonSave({'digest': _tree_digest(leaves)}),
-        )
-        manager.save(step, args=args)
+    metadata = {'digest': digest_of(leaves), 'made_from': made_from, 'leaves': _kinds(leaves)}
+    try:
+        ocp, manager = _manager(directory)
+        with manager:
+            args = ocp.args.Composite(
+                tree=ocp.args.StandardSave(leaves), metadata=ocp.args.JsonSave(metadata)
+            )
+            manager.save(step, args=args)
+    except ValueError as error:  # TensorStore tells of a full disk by this kind.
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from None
+    _sync(directory)
 
 
 def latest_step(directory: pathlib.Path) -> int | None:
@@ -126,56 +266,150 @@ def latest_step(directory: pathlib.Path) -> int | None:
         return manager.latest_step()
 
 
-def restore_checkpoint(directory: pathlib.Path, like: Any, *, mode: str) -> Any:
-    """Returns the newest checkpoint, as NumPy arrays in the structure of `like`.
+@contextlib.contextmanager
+def _damage_is_named(path, mode):
+    """Turns what Orbax, TensorStore and JSON raise over damaged files into one line."""
+    try:
+        yield
+    except (MemoryError, PermissionError, UsageError):
+        raise
+    except Exception:
+        raise DamagedError(path, mode) from None
+
+
+def checkpoint_metadata(directory: pathlib.Path, *, mode: str, step: int | None = None) -> dict:
+    """Returns `digest`, `made_from` and `leaves` of a checkpoint, without its arrays.
+
+    Args:
+        directory: where `save_checkpoint` stored it.
+        mode: the mode of `launch.py` that makes it.
+        step: of the checkpoint; None for the newest.
+
+    Returns:
+        The same with its `step`.
+
+    Raises:
+        UsageError: if there is none, or it is damaged.
+    """
+    step = latest_step(directory) if step is None else step
+    path = directory if step is None else directory / str(step)
+    if not path.is_dir() or step is None:
+        raise missing(path, mode)
+    ocp, manager = _manager(directory)
+    with manager, _damage_is_named(path, mode):
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        metadata = manager.restore(step, args=args).metadata
+        return {name: metadata[name] for name in ('digest', 'made_from', 'leaves')} | {'step': step}
+
+
+def restore_checkpoint(
+    directory: pathlib.Path,
+    like: Any,
+    *,
+    mode: str,
+    made_from: Origin,
+    step: int | None = None,
+) -> Any:
+    """Returns a checkpoint, as NumPy arrays in the structure of `like`.
 
     Args:
         directory: where `save_checkpoint` stored it.
         like: a pytree of arrays or `jax.ShapeDtypeStruct`.
         mode: the mode of `launch.py` that makes it.
+        made_from: what it must have been made from.
+        step: of the checkpoint; None for the newest.
 
     Raises:
-        UsageError: if there is none, or its content isn't what was stored.
+        UsageError: if there is none, its content isn't what was stored, or it was made from
+            something else.
     """
-    step = latest_step(directory)
-    if step is None:
-        raise missing(directory, mode)
-    # NumPy targets: sharded ones would tie the checkpoint to the number of devices.
-    target = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in _named_leaves(like).items()}
-    ocp, manager = _manager(directory)
-    with manager:
-        args = ocp.args.Composite(
-            tree=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore()
+    metadata = checkpoint_metadata(directory, mode=mode, step=step)
+    check_origin(directory, metadata['made_from'], made_from, mode=mode)
+    path, leaves = directory / str(metadata['step']), _named_leaves(like)
+    if metadata['leaves'] != _kinds(leaves):
+        raise UsageError(
+            f'{path} is whole, but holds other arrays than this code and JAX take: run what made '
+            f'it, or delete {directory} and run --mode={mode}.'
         )
-        try:
-            restored = manager.restore(step, args=args)
-            intact = _tree_digest(restored.tree) == restored.metadata['digest']
-        except Exception:  # Orbax, TensorStore and JSON each raise their own kinds here.
-            intact = False
-    if not intact:
-        damaged = directory / str(step)
-        raise UsageError(f'{damaged} is damaged: delete that folder and run --mode={mode}.')
-    leaves = [restored.tree[name] for name in target]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    # NumPy targets: sharded ones would tie the checkpoint to the number of devices.
+    target = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    ocp, manager = _manager(directory)
+    with manager, _damage_is_named(path, mode):
+        args = ocp.args.Composite(tree=ocp.args.StandardRestore(target))
+        restored = manager.restore(metadata['step'], args=args).tree
+    if digest_of(restored) != metadata['digest']:
+        raise DamagedError(path, mode)
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in target])
 
 
-def save_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]):
-    """Stores named arrays as one `.npz` file, whose members carry checksums."""
+def save_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray], *, made_from: Origin) -> str:
+    """Stores named arrays as one `.npz` file that says what it was made from; returns its digest.
+
+    The digest is the archive's comment. Equal arrays make equal files.
+    """
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_bytes(path, buffer.getvalue())
+    with zipfile.ZipFile(buffer, 'w') as archive:
+        for name, array in (arrays | {'made_from': json.dumps(made_from, sort_keys=True)}).items():
+            member = zipfile.ZipInfo(f'{name}.npy')  # Of 1980, whenever it is made.
+            with archive.open(member, 'w', force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+        archive.comment = b'0' * _DIGEST_LENGTH
+    body = buffer.getvalue()[:-_DIGEST_LENGTH]
+    digest = hashlib.sha256(body).hexdigest()
+    write_bytes(path, body + digest.encode())
+    return digest
 
 
-def load_arrays(path: pathlib.Path, *, mode: str) -> dict[str, np.ndarray]:
+def file_digest(path: pathlib.Path) -> str:
+    """Returns the digest that a file of `save_arrays` carries, unchecked."""
+    with open(path, 'rb') as file:
+        file.seek(-_DIGEST_LENGTH, os.SEEK_END)
+        return file.read().decode()
+
+
+def load_arrays(
+    path: pathlib.Path, *, mode: str, made_from: Origin, digest: str | None = None
+) -> dict[str, np.ndarray]:
     """Reads what `save_arrays` stored.
 
+    Args:
+        path: the file.
+        mode: the mode of `launch.py` that makes it.
+        made_from: what it must have been made from; if it was not, its folder does not fit.
+        digest: of the file that is meant; None for any that is whole.
+
     Raises:
-        UsageError: if it is absent or damaged.
+        UsageError: if it is absent, damaged, another file or made from something else.
     """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
-    except FileNotFoundError:
-        raise missing(path, mode) from None
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile):
-        raise UsageError(f'{path} is damaged: delete it and run --mode={mode}.') from None
+    content = _read(path, mode)
+    body, found = content[:-_DIGEST_LENGTH], content[-_DIGEST_LENGTH:].decode(errors='replace')
+    if hashlib.sha256(body).hexdigest() != found or digest not in (None, found):
+        raise DamagedError(path, mode)
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        arrays = dict(stored)
+    origin = json.loads(str(arrays.pop('made_from')))
+    check_origin(path.parent, origin, made_from, mode=mode)
+    return arrays
+
+
+def cached(
+    path: pathlib.Path,
+    make_fn: Callable[[], dict[str, np.ndarray]],
+    *,
+    mode: str,
+    made_from: Origin,
+) -> dict[str, np.ndarray]:
+    """Returns a part of a long computation: from its file, or made anew and stored there.
+
+    Args:
+        path: the file.
+        make_fn: returns the arrays; called if the file is absent or damaged.
+        mode: the mode of `launch.py` that makes it.
+        made_from: see `load_arrays`.
+    """
+    with contextlib.suppress(DamagedError):
+        if path.exists():
+            return load_arrays(path, mode=mode, made_from=made_from)
+    arrays = {name: np.asarray(array) for name, array in make_fn().items()}
+    save_arrays(path, arrays, made_from=made_from)
+    return arrays

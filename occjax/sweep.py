@@ -90,9 +90,9 @@ def _occluders(run, variables):
     rows, sets = [], []
     for size, stride, fill in occluders(run):
         windows = dataclasses.replace(own, size=size, stride=stride, fill=fill)
-        other = dataclasses.replace(run, config=dataclasses.replace(run.config, occlusion=windows))
-        clean = conditions.mapped(other, variables, 'none')
-        parts = clean, _of(clean, conditions.mapped(other, variables, 'fgsm', epsilon))
+        clean = conditions.mapped(run, variables, 'none', windows=windows)
+        attacked = conditions.mapped(run, variables, 'fgsm', epsilon, windows)
+        parts = clean, _of(clean, attacked)
         sets.append(parts)
         label = f'{size} px, every {stride}, fill {",".join(map("{:g}".format, fill)) or "mean"}'
         rows.append(_occluder(run, label, *parts))

@@ -7,8 +7,8 @@ from occjax import stages, storage
 SMALL = (8, 'M', 16, 'M')
 
 
-def make_run(workdir, **flags):
-    """Returns a run that takes seconds; its attack succeeds often and for several classes."""
+def get_config():
+    """Returns an experiment that takes seconds; its attack succeeds often and for many classes."""
     config = digits.get_config()
     config.data.image_size, config.data.train_images, config.data.test_images = 16, 300, 200
     config.classifier.hidden, config.classifier.epochs = 32, 3
@@ -18,6 +18,12 @@ def make_run(workdir, **flags):
     config.detector.steps, config.detector.seeds = 30, 3
     config.detector.methods = ('detector', 'linear_probe', 'all_logits')
     config.comparators.steps = 20
+    return config
+
+
+def make_run(workdir, **flags):
+    """Returns a run of it."""
+    config = get_config()
     config.validate()
     return run_lib.Run(config=config, workdir=storage.open_workdir(workdir, config), **flags)
 
