@@ -107,6 +107,7 @@ def _plot_passes(axes, result):
             elinewidth=0.8,
             label=f'AUROC, {method}',
         )
+    axes.set_xlim(min(passes) / 1.2, 1.2 * max(passes))  # Also where no AUROC could be computed.
     axes.set_xlabel('forward passes an image')
 
 
