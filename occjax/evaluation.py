@@ -4,7 +4,6 @@ Dimensions: M maps, K classes.
 """
 
 import dataclasses
-import functools
 import importlib.metadata
 import math
 import platform
@@ -22,11 +21,13 @@ from occjax import (
     paper,
     report,
     storage,
+    streams,
     tables,
     vgg,
 )
 from occjax.methods import METHODS
 from occjax.run import Run, say
+from occjax.streams import Stream
 from occjax.types import COMPARATORS, CONTROLS, HeatmapSet
 
 # The split whose maps each protocol divides.
@@ -55,7 +56,7 @@ def _as_maps(shards, prefix=''):
 def divide(run: Run, protocol: str) -> judging.Division:
     """Returns a protocol's maps, divided for every seed."""
     maps, _ = load_shards(run, PROTOCOLS[protocol])
-    return judging.divide(maps, protocol, run.config.detector, run.rng)
+    return judging.divide(maps, protocol, run.config.detector, run.config.seed)
 
 
 def load_controls(run: Run) -> dict[str, HeatmapSet]:
@@ -72,19 +73,19 @@ def load_controls(run: Run) -> dict[str, HeatmapSet]:
 
 def init_banks(run: Run, division: judging.Division, name: str) -> detector.Bank:
     """Returns a method's unfitted banks of all seeds for a protocol's maps."""
-    key = jax.random.key(run.config.seed + 2)
+    key = streams.key(run.config.seed, Stream.BANK_INIT)
     return judging.init_banks(key, division, METHODS[name])
 
 
 def fit_banks(run: Run, division: judging.Division, name: str) -> detector.Bank:
     """Returns the same, fitted."""
     return judging.fit_banks(
-        jax.random.key(run.config.seed + 3),
+        streams.key(run.config.seed, Stream.BANK_FIT),
         init_banks(run, division, name),
         division,
         METHODS[name],
         run.config.detector,
-        run.rng,
+        run.config.seed,
     )
 
 
@@ -95,25 +96,30 @@ def load_banks(run: Run, division: judging.Division, protocol: str, name: str) -
     return storage.restore_checkpoint(directory, like, mode='detectors')
 
 
+def scorers(run: Run, division: judging.Division, protocol: str) -> dict[str, judging.Scorer]:
+    """Returns all that scores a protocol's maps, by name: the config's methods, then baselines."""
+    return {
+        name: judging.networks(load_banks(run, division, protocol, name), METHODS[name])
+        for name in run.config.detector.methods
+    } | {
+        name: judging.Scorer(score_fn)
+        for name, score_fn in metrics.BASELINES.items()
+        if name not in COMPARATORS or division.maps.comparators is not None
+    }
+
+
 def detection(run: Run, protocol: str) -> dict:
     """Returns how the paper's detectors and all their rivals do under one protocol."""
     division, class_names = divide(run, protocol), run.description['class_names']
     published = paper.numbers(class_names)
     controls = load_controls(run) if protocol == 'held_out' else {}
     entries = {}
-    for name in (*run.config.detector.methods, *metrics.BASELINES):
-        if name in COMPARATORS and division.maps.comparators is None:
-            continue
-        if name in METHODS:
-            banks = load_banks(run, division, protocol, name)
-            score_fn = functools.partial(judging.score_banks, banks, METHODS[name])
-        else:
-            score_fn = metrics.BASELINES[name]
-        threshold, scores = 0.0 if name in METHODS else None, score_fn(division.maps)
-        entry = judging.judge(scores, division, class_names=class_names, threshold=threshold)
+    for name, scorer in scorers(run, division, protocol).items():
+        scores = scorer.score_fn(division.maps)
+        entry = judging.judge(scorer, scores, division, class_names=class_names)
         entries[name] = entry['overall'] | {'per_class': entry['per_class']}
         entries[name]['controls'] = {
-            kind: judging.control_rates(score_fn(maps), maps, scores, division, threshold=threshold)
+            kind: judging.control_rates(scorer, scores, division, maps)
             for kind, maps in controls.items()
             if len(maps)
         }
