@@ -26,9 +26,9 @@ RIVALS = ('max_probability', 'map_mean')  # the baselines in the per-class table
 RIVAL_RATES = ('balanced_accuracy', 'auroc')  # their columns there
 _CALLED = {'called': 'share', 'called_at_5_fpr': 'share at 5 % FPR'}
 _NEEDED = (
-    'n for FPR counts the clean maps that set the thresholds at a false positive rate: 5 % takes 19 '
-    'of them and 1 % takes 99 for a promise that fresh maps keep, and no network may have been '
-    'fitted on them (under protocol paper all were).'
+    'n for FPR counts the clean maps that set the thresholds at a false positive rate. For a '
+    'promise that fresh maps keep, 5 % takes 19 of them and 1 % takes 99, and no network may have '
+    'been fitted on them (under protocol paper all were).'
 )
 
 
