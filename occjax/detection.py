@@ -22,11 +22,13 @@ from occjax.types import HeatmapSet, UsageError
 def deployed(run: Run, division: judging.Division, method: str) -> tuple[detector.Bank, np.ndarray]:
     """Returns the first seed's bank of a method, and its `[K]` thresholds.
 
-    That of a class without maps to fit by is infinite: its detector never calls.
+    That of a class without maps to fit by, or with too few clean ones to promise 5 %, is infinite:
+    its detector never calls.
     """
     banks, maps = evaluation.load_banks(run, division, 'held_out', method), division.maps
-    known = division.known(0, judging.score_banks(banks, METHODS[method], maps)[0], learns=True)
-    _, levels = metrics.thresholds(num_classes=maps.unoccluded.shape[-1], threshold=0.0, **known)
+    known = division.known(0, judging.score_banks(banks, METHODS[method], maps)[0])
+    num_classes, rule = maps.unoccluded.shape[-1], dict(threshold=0.0, learns=True)
+    _, levels = metrics.thresholds(num_classes=num_classes, **rule, **known)
     return jax.tree.map(lambda leaf: leaf[0], banks), np.where(np.isnan(levels), np.inf, levels)
 
 
@@ -56,7 +58,7 @@ def detect(run: Run) -> str:
             scores = detector.score(bank, seen, METHODS[method].predicted(maps))
             for said, margin in zip(verdicts, scores - levels[maps.predicted], strict=True):
                 word = 'adversarial' if margin > 0 else 'clean'
-                known = f'{word} ({margin:+.2f})' if np.isfinite(margin) else 'never fitted'
+                known = f'{word} ({margin:+.2f})' if np.isfinite(margin) else 'no threshold'
                 said.append(f'{method}: {known}')
     names = run.description['class_names']
     return '\n'.join(

@@ -5,7 +5,6 @@ Dimensions: M maps, K classes.
 
 import collections
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import math
@@ -86,7 +85,7 @@ def _as_maps(shards, prefix=''):
 def divide(run: Run, protocol: str) -> judging.Division:
     """Returns a protocol's maps, divided for every seed."""
     maps, _ = load_shards(run, PROTOCOLS[protocol])
-    return judging.divide(maps, protocol, run.config.detector, run.rng)
+    return judging.divide(maps, protocol, run.config.detector, run.config.seed)
 
 
 def load_controls(run: Run) -> dict[str, HeatmapSet]:
@@ -108,7 +107,7 @@ def fit_banks(run: Run, division: judging.Division, name: str) -> detector.Bank:
         division,
         METHODS[name],
         run.config.detector,
-        run.rng,
+        run.config.seed,
     )
 
 
@@ -120,25 +119,30 @@ def load_banks(run: Run, division: judging.Division, protocol: str, name: str) -
     return storage.restore_checkpoint(directory, like, **known)
 
 
+def scorers(run: Run, division: judging.Division, protocol: str) -> dict[str, judging.Scorer]:
+    """Returns all that scores a protocol's maps, by name: the config's methods, then baselines."""
+    return {
+        name: judging.networks(load_banks(run, division, protocol, name), METHODS[name])
+        for name in run.config.detector.methods
+    } | {
+        name: judging.Scorer(score_fn)
+        for name, score_fn in metrics.BASELINES.items()
+        if name not in COMPARATORS or division.maps.comparators is not None
+    }
+
+
 def detection(run: Run, protocol: str) -> dict:
     """Returns how the paper's detectors and all their rivals do under one protocol."""
     division, class_names = divide(run, protocol), run.description['class_names']
     published = paper.numbers(class_names)
     controls = load_controls(run) if protocol == 'held_out' else {}
     entries = {}
-    for name in (*run.config.detector.methods, *metrics.BASELINES):
-        if name in COMPARATORS and division.maps.comparators is None:
-            continue
-        if name in METHODS:
-            banks = load_banks(run, division, protocol, name)
-            score_fn = functools.partial(judging.score_banks, banks, METHODS[name])
-        else:
-            score_fn = metrics.BASELINES[name]
-        threshold, scores = 0.0 if name in METHODS else None, score_fn(division.maps)
-        entry = judging.judge(scores, division, class_names=class_names, threshold=threshold)
+    for name, scorer in scorers(run, division, protocol).items():
+        scores = scorer.score_fn(division.maps)
+        entry = judging.judge(scorer, scores, division, class_names=class_names)
         entries[name] = entry['overall'] | {'per_class': entry['per_class']}
         entries[name]['controls'] = {
-            kind: judging.control_rates(score_fn(maps), maps, scores, division, threshold=threshold)
+            kind: judging.control_rates(scorer, scores, division, maps)
             for kind, maps in controls.items()
             if len(maps)
         }

@@ -16,10 +16,18 @@ import numpy as np
 from occjax import detector, metrics, streams
 from occjax.config import Detector
 from occjax.methods import Method
+from occjax.streams import Stream
 from occjax.types import HeatmapSet
 
-# Purposes of random numbers: each has its own stream under the config's one seed.
-_SPLIT = {'paper': 1, 'held_out': 2}
+_PROTOCOLS = {'paper': 0, 'held_out': 1}  # as they index their stream
+
+
+class Scorer(NamedTuple):
+    """What gives maps a score, higher for more adversarial, and what to know of it."""
+
+    score_fn: Callable[[HeatmapSet], np.ndarray]  # maps to [M], or to [S, M] by seeds of its own
+    threshold: float | None = None  # a higher score is called; None: the best of the fitting maps
+    learns: bool = False  # it knows the maps it was fitted on better than any others
 
 
 class Division(NamedTuple):
@@ -27,7 +35,7 @@ class Division(NamedTuple):
 
     maps: HeatmapSet
     is_fitted: np.ndarray  # bool[S, M]
-    is_reserved: np.ndarray  # bool[S, M], for the thresholds alone; where none is, see `known`
+    is_reserved: np.ndarray  # bool[S, M], for the thresholds alone
 
     @property
     def is_judged(self) -> np.ndarray:
@@ -39,45 +47,40 @@ class Division(NamedTuple):
         """How many maps judge for one that is fitted on."""
         return float(self.is_judged.sum() / max(1, self.is_fitted.sum()))
 
-    def known(self, seed: int, scores: np.ndarray, *, learns: bool) -> dict[str, Any]:
+    def known(self, seed: int, scores: np.ndarray) -> dict[str, Any]:
         """Returns what a seed's thresholds come from, as `metrics.thresholds` takes it.
 
         Args:
-            seed: which.
-            scores: `[M]`.
-            learns: whether they are of networks, which know the maps they were fitted on better
-                than any others: where maps are reserved, these then set the thresholds.
+            seed: from 0, the row of the masks.
+            scores: `[M]`, what this seed's detectors give all maps.
         """
         here = ~self.is_judged[seed]
-        reserved = self.is_reserved[seed][here]
         return {
             'fit_scores': scores[here],
             'fit_maps': self.maps.select(here),
-            'is_reserved': reserved if learns and reserved.any() else None,
+            'is_reserved': self.is_reserved[seed][here],
         }
 
 
-def divide(
-    maps: HeatmapSet, protocol: str, settings: Detector, rng_of: Callable[..., np.random.Generator]
-) -> Division:
-    """Divides maps for every seed (readings A13).
+def divide(maps: HeatmapSet, protocol: str, settings: Detector, seed: int) -> Division:
+    """Divides maps for every seed of the detectors (readings A13).
 
     Args:
-        maps: `paper` divides maps at random, as the paper seems to have done; `held_out` divides
-            images, so that an image and its attacked twin stand on one side.
-        protocol: which.
+        maps: of one split.
+        protocol: `paper` divides maps at random, as the paper seems to have done; `held_out`
+            divides images, so that an image and its attacked twin are on one side.
         settings: the shares to fit on and to set thresholds by, and the number of seeds.
-        rng_of: a generator for a purpose and a seed, such as `Run.rng`.
+        seed: the experiment's.
     """
     unit = np.arange(len(maps)) if protocol == 'paper' else maps.image_id
     fraction = getattr(settings, f'{protocol}_fit_fraction')
     reserved = settings.held_out_threshold_fraction if protocol == 'held_out' else 0.0
     units = np.unique(unit)
     ends = round(fraction * len(units)), round((fraction + reserved) * len(units))
-    parts = [
-        np.split(rng_of(_SPLIT[protocol], seed).permutation(units), ends)[:2]
-        for seed in range(settings.seeds)
+    rngs = [
+        streams.rng(seed, Stream.DIVISION, _PROTOCOLS[protocol], i) for i in range(settings.seeds)
     ]
+    parts = [np.split(rng.permutation(units), ends)[:2] for rng in rngs]
     masks = [np.stack([np.isin(unit, part) for part in kind]) for kind in zip(*parts, strict=True)]
     return Division(maps, *masks)
 
@@ -108,7 +111,7 @@ def fit_banks(
     division: Division,
     method: Method,
     settings: Detector,
-    rng_of: Callable[..., np.random.Generator],
+    seed: int,
 ) -> detector.Bank:
     """Fits every seed's bank on its own maps.
 
@@ -118,7 +121,7 @@ def fit_banks(
         division: which maps each seed has.
         method: what the networks see.
         settings: steps, batches, rate and balance.
-        rng_of: a generator for a purpose and a seed; undersamples.
+        seed: the experiment's, for what undersampling keeps.
     """
     maps, num_seeds = division.maps, len(division.is_fitted)
     inputs, predicted = method.inputs_fn(maps).astype(np.float32), method.predicted(maps)
@@ -129,9 +132,9 @@ def fit_banks(
             maps.is_adversarial[fitted],
             num_classes=method.num_networks(maps),
             balance=settings.balance,
-            rng=rng_of(streams.Stream.UNDERSAMPLING, seed),
+            rng=streams.rng(seed, Stream.UNDERSAMPLING, i),
         )
-        for seed, fitted in enumerate(division.is_fitted)
+        for i, fitted in enumerate(division.is_fitted)
     ]
     return _fit_banks(
         jax.random.split(key, num_seeds),
@@ -152,94 +155,89 @@ def score_banks(banks: detector.Bank, method: Method, maps: HeatmapSet) -> np.nd
     return np.asarray(_score_banks(banks, inputs, method.predicted(maps)))
 
 
+def networks(banks: detector.Bank, method: Method) -> Scorer:
+    """Returns the fitted banks of a method as a scorer."""
+    return Scorer(functools.partial(score_banks, banks, method), threshold=0.0, learns=True)
+
+
 def by_seed(
-    scores: np.ndarray,
-    division: Division,
-    *,
-    class_names: Sequence[str],
-    threshold: float | None = None,
-) -> list[dict[str, dict]]:
+    scorer: Scorer, scores: np.ndarray, division: Division, *, class_names: Sequence[str]
+) -> list[tuple[dict[str, dict], dict]]:
     """Returns `metrics.per_class` for every seed; the arguments are `judge`'s."""
-    maps = division.maps
-    scores = np.broadcast_to(np.asarray(scores), division.is_fitted.shape)
+    scores = np.broadcast_to(scores, division.is_fitted.shape)
     return [
         metrics.per_class(
             values[judged],
-            maps.select(judged),
+            division.maps.select(judged),
             class_names=class_names,
-            threshold=threshold,
-            **division.known(seed, values, learns=threshold is not None),
+            threshold=scorer.threshold,
+            learns=scorer.learns,
+            **division.known(seed, values),
         )
         for seed, (judged, values) in enumerate(zip(division.is_judged, scores, strict=True))
     ]
 
 
 def judge(
-    scores: np.ndarray,
-    division: Division,
-    *,
-    class_names: Sequence[str],
-    threshold: float | None = None,
+    scorer: Scorer, scores: np.ndarray, division: Division, *, class_names: Sequence[str]
 ) -> dict:
     """Returns `per_class` and `overall` rates: means over the seeds, with 95 % intervals.
 
     Args:
-        scores: `[S, M]`, or `[M]` where every seed has the same.
-        division: the maps they belong to.
+        scorer: what is judged.
+        scores: `[S, M]`, or `[M]` where every seed has the same: what it gives the division's maps.
+        division: the maps, and who is fitted on which.
         class_names: K names.
-        threshold: see `metrics.per_class`.
     """
-    seeds = by_seed(scores, division, class_names=class_names, threshold=threshold)
+    seeds = by_seed(scorer, scores, division, class_names=class_names)
     mean = functools.partial(metrics.over_seeds, judged_over_fitted=division.judged_over_fitted)
     return {
-        'per_class': {name: mean([classes[name] for classes in seeds]) for name in class_names},
-        'overall': mean([metrics.overall(classes) for classes in seeds]),
+        'per_class': {name: mean([classes[name] for classes, _ in seeds]) for name in class_names},
+        'overall': mean([overall for _, overall in seeds]),
     }
 
 
 def control_rates(
-    scores: np.ndarray,
-    controls: HeatmapSet,
-    fit_scores: np.ndarray,
-    division: Division,
-    *,
-    threshold: float | None = None,
+    scorer: Scorer, scores: np.ndarray, division: Division, controls: HeatmapSet
 ) -> dict:
     """Returns how many of some other maps are called adversarial, as means over the seeds.
 
     Args:
-        scores: `[S, M]` or `[M]` scores of the controls.
+        scorer: what is judged.
+        scores: `[S, M]` or `[M]`, what it gives the division's maps.
+        division: what detectors and thresholds were fitted on.
         controls: maps of one kind, of the same split; those of images that a seed's detectors or
             thresholds come from don't count for it.
-        fit_scores: `[S, M]` or `[M]` scores of `division.maps`.
-        division: what detectors and thresholds were fitted on.
-        threshold: see `metrics.per_class`; None means scores that learn nothing.
 
     Returns:
-        `n` (the mean of the seeds), `called` and `called_at_5_fpr`, shares with their `interval`s.
+        `n` (the mean of the seeds), `called` and `called_at_5_fpr`, shares with their `interval`s;
+        and where classes without a threshold of 5 % false positives leave fewer to that share,
+        `over` says how many, of how many.
     """
-    called = {'called': [], 'called_at_5_fpr': []}
-    counts = []
-    scores = np.broadcast_to(scores, (len(division.is_fitted), len(controls)))
-    fit_scores = np.broadcast_to(fit_scores, division.is_fitted.shape)
+    called, counts = {'called': [], 'called_at_5_fpr': []}, []
+    fit_scores = np.broadcast_to(scores, division.is_fitted.shape)
+    scores = np.broadcast_to(scorer.score_fn(controls), (len(fit_scores), len(controls)))
     for seed, values in enumerate(scores):
-        known = division.known(seed, fit_scores[seed], learns=threshold is not None)
+        known = division.known(seed, fit_scores[seed])
         levels = metrics.thresholds(
-            num_classes=controls.unoccluded.shape[-1], threshold=threshold, **known
+            num_classes=controls.unoccluded.shape[-1],
+            threshold=scorer.threshold,
+            learns=scorer.learns,
+            **known,
         )[:, controls.predicted]
         fresh = ~np.isin(controls.image_id, known['fit_maps'].image_id)
         here = fresh & ~np.isnan(levels[0])
-        counts.append(here.sum())
+        counts.append(np.isfinite(levels[:, here]).sum(axis=1))
         for kind, level in zip(called, levels, strict=True):
-            if here.any():
-                called[kind].append(float(np.mean(values[here] > level[here])))
+            called[kind].append(metrics.share_above(values[here], level[here]))
+    called = {kind: [v for v in values if v is not None] for kind, values in called.items()}
+    n, at_5 = (round(count) for count in np.mean(counts, axis=0))
     ratio = division.judged_over_fitted
-    return (
-        {'n': round(np.mean(counts))}
-        | {kind: float(np.mean(v)) if v else None for kind, v in called.items()}
-        | {
-            'interval': {
-                kind: metrics.interval(v, judged_over_fitted=ratio) for kind, v in called.items()
-            }
-        }
-    )
+    return {
+        'n': n,
+        **{kind: float(np.mean(v)) if v else None for kind, v in called.items()},
+        'interval': {
+            kind: metrics.interval(v, judged_over_fitted=ratio) for kind, v in called.items()
+        },
+        'over': {'called_at_5_fpr': [at_5, n]} if 0 < at_5 < n else {},
+    }

@@ -1,12 +1,13 @@
 """How well scores tell adversarial maps from correct ones, on the host.
 
-A score is a number a map, higher for more adversarial. Every threshold comes from the maps that
-the detector was fitted on, never from the ones it is judged by. What cannot be computed (a class
-with maps of one kind only) is None, never NaN.
+A score is a number a map, higher for more adversarial. No threshold comes from the maps that a
+detector is judged by, and one at a false positive rate keeps its promise on fresh ones. What cannot
+be computed (a class with maps of one kind only) is None, never NaN.
 
 Dimensions: M heatmaps.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ BASELINES = {
     'map_iqr': lambda maps: np.subtract(*np.quantile(maps.cells, (0.75, 0.25), axis=1)),
     'map_mad': lambda maps: _mad(maps.cells),
 } | {name: lambda maps, i=i: maps.comparators[:, i] for i, name in enumerate(COMPARATORS)}
+COUNTS = ('n_correct', 'n_adversarial', 'n_thresholds')
 RATES = (
     'accuracy',
     'majority_baseline',
@@ -42,9 +44,46 @@ def _mad(cells: np.ndarray) -> np.ndarray:
 
 
 def threshold_at_fpr(clean_scores: np.ndarray, fpr: float) -> float:
-    """Returns the lowest threshold that at most a share `fpr` of `[M]` clean scores exceeds."""
-    ordered = np.sort(np.asarray(clean_scores, np.float64))[::-1]
-    return float(ordered[int(fpr * len(ordered))])
+    """Returns the lowest threshold that a fresh clean score exceeds with probability at most `fpr`.
+
+    It is the k-th largest of n clean scores, k = floor(fpr (n + 1)): a fresh one, exchangeable with
+    them, lies strictly above it with probability k / (n + 1), or less where scores tie. With fewer
+    than 1 / fpr - 1 scores no finite threshold keeps the promise (19 for 5 %, 99 for 1 %).
+
+    Args:
+        clean_scores: `[M]`, of maps on which nothing was fitted.
+        fpr: from 0 to 1.
+
+    Returns:
+        The threshold; infinite where M is too small, so that nothing is called adversarial.
+
+    Raises:
+        ValueError: if a score is NaN, which is neither above nor below a threshold, or `fpr` is no
+            rate.
+
+    References:
+        Vovk et al., Algorithmic Learning in a Random World, 2.2 (conformal prediction)
+
+    >>> threshold_at_fpr(np.arange(19), 0.05), threshold_at_fpr(np.arange(18), 0.05)
+    (18.0, inf)
+    """
+    if not 0 <= fpr <= 1:
+        raise ValueError(f'fpr is {fpr}: a false positive rate lies between 0 and 1.')
+    ordered = np.sort(_numbers(clean_scores))[::-1]
+    # The product may end a last bit below a whole number: 0.29 * 100 does.
+    k = math.floor(fpr * (len(ordered) + 1) + 1e-9)
+    return float(np.concatenate([[np.inf], ordered, [-np.inf]])[k])
+
+
+def _numbers(scores):
+    """Returns `[M]` scores in the precision of thresholds, none of them NaN."""
+    scores = np.asarray(scores, np.float64)
+    if np.isnan(scores).any():
+        raise ValueError(
+            f'{np.isnan(scores).sum()} of {scores.size} scores are NaN, which no threshold can '
+            'tell from clean: score finite maps with finite weights.'
+        )
+    return scores
 
 
 def best_threshold(scores: np.ndarray, is_adversarial: np.ndarray) -> float:
@@ -68,38 +107,50 @@ def rates(
     Args:
         scores: `[M]`, higher for more adversarial.
         is_adversarial: `bool[M]`.
-        threshold: a higher score is called adversarial.
-        fit_clean_scores: scores of the fitting split's correct maps, which set the thresholds of
-            the true positive rates at 5 % and 1 % false positives.
+        threshold: a higher score is called adversarial; NaN where there were no maps to fit by.
+        fit_clean_scores: scores of the correct maps that set the thresholds at a false positive
+            rate, see `threshold_at_fpr`.
 
     Returns:
-        `n_correct`, `n_adversarial`, and each of `RATES`: None (with a `note`) where a kind is
-        missing.
+        The `COUNTS`, the last that of `fit_clean_scores`, and each of `RATES`. All rates are None
+        (with a `note`) where a kind is missing; those at a false positive rate also where too few
+        clean scores promise it.
+
+    Raises:
+        ValueError: if a score is NaN.
     """
-    scores = np.asarray(scores, np.float64)  # The thresholds' precision.
+    scores, is_adversarial = _numbers(scores), np.asarray(is_adversarial, bool)
     n_adversarial = int(is_adversarial.sum())
     n_correct = len(scores) - n_adversarial
-    counts = {'n_correct': n_correct, 'n_adversarial': n_adversarial}
+    counts = dict(zip(COUNTS, (n_correct, n_adversarial, len(fit_clean_scores)), strict=True))
     missing = [
         name for name, n in (('correct', n_correct), ('adversarial', n_adversarial)) if not n
     ]
-    if missing or not len(fit_clean_scores):
+    if missing or np.isnan(threshold):
         note = f'no {" or ".join(missing or ["fitting"])} maps'
         return counts | dict.fromkeys(RATES) | {'note': note}
-    called = scores > threshold
+    called, attacked, clean = scores > threshold, scores[is_adversarial], scores[~is_adversarial]
     tpr, fpr = called[is_adversarial].mean(), called[~is_adversarial].mean()
     at_5, at_1 = (threshold_at_fpr(fit_clean_scores, level) for level in (0.05, 0.01))
-    values = {
-        'accuracy': np.mean(called == is_adversarial),
+    return counts | {
+        'accuracy': float(np.mean(called == is_adversarial)),
         'majority_baseline': max(n_correct, n_adversarial) / len(scores),
-        'balanced_accuracy': (tpr + 1 - fpr) / 2,
-        'auroc': sklearn_metrics.roc_auc_score(is_adversarial, scores),
-        'tpr_at_5_fpr': np.mean(scores[is_adversarial] > at_5),
-        'tpr_at_1_fpr': np.mean(scores[is_adversarial] > at_1),
+        'balanced_accuracy': float(tpr + 1 - fpr) / 2,
+        'auroc': float(sklearn_metrics.roc_auc_score(is_adversarial, scores)),
+        'tpr_at_5_fpr': share_above(attacked, at_5),
+        'tpr_at_1_fpr': share_above(attacked, at_1),
         # What share that threshold calls adversarial here: more where the fitting maps were learnt.
-        'fpr_at_5_fpr': np.mean(scores[~is_adversarial] > at_5),
+        'fpr_at_5_fpr': share_above(clean, at_5),
     }
-    return counts | {name: float(value) for name, value in values.items()}
+
+
+def share_above(scores: np.ndarray, threshold: float | np.ndarray) -> float | None:
+    """Returns the share of scores above thresholds; None where all are infinite, or none is there.
+
+    A threshold that never calls measures nothing, so its scores do not count.
+    """
+    finite = np.isfinite(np.broadcast_to(threshold, scores.shape))
+    return float(np.mean((scores > threshold)[finite])) if finite.any() else None
 
 
 def per_class(
@@ -108,11 +159,12 @@ def per_class(
     fit_scores: np.ndarray,
     fit_maps: HeatmapSet,
     *,
-    class_names: tuple[str, ...],
+    class_names: Sequence[str],
     threshold: float | None = None,
+    learns: bool = False,
     is_reserved: np.ndarray | None = None,
-) -> dict[str, dict]:
-    """Returns `rates` for every class, by the class that the classifier names.
+) -> tuple[dict[str, dict], dict]:
+    """Returns `rates` for every class, by the class that the classifier names, and over all.
 
     Args:
         scores: `[M]` scores of `maps`, the ones to judge by.
@@ -121,22 +173,34 @@ def per_class(
         fit_maps: the maps that detector and thresholds come from.
         class_names: K names.
         threshold: for all classes; None takes each class's `best_threshold` on `fit_maps`.
-        is_reserved: `bool` for each of `fit_maps`: the detector was not fitted on these, so that
-            they alone set the thresholds at a false positive rate; None: all of them do.
+        learns: whether scores of maps that were fitted on differ from those of fresh ones.
+        is_reserved: `bool` for each of `fit_maps`: nothing was fitted on these; None: no map is.
+            They alone set the thresholds of a score that learns, if any map is reserved.
+
+    Returns:
+        `{name: rates}`, and of all classes together the `COUNTS` summed, the unweighted mean of
+        every rate (readings differ; Table VI is this one) and `over`, see `over_seeds`. The true
+        positive rate at 1 % is no mean but pooled: one threshold for all classes, since few
+        classes have the 99 clean maps.
     """
-    known = dict(threshold=threshold, is_reserved=is_reserved)
+    known = dict(threshold=threshold, learns=learns, is_reserved=is_reserved)
     chosen, _ = thresholds(fit_scores, fit_maps, len(class_names), **known)
-    clean = _sets_thresholds(fit_maps, is_reserved)
-    result = {}
+    fit_scores, fitted = np.asarray(fit_scores, np.float64), ~np.isnan(chosen)
+    clean = _sets_thresholds(fit_maps, learns, is_reserved) & fitted[fit_maps.predicted]
+    classes = {}
     for k, name in enumerate(class_names):
-        here, known = maps.predicted == k, fit_scores[clean & (fit_maps.predicted == k)]
-        result[name] = rates(
+        here = maps.predicted == k
+        classes[name] = rates(
             scores[here],
             maps.is_adversarial[here],
             threshold=chosen[k],
-            fit_clean_scores=known[:0] if np.isnan(chosen[k]) else known,
+            fit_clean_scores=fit_scores[clean & (fit_maps.predicted == k)],
         )
-    return result
+    attacked = scores[maps.is_adversarial & fitted[maps.predicted]]
+    overall = _overall(classes)
+    overall['tpr_at_1_fpr'] = share_above(attacked, threshold_at_fpr(fit_scores[clean], 0.01))
+    del overall['over']['tpr_at_1_fpr']
+    return classes, overall
 
 
 def thresholds(
@@ -145,20 +209,21 @@ def thresholds(
     num_classes: int,
     *,
     threshold: float | None = None,
+    learns: bool = False,
     is_reserved: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns `[2, K]`: each class's threshold, and that of 5 % false positives.
 
-    The arguments are `per_class`'s; a class without maps of both kinds to fit by, or without clean
-    ones to set thresholds by, has nan.
+    The arguments are `per_class`'s. A class without maps of both kinds to fit by has NaN, whatever
+    scores: so all are judged by the same classes. That of 5 % is infinite where clean maps are few.
     """
     fits = np.ones(len(fit_maps), bool) if is_reserved is None else ~is_reserved
-    sets, scores = _sets_thresholds(fit_maps, is_reserved), np.asarray(fit_scores, np.float64)
-    result = np.full((2, num_classes), np.nan)
+    sets = _sets_thresholds(fit_maps, learns, is_reserved)
+    scores, result = _numbers(fit_scores), np.full((2, num_classes), np.nan)
     for k in range(num_classes):
         here = fit_maps.predicted == k
         kinds = fit_maps.is_adversarial[here & fits]
-        if kinds.any() and not kinds.all() and (here & sets).any():
+        if kinds.any() and not kinds.all():
             best = threshold
             if threshold is None:
                 best = best_threshold(scores[here], fit_maps.is_adversarial[here])
@@ -166,23 +231,21 @@ def thresholds(
     return result
 
 
-def _sets_thresholds(fit_maps, is_reserved):
+def _sets_thresholds(fit_maps, learns, is_reserved):
     """Returns which of `per_class`'s fitting maps set the thresholds at a false positive rate."""
     clean = ~fit_maps.is_adversarial
-    return clean if is_reserved is None else clean & is_reserved
+    return clean & is_reserved if learns and np.any(is_reserved) else clean
 
 
-def overall(classes: dict[str, dict]) -> dict:
-    """Returns the unweighted class mean of every rate (readings differ; Table VI is this one)."""
-    values = {
+def _overall(classes):
+    """Returns the sums of the counts and the means of the rates, for `per_class`."""
+    found = {
         name: [entry[name] for entry in classes.values() if entry[name] is not None]
         for name in RATES
     }
-    counts = {
-        name: sum(entry[name] for entry in classes.values())
-        for name in ('n_correct', 'n_adversarial')
-    }
-    return counts | {name: float(np.mean(v)) if v else None for name, v in values.items()}
+    counts = {name: sum(entry[name] for entry in classes.values()) for name in COUNTS}
+    mean = {name: float(np.mean(v)) if v else None for name, v in found.items()}
+    return counts | mean | {'over': {name: [len(v), len(classes)] for name, v in found.items()}}
 
 
 def interval(values: Sequence[float], *, judged_over_fitted: float) -> tuple[float, float] | None:
@@ -209,21 +272,23 @@ def interval(values: Sequence[float], *, judged_over_fitted: float) -> tuple[flo
 
 
 def over_seeds(entries: Sequence[dict], *, judged_over_fitted: float) -> dict:
-    """Returns the mean over seeds of each of their `rates` or `overall`s, and its interval.
+    """Returns the mean over seeds of each of their `rates`, or of what `per_class` says overall.
 
-    The counts are means as well, to the nearest whole; a rate that a seed lacks is the mean over
-    those that have it, and None if none does.
+    The counts are means as well, to the nearest whole. A rate is the mean over the seeds that have
+    it, None if none does; where some seeds, or some of their classes, lack it, `over` says how many
+    have it, of how many.
     """
-    result = {
-        name: round(np.mean([entry[name] for entry in entries]))
-        for name in ('n_correct', 'n_adversarial')
-    }
-    intervals = {}
+    result = {name: round(np.mean([entry[name] for entry in entries])) for name in COUNTS}
+    intervals, over = {}, {}
     for name in RATES:
         values = [entry[name] for entry in entries if entry[name] is not None]
         result[name] = float(np.mean(values)) if values else None
         intervals[name] = interval(values, judged_over_fitted=judged_over_fitted)
+        alone = [[int(entry[name] is not None), 1] for entry in entries]
+        parts = [e.get('over', {}).get(name, one) for e, one in zip(entries, alone, strict=True)]
+        have, total = (sum(part) for part in zip(*parts, strict=True))
+        over |= {name: [have, total]} if 0 < have < total else {}
     notes = [entry['note'] for entry in entries if 'note' in entry]
     if notes and result['auroc'] is None:
         result['note'] = notes[0]
-    return result | {'interval': intervals}
+    return result | {'interval': intervals, 'over': over}

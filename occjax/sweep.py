@@ -127,21 +127,21 @@ def _of(clean, attacked):
 def _divided(run, clean, attacked):
     """Returns clean and attacked maps, divided by image for every seed."""
     maps = HeatmapSet.concatenate([clean, attacked])
-    return judging.divide(maps, 'held_out', run.config.detector, run.rng)
+    return judging.divide(maps, 'held_out', run.config.detector, run.config.seed)
 
 
 def _aurocs(run, method, fitted, divisions):
     """Returns the AUROC, on every division, of detectors that were fitted on one."""
-    banks = evaluation.fit_banks(run, fitted, method)
+    scorer = judging.networks(evaluation.fit_banks(run, fitted, method), METHODS[method])
     class_names, rates = run.description['class_names'], {}
     for name, division in divisions.items():
-        scores = judging.score_banks(banks, METHODS[method], division.maps)
-        seeds = judging.by_seed(scores, division, class_names=class_names, threshold=0.0)
-        values = [metrics.overall(classes)['auroc'] for classes in seeds]
-        values = [value for value in values if value is not None]
+        scores = scorer.score_fn(division.maps)
+        seeds = judging.by_seed(scorer, scores, division, class_names=class_names)
         ratio = division.judged_over_fitted
+        mean = metrics.over_seeds([overall for _, overall in seeds], judged_over_fitted=ratio)
         rates[name] = {
-            'auroc': float(np.mean(values)) if values else None,
-            'interval': metrics.interval(values, judged_over_fitted=ratio),
+            'auroc': mean['auroc'],
+            'interval': mean['interval']['auroc'],
+            'over': mean['over'].get('auroc'),
         }
     return rates

@@ -25,13 +25,18 @@ def build(result: dict) -> list[tables.Table]:
             tables.Table(
                 f'AUROC, {tables.words(method).lower()}: fitted on the row, judged by the column',
                 ('Fitted on', *found),
-                [(name, *(cell(row[k]['auroc']) for k in found)) for name, row in rows.items()],
-                note='Class means on images that were not fitted on, means over the seeds.',
+                [(name, *(_auroc(row[k]) for k in found)) for name, row in rows.items()],
+                note='Class means on images that were not fitted on, means over the seeds; in '
+                'brackets: how many classes and seeds have maps of both kinds, where not all do.',
             )
         )
     methods = list(result['transfer'])
     lines = [
-        (row['windows'], cell(row['forward_passes']), *(_with_reach(row, m) for m in methods))
+        (
+            row['windows'],
+            cell(row['forward_passes']),
+            *(_auroc(row['auroc'][m], row['auroc'][m]['interval']) for m in methods),
+        )
         for row in result['occluders']
     ]
     header = ('Windows', 'Forward passes', *(f'AUROC, {tables.words(m).lower()}' for m in methods))
@@ -39,12 +44,10 @@ def build(result: dict) -> list[tables.Table]:
     return [*listed, tables.Table('Windows', header, lines, note=note)]
 
 
-def _with_reach(row, method):
-    """Returns one AUROC with half its interval."""
-    found = row['auroc'][method]
-    return tables.cell(
-        tables.with_interval(found | {'interval': {'auroc': found['interval']}}, 'auroc')
-    )
+def _auroc(found, interval=None):
+    """Returns one AUROC as a reader sees it, with half its interval if that is given."""
+    named = {'auroc': found['auroc'], 'interval': {'auroc': interval}}
+    return tables.with_interval(named | {'over': {'auroc': found.get('over')}}, 'auroc')
 
 
 def plot(result: dict) -> bytes:

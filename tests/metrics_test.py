@@ -31,9 +31,9 @@ class RatesTest(parameterized.TestCase):
             np.array([-2.0, -1.0, -0.5, 0.5, -0.7, 3.0]),
             np.array([0, 0, 0, 0, 1, 1], bool),
             threshold=0.0,
-            fit_clean_scores=np.arange(100.0) / 100,  # 5 % lie above 0.94, 1 % above 0.98
+            fit_clean_scores=np.arange(100.0) / 100,  # The fifth largest is 0.95, the first 0.99.
         )
-        self.assertEqual((rates['n_correct'], rates['n_adversarial']), (4, 2))
+        self.assertEqual([rates[name] for name in metrics.COUNTS], [4, 2, 100])
         self.assertAlmostEqual(rates['accuracy'], 4 / 6)
         self.assertAlmostEqual(rates['majority_baseline'], 4 / 6)
         self.assertAlmostEqual(rates['balanced_accuracy'], (3 / 4 + 1 / 2) / 2)
@@ -62,15 +62,85 @@ class RatesTest(parameterized.TestCase):
         self.assertEqual(rates['note'], note)
         self.assertTrue(all(rates[name] is None for name in metrics.RATES))
 
+    @parameterized.parameters((0, 0), (18, 0), (19, 1), (98, 1), (99, 2))
+    def test_too_few_clean_maps_take_only_the_rates_that_need_them(self, count, levels):
+        """A threshold that is never exceeded is no measurement of 0."""
+        rates = metrics.rates(
+            np.array([0.0, 0.2, 2.0, 3.0]),
+            np.array([0, 1, 0, 1], bool),
+            threshold=1.0,
+            fit_clean_scores=np.linspace(0, 1, count),
+        )
+        self.assertEqual((rates['n_thresholds'], rates['auroc']), (count, 0.75))
+        self.assertEqual(rates['balanced_accuracy'], 0.5)
+        at_5, at_1 = [0.5, None][levels < 1], [0.5, None][levels < 2]
+        self.assertEqual((rates['tpr_at_5_fpr'], rates['fpr_at_5_fpr']), (at_5, at_5))
+        self.assertEqual(rates['tpr_at_1_fpr'], at_1)
+        self.assertNotIn('note', rates)
+
+    @parameterized.parameters(0, 1)
+    def test_a_score_that_is_no_number_is_refused(self, where):
+        """It is not above any threshold, and would be counted as clean."""
+        scores = [np.array([0.0, 1.0]), np.zeros(30)]
+        scores[where][0] = np.nan
+        with self.assertRaisesRegex(ValueError, '^1 of .* scores are NaN'):
+            metrics.rates(
+                scores[0], np.array([0, 1], bool), threshold=0.5, fit_clean_scores=scores[1]
+            )
+
 
 class ThresholdTest(parameterized.TestCase):
-    @parameterized.parameters(0.0, 0.01, 0.05, 0.5)
-    def test_at_fpr_is_the_lowest_that_keeps_its_promise(self, fpr):
-        scores = np.random.default_rng(0).normal(size=237).astype(np.float32)
-        threshold = metrics.threshold_at_fpr(scores, fpr)
-        self.assertLessEqual(np.mean(scores > threshold), fpr)
-        lower = np.float32(scores[scores < threshold].max())
-        self.assertGreater(np.mean(scores > lower), fpr)
+    @parameterized.product(n=(18, 19, 20, 28, 60, 98, 99), fpr=(0.0, 0.01, 0.05, 0.5))
+    def test_at_fpr_keeps_its_promise_on_a_fresh_score_and_no_lower_one_does(self, n, fpr):
+        """Exactly: each of n + 1 exchangeable scores is the fresh one equally often."""
+        scores = np.random.default_rng(n).normal(size=n + 1).astype(np.float32)
+        k = sum(i <= fpr * (n + 1) for i in range(1, n + 1))
+
+        def false_alarms(threshold_of):
+            others = [np.delete(scores, i) for i in range(n + 1)]
+            return sum(map(np.greater, scores, map(threshold_of, others)))
+
+        self.assertEqual(false_alarms(lambda known: metrics.threshold_at_fpr(known, fpr)), k)
+        self.assertGreater(false_alarms(lambda known: np.sort(known)[-k - 1]), fpr * (n + 1))
+
+    @parameterized.parameters(20, 28, 60)
+    def test_at_fpr_by_simulation(self, n):
+        """A fresh uniform score exceeds a threshold with probability 1 less the threshold."""
+        known = np.random.default_rng(n).uniform(size=(4000, n))
+        met = np.mean([1 - metrics.threshold_at_fpr(row, 0.05) for row in known])
+        self.assertAlmostEqual(met, (n + 1) // 20 / (n + 1), delta=0.002)
+        self.assertLess(met, 0.05)
+
+    @parameterized.parameters(18, 19, 20, 28, 60)
+    def test_ties_and_constants_never_ring_more_often(self, n):
+        for values in (1, 2, 5):
+            scores = np.random.default_rng(n).integers(0, values, n + 1) / 3
+            fresh = [
+                scores[i] > metrics.threshold_at_fpr(np.delete(scores, i), 0.05)
+                for i in range(n + 1)
+            ]
+            self.assertLessEqual(np.mean(fresh), 0.05)
+        self.assertEqual(metrics.threshold_at_fpr(np.full(n, 0.25), 0.05), [np.inf, 0.25][n > 18])
+
+    def test_rates_in_decimals_do_not_slip(self):
+        """0.29 * 100 is less than 29, 0.07 * 100 more than 7."""
+        for n in (99, 199, 999):
+            for percent in range(1, 100):
+                k = percent * (n + 1) // 100
+                self.assertEqual(metrics.threshold_at_fpr(np.arange(n), percent / 100), n - k)
+        self.assertEqual(metrics.threshold_at_fpr(np.arange(19), 0.05), 18)
+        self.assertEqual(metrics.threshold_at_fpr(np.arange(2), 1 / 3), 1)
+
+    def test_the_ends(self):
+        self.assertEqual(metrics.threshold_at_fpr(np.zeros(0), 0.05), np.inf)
+        self.assertEqual(metrics.threshold_at_fpr(np.arange(1000), 0.0), np.inf)
+        self.assertEqual(metrics.threshold_at_fpr(np.arange(9), 1.0), -np.inf)
+        for scores, fpr, message in (
+            ([0.0, np.nan], 0.5, '^1 of 2 scores'),
+            ([0.0], 5, 'fpr is 5'),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                metrics.threshold_at_fpr(np.array(scores), fpr)
 
     def test_best_is_the_best_of_all(self):
         rng = np.random.default_rng(0)
@@ -91,26 +161,55 @@ class PerClassTest(parameterized.TestCase):
     def test_groups_by_the_class_named_and_means_over_classes(self):
         maps = maps_of([0, 0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 1, 0])
         scores = np.array([-1, 1, 1, 1, -1, 1, -1.0])
-        classes = metrics.per_class(scores, maps, scores, maps, class_names=NAMES, threshold=0.0)
+        classes, overall = metrics.per_class(
+            scores, maps, scores, maps, class_names=NAMES, threshold=0.0
+        )
         self.assertAlmostEqual(classes['Zero']['balanced_accuracy'], 0.75)
         self.assertAlmostEqual(classes['One']['balanced_accuracy'], 1.0)
         self.assertIsNone(classes['Two']['balanced_accuracy'])
-        overall = metrics.overall(classes)
         self.assertAlmostEqual(overall['balanced_accuracy'], 0.875)
-        self.assertEqual((overall['n_correct'], overall['n_adversarial']), (4, 3))
+        self.assertEqual(overall['over']['balanced_accuracy'], [2, 3])
+        # Nothing is fitted in the third class, so that its clean map sets no threshold.
+        self.assertEqual([overall[name] for name in metrics.COUNTS], [4, 3, 3])
 
     def test_thresholds_never_see_the_maps_they_are_judged_by(self):
         """Whatever the judged scores, what is called adversarial depends on the fitted ones."""
-        fit_maps = maps_of([0, 0, 0, 0], [0, 0, 1, 1])
+        fit_maps = maps_of([0] * 40, [0] * 20 + [1] * 20)
         maps = maps_of([0, 0, 0, 0], [0, 1, 0, 1])
-        fit_scores = np.array([0.0, 0.1, 0.9, 1.0])
+        fit_scores = np.repeat([0.0, 0.1, 0.9, 1.0], 10)
         for scores, expected in (([0.2, 0.8, 0.2, 0.8], 1 / 2), ([0.2, 0.95, 0.2, 0.95], 1.0)):
-            classes = metrics.per_class(
+            classes, _ = metrics.per_class(
                 np.array(scores), maps, fit_scores, fit_maps, class_names=NAMES
             )
             self.assertAlmostEqual(classes['Zero']['balanced_accuracy'], expected)
             self.assertEqual(classes['Zero']['auroc'], 1.0)
             self.assertEqual(classes['Zero']['tpr_at_5_fpr'], 1.0)
+
+    @parameterized.parameters((33, 2 / 3), (32, None))
+    def test_one_percent_is_pooled_over_classes(self, count, pooled):
+        """Three classes of 33 clean maps make 99; the highest of all is the threshold."""
+        fit_maps = maps_of(np.repeat([0, 1, 2], count + 1), ([0] * count + [1]) * 3)
+        fit_scores = np.linspace(0, 1, len(fit_maps))
+        maps = maps_of([0, 0, 1, 1, 2, 2], [0, 1] * 3)
+        highest = fit_scores[-2]
+        scores = np.array([0, 2.0, 0, highest, 0, np.nextafter(highest, 2)])
+        classes, overall = metrics.per_class(
+            scores, maps, fit_scores, fit_maps, class_names=NAMES, threshold=0.5
+        )
+        self.assertEqual([entry['tpr_at_1_fpr'] for entry in classes.values()], [None] * 3)
+        self.assertEqual([entry['n_thresholds'] for entry in classes.values()], [count] * 3)
+        self.assertEqual(overall['tpr_at_1_fpr'], pooled)
+        self.assertEqual(overall['n_thresholds'], 3 * count)
+
+    def test_a_class_without_fitted_maps_is_in_no_pool(self):
+        """Its detector knows nothing, so its scores must not set the others' threshold."""
+        fit_maps = maps_of([0] * 101 + [1] * 50, [0] * 100 + [1] + [0] * 50)
+        fit_scores = np.where(fit_maps.predicted == 1, 99.0, 0.0)
+        maps = maps_of([0, 0, 1, 1], [0, 1, 0, 1])
+        _, overall = metrics.per_class(
+            np.array([0.0, 1, 0, 0]), maps, fit_scores, fit_maps, class_names=NAMES, threshold=0.0
+        )
+        self.assertEqual((overall['tpr_at_1_fpr'], overall['n_thresholds']), (1.0, 100))
 
 
 class BaselinesTest(parameterized.TestCase):
@@ -144,37 +243,44 @@ class IntervalTest(parameterized.TestCase):
         """Scores of a known AUROC, 0.5 + erf(1/2)/2, in a set divided anew for every seed."""
         truth, rng = 0.5 + 0.5 * math.erf(0.5), np.random.default_rng(0)
         covered, naive = 0, 0
-        for _ in range(300):
+        for _ in range(1000):
             kinds = np.arange(120) % 2
             scores, values = rng.normal(size=120) + kinds, []
             for _ in range(seeds):
                 judged = rng.permutation(120)[round(fraction * 120) :]
-                rates = metrics.rates(
-                    scores[judged],
-                    kinds[judged] == 1,
-                    threshold=0.5,
-                    fit_clean_scores=scores[:2],
-                )
-                values.append(rates['auroc'])
+                clean, attacked = (scores[judged[kinds[judged] == kind]] for kind in (0, 1))
+                values.append(np.mean(attacked[:, None] > clean))  # AUROC.
             ratio = (1 - fraction) / fraction
             low, high = metrics.interval(values, judged_over_fitted=ratio)
             covered += low <= truth <= high
             low, high = metrics.interval(values, judged_over_fitted=0.0)
             naive += low <= truth <= high
-        self.assertBetween(covered / 300, 0.9, 0.995)
+        self.assertBetween(covered / 1000, 0.92, 0.99)
         self.assertLess(naive, covered, 'the spread alone promises too much')
 
     def test_one_seed_has_none(self):
         self.assertIsNone(metrics.interval([0.7], judged_over_fitted=1.0))
 
     def test_means_over_seeds_by_hand(self):
-        seeds = [
-            {'n_correct': 4, 'n_adversarial': 2} | dict.fromkeys(metrics.RATES, value)
-            for value in (0.5, 0.7, None)
-        ]
+        counts = dict(zip(metrics.COUNTS, (4, 2, 30), strict=True))
+        seeds = [counts | dict.fromkeys(metrics.RATES, value) for value in (0.5, 0.7, None)]
         mean = metrics.over_seeds(seeds, judged_over_fitted=0.5)
-        self.assertEqual((mean['n_correct'], mean['n_adversarial']), (4, 2))
+        self.assertEqual({name: mean[name] for name in counts}, counts)
         self.assertAlmostEqual(mean['auroc'], 0.6)
+        self.assertEqual(mean['over']['auroc'], [2, 3])
         # t(0.975, 1) = 12.706; the variance of 0.5 and 0.7 is 0.02, and 1/2 + 1/2 of it counts.
         reach = 12.7062 * math.sqrt(0.02)
         np.testing.assert_allclose(mean['interval']['auroc'], [0.6 - reach, 0.6 + reach], rtol=1e-4)
+
+    def test_means_say_of_how_many_classes_and_seeds_they_are(self):
+        """Three classes; the second seed has two of them, the third none."""
+        counts = dict.fromkeys(metrics.COUNTS, 4)
+        seeds = [
+            counts | dict.fromkeys(metrics.RATES, 0.5 if have else None) | {'over': over}
+            for have in (3, 2, 0)
+            for over in [{name: [have, 3] for name in metrics.RATES if name != 'tpr_at_1_fpr'}]
+        ]
+        over = metrics.over_seeds(seeds, judged_over_fitted=0.5)['over']
+        self.assertEqual((over['auroc'], over['tpr_at_1_fpr']), ([5, 9], [2, 3]))
+        self.assertEmpty(metrics.over_seeds(seeds[:1] * 2, judged_over_fitted=0.5)['over'])
+        self.assertEmpty(metrics.over_seeds(seeds[2:], judged_over_fitted=0.5)['over'])
