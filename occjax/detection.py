@@ -28,7 +28,7 @@ def deployed(run: Run, division: judging.Division, method: str) -> tuple[detecto
     banks, maps = evaluation.load_banks(run, division, 'held_out', method), division.maps
     known = division.known(0, judging.score_banks(banks, METHODS[method], maps)[0])
     num_classes, rule = maps.unoccluded.shape[-1], dict(threshold=0.0, learns=True)
-    _, levels = metrics.thresholds(num_classes=num_classes, **rule, **known)
+    levels = metrics.thresholds(num_classes=num_classes, **rule, **known).at_5
     return jax.tree.map(lambda leaf: leaf[0], banks), np.where(np.isnan(levels), np.inf, levels)
 
 

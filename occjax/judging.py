@@ -224,7 +224,8 @@ def control_rates(
             threshold=scorer.threshold,
             learns=scorer.learns,
             **known,
-        )[:, controls.predicted]
+        )[:2]
+        levels = np.stack(levels)[:, controls.predicted]
         fresh = ~np.isin(controls.image_id, known['fit_maps'].image_id)
         here = fresh & ~np.isnan(levels[0])
         counts.append(np.isfinite(levels[:, here]).sum(axis=1))

@@ -9,6 +9,7 @@ Dimensions: M heatmaps.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -75,6 +76,29 @@ def threshold_at_fpr(clean_scores: np.ndarray, fpr: float) -> float:
     return float(np.concatenate([[np.inf], ordered, [-np.inf]])[k])
 
 
+def class_thresholds(
+    clean_scores: np.ndarray, predicted: np.ndarray, num_classes: int, fpr: float
+) -> np.ndarray:
+    """Returns every class's `threshold_at_fpr`; classes too small for one of their own share one.
+
+    What they share comes from the scores of all such classes together, and keeps its promise on
+    fresh maps of them together, though not of each. It is infinite where even they are too few.
+
+    Args:
+        clean_scores: `[M]`, of maps on which nothing was fitted.
+        predicted: `[M]` integer classes that the classifier predicts.
+        num_classes: K.
+        fpr: from 0 to 1.
+
+    Returns:
+        `[K]` thresholds.
+    """
+    own = [threshold_at_fpr(clean_scores[predicted == k], fpr) for k in range(num_classes)]
+    is_small = np.array(own) == np.inf
+    shared = threshold_at_fpr(clean_scores[is_small[predicted]], fpr)
+    return np.where(is_small, shared, own)
+
+
 def _numbers(scores):
     """Returns `[M]` scores in the precision of thresholds, none of them NaN."""
     scores = np.asarray(scores, np.float64)
@@ -100,7 +124,8 @@ def rates(
     is_adversarial: np.ndarray,
     *,
     threshold: float,
-    fit_clean_scores: np.ndarray,
+    at_5: float,
+    at_1: float,
 ) -> dict:
     """Returns the detection rates of one class on the maps it is judged by.
 
@@ -108,13 +133,11 @@ def rates(
         scores: `[M]`, higher for more adversarial.
         is_adversarial: `bool[M]`.
         threshold: a higher score is called adversarial; NaN where there were no maps to fit by.
-        fit_clean_scores: scores of the correct maps that set the thresholds at a false positive
-            rate, see `threshold_at_fpr`.
+        at_5, at_1: the same at a false positive rate of 5 % and 1 %, see `class_thresholds`.
 
     Returns:
-        The `COUNTS`, the last that of `fit_clean_scores`, and each of `RATES`. All rates are None
-        (with a `note`) where a kind is missing; those at a false positive rate also where too few
-        clean scores promise it.
+        `n_correct`, `n_adversarial` and each of `RATES`. All rates are None (with a `note`) where a
+        kind is missing; those at a false positive rate also where their threshold is infinite.
 
     Raises:
         ValueError: if a score is NaN.
@@ -122,7 +145,7 @@ def rates(
     scores, is_adversarial = _numbers(scores), np.asarray(is_adversarial, bool)
     n_adversarial = int(is_adversarial.sum())
     n_correct = len(scores) - n_adversarial
-    counts = dict(zip(COUNTS, (n_correct, n_adversarial, len(fit_clean_scores)), strict=True))
+    counts = {'n_correct': n_correct, 'n_adversarial': n_adversarial}
     missing = [
         name for name, n in (('correct', n_correct), ('adversarial', n_adversarial)) if not n
     ]
@@ -131,7 +154,6 @@ def rates(
         return counts | dict.fromkeys(RATES) | {'note': note}
     called, attacked, clean = scores > threshold, scores[is_adversarial], scores[~is_adversarial]
     tpr, fpr = called[is_adversarial].mean(), called[~is_adversarial].mean()
-    at_5, at_1 = (threshold_at_fpr(fit_clean_scores, level) for level in (0.05, 0.01))
     return counts | {
         'accuracy': float(np.mean(called == is_adversarial)),
         'majority_baseline': max(n_correct, n_adversarial) / len(scores),
@@ -178,29 +200,29 @@ def per_class(
             They alone set the thresholds of a score that learns, if any map is reserved.
 
     Returns:
-        `{name: rates}`, and of all classes together the `COUNTS` summed, the unweighted mean of
-        every rate (readings differ; Table VI is this one) and `over`, see `over_seeds`. The true
-        positive rate at 1 % is no mean but pooled: one threshold for all classes, since few
-        classes have the 99 clean maps.
+        `{name: rates}` with `n_thresholds`, how many clean maps of the class set thresholds; and
+        of all classes together the `COUNTS` summed, the unweighted mean of every rate (readings
+        differ; Table VI is this one) and `over`, see `over_seeds`.
     """
     known = dict(threshold=threshold, learns=learns, is_reserved=is_reserved)
-    chosen, _ = thresholds(fit_scores, fit_maps, len(class_names), **known)
-    fit_scores, fitted = np.asarray(fit_scores, np.float64), ~np.isnan(chosen)
-    clean = _sets_thresholds(fit_maps, learns, is_reserved) & fitted[fit_maps.predicted]
+    chosen = thresholds(fit_scores, fit_maps, len(class_names), **known)
+    sets = _sets_thresholds(fit_maps, learns, is_reserved)
     classes = {}
     for k, name in enumerate(class_names):
         here = maps.predicted == k
-        classes[name] = rates(
-            scores[here],
-            maps.is_adversarial[here],
-            threshold=chosen[k],
-            fit_clean_scores=fit_scores[clean & (fit_maps.predicted == k)],
-        )
-    attacked = scores[maps.is_adversarial & fitted[maps.predicted]]
-    overall = _overall(classes)
-    overall['tpr_at_1_fpr'] = share_above(attacked, threshold_at_fpr(fit_scores[clean], 0.01))
-    del overall['over']['tpr_at_1_fpr']
-    return classes, overall
+        levels = {field: values[k] for field, values in chosen._asdict().items()}
+        classes[name] = rates(scores[here], maps.is_adversarial[here], **levels)
+        count = np.sum(sets & (fit_maps.predicted == k))
+        classes[name]['n_thresholds'] = 0 if np.isnan(chosen.threshold[k]) else int(count)
+    return classes, _overall(classes)
+
+
+class Thresholds(NamedTuple):
+    """Above which a score is called adversarial, `[K]` each, by the predicted class."""
+
+    threshold: np.ndarray  # given, or the best; NaN where there were no maps to fit by
+    at_5: np.ndarray  # of 5 % false positives, see `class_thresholds`
+    at_1: np.ndarray  # of 1 %
 
 
 def thresholds(
@@ -211,24 +233,30 @@ def thresholds(
     threshold: float | None = None,
     learns: bool = False,
     is_reserved: np.ndarray | None = None,
-) -> np.ndarray:
-    """Returns `[2, K]`: each class's threshold, and that of 5 % false positives.
+) -> Thresholds:
+    """Returns each class's thresholds; the arguments are `per_class`'s.
 
-    The arguments are `per_class`'s. A class without maps of both kinds to fit by has NaN, whatever
-    scores: so all are judged by the same classes. That of 5 % is infinite where clean maps are few.
+    A class without maps of both kinds to fit by has NaN, whatever scores: so all are judged by the
+    same classes.
     """
     fits = np.ones(len(fit_maps), bool) if is_reserved is None else ~is_reserved
-    sets = _sets_thresholds(fit_maps, learns, is_reserved)
-    scores, result = _numbers(fit_scores), np.full((2, num_classes), np.nan)
+    scores, chosen = _numbers(fit_scores), np.full(num_classes, np.nan)
     for k in range(num_classes):
         here = fit_maps.predicted == k
         kinds = fit_maps.is_adversarial[here & fits]
         if kinds.any() and not kinds.all():
-            best = threshold
+            chosen[k] = threshold
             if threshold is None:
-                best = best_threshold(scores[here], fit_maps.is_adversarial[here])
-            result[:, k] = best, threshold_at_fpr(scores[here & sets], 0.05)
-    return result
+                chosen[k] = best_threshold(scores[here], fit_maps.is_adversarial[here])
+    fitted = ~np.isnan(chosen)
+    sets = _sets_thresholds(fit_maps, learns, is_reserved) & fitted[fit_maps.predicted]
+    at_5, at_1 = (
+        np.where(
+            fitted, class_thresholds(scores[sets], fit_maps.predicted[sets], num_classes, f), np.nan
+        )
+        for f in (0.05, 0.01)
+    )
+    return Thresholds(chosen, at_5, at_1)
 
 
 def _sets_thresholds(fit_maps, learns, is_reserved):

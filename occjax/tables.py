@@ -26,9 +26,10 @@ RIVALS = ('max_probability', 'map_mean')  # the baselines in the per-class table
 RIVAL_RATES = ('balanced_accuracy', 'auroc')  # their columns there
 _CALLED = {'called': 'share', 'called_at_5_fpr': 'share at 5 % FPR'}
 _NEEDED = (
-    'n for FPR counts the clean maps that set the thresholds at a false positive rate. For a '
-    'promise that fresh maps keep, 5 % takes 19 of them and 1 % takes 99, and no network may have '
-    'been fitted on them (under protocol paper all were).'
+    'n for FPR counts the clean maps that set the thresholds at a false positive rate. A promise '
+    'that fresh maps keep takes 19 of them for 5 % and 99 for 1 %: classes with fewer share one '
+    'threshold, which keeps it for all of them together. And no network may have been fitted on '
+    'them (under protocol paper all were).'
 )
 
 
@@ -138,9 +139,8 @@ def _class_table(protocol, detection, class_names, theirs):
     rivals = [(baseline or {}).get('per_class') or {} for baseline in baselines.values()]
     note = (
         'Raw accuracy is over all maps scored; the majority baseline always names the larger kind. '
-        f'{_NEEDED} Overall is the unweighted mean of the classes, and the sum of n; its TPR at '
-        '1 % FPR is at one threshold for all classes. In brackets: how many classes and seeds have '
-        'the number, where not all do.'
+        f'{_NEEDED} Overall is the unweighted mean of the classes, and the sum of n. In brackets: '
+        'how many classes and seeds have the number, where not all do.'
     )
     if theirs:
         note += (
@@ -176,11 +176,10 @@ def _overall_table(detections, theirs):
         f'Table VI. Overall{", " + theirs.dataset if theirs else ""}',
         ('Protocol', 'Method', *_COUNTS.values(), *_METRICS.values(), "Paper's accuracy"),
         lines,
-        note='Unweighted means over the classes, but TPR at 1 % FPR is at one threshold for all; n '
-        'are sums. Means over several seeds, each with its own division, initial weights and '
-        "undersampling; ± is a 95 % interval (Nadeau and Bengio's, for divisions that share maps), "
-        f'n the mean of the seeds. {_NEEDED} In brackets: how many classes and seeds have the '
-        'number, where not all do.',
+        note='Unweighted means over the classes; n are sums. Means over several seeds, each with '
+        'its own division, initial weights and undersampling; ± is a 95 % interval (Nadeau and '
+        "Bengio's, for divisions that share maps), n the mean of the seeds. "
+        f'{_NEEDED} In brackets: how many classes and seeds have the number, where not all do.',
         text_columns=2,
     )
 

@@ -150,7 +150,7 @@ def test_who_sets_thresholds_is_said_by_the_scorer():
         level = metrics.threshold_at_fpr(scores[sets], 0.05)
         for threshold in (0.0, None):
             rule = dict(threshold=threshold, learns=learns)
-            assert metrics.thresholds(**known, num_classes=1, **rule)[1] == level
+            assert metrics.thresholds(**known, num_classes=1, **rule).at_5 == level
             scorer = Scorer(None, **rule)
             found[learns] = judging.judge(scorer, scores, division, class_names=('a',))
             assert found[learns]['overall']['n_thresholds'] == sets.sum()
@@ -170,9 +170,8 @@ def test_a_class_loses_what_needs_the_maps_it_lacks(lacks):
     known = division.known(0, np.zeros(len(maps)))
     levels = metrics.thresholds(**known, num_classes=2, threshold=0.0, learns=True)
     nan = lacks == 'fitted'
-    np.testing.assert_array_equal(
-        levels, [[0, np.nan if nan else 0], [0, np.nan if nan else np.inf]]
-    )
+    np.testing.assert_array_equal(levels.threshold, [0, np.nan if nan else 0])
+    np.testing.assert_array_equal(levels.at_5, [0, np.nan if nan else np.inf])
     entry = judging.judge(NETWORKS, np.zeros(len(maps)), division, class_names=('a', 'b'))
     found = {name: entry['per_class'][name] for name in ('a', 'b')}
     expected = [None, None] if nan else [0.5, 0.5]

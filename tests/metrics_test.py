@@ -31,20 +31,22 @@ class RatesTest(parameterized.TestCase):
             np.array([-2.0, -1.0, -0.5, 0.5, -0.7, 3.0]),
             np.array([0, 0, 0, 0, 1, 1], bool),
             threshold=0.0,
-            fit_clean_scores=np.arange(100.0) / 100,  # The fifth largest is 0.95, the first 0.99.
+            at_5=0.4,
+            at_1=3.0,
         )
-        self.assertEqual([rates[name] for name in metrics.COUNTS], [4, 2, 100])
+        self.assertEqual((rates['n_correct'], rates['n_adversarial']), (4, 2))
         self.assertAlmostEqual(rates['accuracy'], 4 / 6)
         self.assertAlmostEqual(rates['majority_baseline'], 4 / 6)
         self.assertAlmostEqual(rates['balanced_accuracy'], (3 / 4 + 1 / 2) / 2)
         # Of eight pairs the adversarial map leads in 2 + 4.
         self.assertAlmostEqual(rates['auroc'], 6 / 8)
         self.assertAlmostEqual(rates['tpr_at_5_fpr'], 1 / 2)
-        self.assertAlmostEqual(rates['tpr_at_1_fpr'], 1 / 2)
+        self.assertAlmostEqual(rates['fpr_at_5_fpr'], 1 / 4)
+        self.assertEqual(rates['tpr_at_1_fpr'], 0, 'a score of a threshold is not above it')
 
     def test_auroc_of_a_constant_is_a_half_and_of_the_label_one(self):
         kinds = np.array([0, 1, 0, 1, 1], bool)
-        common = dict(threshold=0.5, fit_clean_scores=np.zeros(3))
+        common = dict(threshold=0.5, at_5=0.5, at_1=0.5)
         self.assertEqual(metrics.rates(np.ones(5), kinds, **common)['auroc'], 0.5)
         self.assertEqual(metrics.rates(kinds * 1.0, kinds, **common)['auroc'], 1.0)
         self.assertEqual(metrics.rates(kinds * 1.0, kinds, **common)['balanced_accuracy'], 1.0)
@@ -56,37 +58,31 @@ class RatesTest(parameterized.TestCase):
     )
     def test_a_missing_kind_is_said_and_never_nan(self, kinds, note):
         kinds = np.array(kinds, bool)
-        rates = metrics.rates(
-            np.zeros(len(kinds)), kinds, threshold=0.0, fit_clean_scores=np.zeros(3)
-        )
+        rates = metrics.rates(np.zeros(len(kinds)), kinds, threshold=0.0, at_5=0.0, at_1=0.0)
         self.assertEqual(rates['note'], note)
         self.assertTrue(all(rates[name] is None for name in metrics.RATES))
 
-    @parameterized.parameters((0, 0), (18, 0), (19, 1), (98, 1), (99, 2))
-    def test_too_few_clean_maps_take_only_the_rates_that_need_them(self, count, levels):
+    def test_an_infinite_threshold_takes_only_the_rates_that_need_it(self):
         """A threshold that is never exceeded is no measurement of 0."""
         rates = metrics.rates(
             np.array([0.0, 0.2, 2.0, 3.0]),
             np.array([0, 1, 0, 1], bool),
             threshold=1.0,
-            fit_clean_scores=np.linspace(0, 1, count),
+            at_5=2.5,
+            at_1=np.inf,
         )
-        self.assertEqual((rates['n_thresholds'], rates['auroc']), (count, 0.75))
-        self.assertEqual(rates['balanced_accuracy'], 0.5)
-        at_5, at_1 = [0.5, None][levels < 1], [0.5, None][levels < 2]
-        self.assertEqual((rates['tpr_at_5_fpr'], rates['fpr_at_5_fpr']), (at_5, at_5))
-        self.assertEqual(rates['tpr_at_1_fpr'], at_1)
+        self.assertEqual((rates['balanced_accuracy'], rates['auroc']), (0.5, 0.75))
+        self.assertEqual((rates['tpr_at_5_fpr'], rates['fpr_at_5_fpr']), (0.5, 0))
+        self.assertIsNone(rates['tpr_at_1_fpr'])
         self.assertNotIn('note', rates)
 
-    @parameterized.parameters(0, 1)
-    def test_a_score_that_is_no_number_is_refused(self, where):
+    def test_a_score_that_is_no_number_is_refused(self):
         """It is not above any threshold, and would be counted as clean."""
-        scores = [np.array([0.0, 1.0]), np.zeros(30)]
-        scores[where][0] = np.nan
+        scores, kinds = np.array([np.nan, 1.0]), np.array([0, 1], bool)
         with self.assertRaisesRegex(ValueError, '^1 of .* scores are NaN'):
-            metrics.rates(
-                scores[0], np.array([0, 1], bool), threshold=0.5, fit_clean_scores=scores[1]
-            )
+            metrics.rates(scores, kinds, threshold=0.5, at_5=0.5, at_1=0.5)
+        with self.assertRaisesRegex(ValueError, '^1 of .* scores are NaN'):
+            metrics.thresholds(scores, maps_of([0, 0], [0, 1]), 3, threshold=0.5)
 
 
 class ThresholdTest(parameterized.TestCase):
@@ -121,6 +117,30 @@ class ThresholdTest(parameterized.TestCase):
             ]
             self.assertLessEqual(np.mean(fresh), 0.05)
         self.assertEqual(metrics.threshold_at_fpr(np.full(n, 0.25), 0.05), [np.inf, 0.25][n > 18])
+
+    @parameterized.parameters(0, 1, 2)
+    def test_small_classes_share_a_threshold_that_keeps_the_promise_on_them_together(self, extra):
+        """Exactly, as for one class: each of n + 1 clean maps is the fresh one equally often."""
+        rng, sizes = np.random.default_rng(extra), (12, 30, 14 + extra)
+        classes = np.repeat(np.arange(3), sizes)
+        scores = rng.normal(size=len(classes)) + 5 * classes
+        levels = metrics.class_thresholds(scores, classes, 3, 0.05)
+        self.assertEqual(levels[1], metrics.threshold_at_fpr(scores[classes == 1], 0.05))
+        self.assertEqual(levels[0], levels[2])
+        small, alarms = np.flatnonzero(classes != 1), 0
+        for fresh in small:
+            rest = np.arange(len(classes)) != fresh
+            levels = metrics.class_thresholds(scores[rest], classes[rest], 3, 0.05)
+            alarms += scores[fresh] > levels[classes[fresh]]
+        self.assertEqual(alarms, len(small) // 20)
+
+    def test_where_even_all_small_classes_are_too_few_nothing_is_called(self):
+        classes = np.array([0] * 9 + [1] * 9 + [2] * 19)
+        levels = metrics.class_thresholds(np.arange(37.0), classes, 3, 0.05)
+        np.testing.assert_array_equal(levels, [np.inf, np.inf, 36])
+        np.testing.assert_array_equal(
+            metrics.class_thresholds(np.arange(37.0), classes, 3, 0.01), [np.inf] * 3
+        )
 
     def test_rates_in_decimals_do_not_slip(self):
         """0.29 * 100 is less than 29, 0.07 * 100 more than 7."""
@@ -186,7 +206,7 @@ class PerClassTest(parameterized.TestCase):
             self.assertEqual(classes['Zero']['tpr_at_5_fpr'], 1.0)
 
     @parameterized.parameters((33, 2 / 3), (32, None))
-    def test_one_percent_is_pooled_over_classes(self, count, pooled):
+    def test_small_classes_pool_the_clean_maps_of_one_percent(self, count, mean):
         """Three classes of 33 clean maps make 99; the highest of all is the threshold."""
         fit_maps = maps_of(np.repeat([0, 1, 2], count + 1), ([0] * count + [1]) * 3)
         fit_scores = np.linspace(0, 1, len(fit_maps))
@@ -196,20 +216,19 @@ class PerClassTest(parameterized.TestCase):
         classes, overall = metrics.per_class(
             scores, maps, fit_scores, fit_maps, class_names=NAMES, threshold=0.5
         )
-        self.assertEqual([entry['tpr_at_1_fpr'] for entry in classes.values()], [None] * 3)
+        expected = [1, 0, 1] if mean else [None] * 3
+        self.assertEqual([entry['tpr_at_1_fpr'] for entry in classes.values()], expected)
         self.assertEqual([entry['n_thresholds'] for entry in classes.values()], [count] * 3)
-        self.assertEqual(overall['tpr_at_1_fpr'], pooled)
-        self.assertEqual(overall['n_thresholds'], 3 * count)
+        self.assertEqual((overall['tpr_at_1_fpr'], overall['n_thresholds']), (mean, 3 * count))
 
     def test_a_class_without_fitted_maps_is_in_no_pool(self):
         """Its detector knows nothing, so its scores must not set the others' threshold."""
-        fit_maps = maps_of([0] * 101 + [1] * 50, [0] * 100 + [1] + [0] * 50)
-        fit_scores = np.where(fit_maps.predicted == 1, 99.0, 0.0)
-        maps = maps_of([0, 0, 1, 1], [0, 1, 0, 1])
-        _, overall = metrics.per_class(
-            np.array([0.0, 1, 0, 0]), maps, fit_scores, fit_maps, class_names=NAMES, threshold=0.0
-        )
-        self.assertEqual((overall['tpr_at_1_fpr'], overall['n_thresholds']), (1.0, 100))
+        fit_maps = maps_of([0] * 13 + [1] * 8 + [2] * 8, [0] * 12 + [1] + [0] * 7 + [1] + [0] * 8)
+        fit_scores = np.where(fit_maps.predicted == 2, 99.0, 0.0)
+        levels = metrics.thresholds(fit_scores, fit_maps, 3, threshold=0.0)
+        np.testing.assert_array_equal(levels.threshold, [0, 0, np.nan])
+        np.testing.assert_array_equal(levels.at_5, [0, 0, np.nan])
+        np.testing.assert_array_equal(levels.at_1, [np.inf, np.inf, np.nan])
 
 
 class BaselinesTest(parameterized.TestCase):
