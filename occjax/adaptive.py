@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from occjax import attack
+from occjax import attack, checks
 from occjax.attack import PIXELS, Bounds
 from occjax.types import Array, LogitsFn
 
@@ -43,7 +42,8 @@ def joint_pgd(
 ) -> Evasion:
     """Climbs the classifier's loss minus `weight` times the detector's, by signed gradient steps.
 
-    The detector's loss is the sigmoid cross-entropy of the margin with "clean".
+    The classifier's loss is the cross-entropy with the label, the detector's the sigmoid
+    cross-entropy of the margin with "clean".
 
     Args:
         logits_fn: maps `[B, H, W, C]` images to `[B, K]` logits, deterministically.
@@ -63,9 +63,12 @@ def joint_pgd(
         Carlini & Wagner, https://arxiv.org/abs/1705.07263
     """
 
-    def direction_fn(pullback, is_wrong, margins):
-        silence = weight * jax.nn.sigmoid(margins)  # The slope of the detector's loss.
-        return pullback(jnp.ones_like(margins), -silence)
+    def direction_fn(pullback, is_wrong, odds, margins):
+        # The slopes of the losses, 1 - p_label and weight * sigmoid(margin), over the larger one:
+        # where classifier and detector are sure, both would underflow.
+        slopes = jax.nn.log_sigmoid(odds), jax.nn.log_sigmoid(margins) + jnp.log(weight)
+        loss, silence = jax.nn.softmax(jnp.stack(slopes), axis=0)
+        return pullback(loss, -silence)
 
     return _evade(
         logits_fn, margin_fn, images, labels, epsilon, steps, step_size, bounds, direction_fn
@@ -93,7 +96,7 @@ def selective_pgd(
         Bryniarski et al., https://arxiv.org/abs/2106.15023, §3.1
     """
 
-    def direction_fn(pullback, is_wrong, margins):
+    def direction_fn(pullback, is_wrong, odds, margins):
         return pullback(jnp.where(is_wrong, 0.0, 1.0), jnp.where(is_wrong, -1.0, 0.0))
 
     return _evade(
@@ -121,7 +124,7 @@ def orthogonal_pgd(
         Bryniarski et al., https://arxiv.org/abs/2106.15023, §3.2
     """
 
-    def direction_fn(pullback, is_wrong, margins):
+    def direction_fn(pullback, is_wrong, odds, margins):
         none, all_ = jnp.zeros_like(margins), jnp.ones_like(margins)
         loss, silence = pullback(all_, none), pullback(none, -all_)
         wanted = _select(is_wrong, silence, loss)
@@ -146,24 +149,28 @@ def _reject(vectors, others):
 def _evade(
     logits_fn, margin_fn, images, labels, epsilon, steps, step_size, bounds, direction_fn
 ) -> Evasion:
-    """Takes signed steps along `direction_fn(pullback, is_wrong, margins)` until images evade.
+    """Takes signed steps along `direction_fn(pullback, is_wrong, odds, margins)` until all evade.
 
-    `pullback(a, b)` is the gradient of `a * loss + b * margin`, each image's own.
+    `pullback(a, b)` is the gradient of `a * odds + b * margin`, each image's own; `attack.odds`.
     """
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    images = checks.images(images, bounds)
+    labels, epsilon = checks.classes(labels, images), checks.number('epsilon', epsilon)
+    steps = checks.count('steps', steps)
     step_size = 2.5 * epsilon / max(steps, 1) if step_size is None else step_size
 
     def step(state):
         t, x, taken = state
 
         def both(x):
-            logits = logits_fn(x)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return (losses, margin_fn(x)), jnp.argmax(logits, -1) != labels
+            logits = checks.logits_fn(logits_fn, labels)(x)
+            is_wrong = (jnp.argmax(logits, -1) != labels) & ~jnp.isnan(logits).any(-1)
+            return (attack.odds(logits, labels), margin_fn(x)), is_wrong
 
-        (_, margins), vjp, is_wrong = jax.vjp(both, x, has_aux=True)
+        (odds, margins), vjp, is_wrong = jax.vjp(both, x, has_aux=True)
         taken = jnp.where((taken < 0) & is_wrong & (margins <= 0), t, taken)
-        direction = direction_fn(lambda a, b: vjp((a, b))[0], is_wrong, margins)
+        direction = direction_fn(
+            lambda a, b: jnp.nan_to_num(vjp((a, b))[0]), is_wrong, odds, margins
+        )
         moved = x + step_size * jnp.sign(direction)
         moved = attack.project(moved, images, epsilon=epsilon, bounds=bounds)
         # The step after the last is there to look at what the last one reached.

@@ -2,9 +2,16 @@
 
 Images are float32 in [0, 1], NHWC. Dimensions: B batch, H W C image, K classes.
 
-Of every attack: the result lies in its ball and in `bounds`; with `epsilon=0` it is `images`, bit
-for bit; no image sees its batch, only draws depend on its position. `epsilon`, `step_size` and
-`decay` are one number or one for each image, `steps` one integer or one for each.
+Of every attack: the result is in its ball and in `bounds`; with `epsilon=0` it is `images`, bit for
+bit; no image sees its batch, only draws depend on its position. `epsilon`, `step_size` and `decay`
+are one number or one for each image, `steps` one integer or one for each.
+
+Gradients are those of the logarithm of the other classes' odds, logsumexp(z_others) - z_label: the
+direction of the cross-entropy's gradient, which is (1 - p_label) times this and underflows where a
+network is confident. Where a gradient is NaN its pixel stays.
+
+Images out of `bounds` and labels that are no class are refused where their values are known; under
+`jit` such an image moves no further out, and such a label makes all classes the others.
 """
 
 import functools
@@ -12,8 +19,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from occjax import checks
 from occjax.types import Array, LogitsFn
 
 Bounds = tuple[float, float] | None
@@ -51,15 +58,15 @@ def fgsm(
         away in max norm. With `epsilon=0` they are `images`, bit for bit.
 
     Raises:
-        ValueError: if `labels` is not one integer for each image, `epsilon` not one number or
-            one for each, or the images are integers.
+        ValueError: if the images are integers, NaN or out of bounds, `labels` not one class for
+            each, `epsilon` negative, or what `logits_fn` returns no logits; see `checks`.
 
     References:
         Goodfellow et al., https://arxiv.org/abs/1412.6572
     """
-    images, labels = _checked(images, labels)
-    step = _per_image(epsilon, images) * jnp.sign(_gradient(logits_fn, images, labels))
-    return _clip(images + step, bounds)
+    images, labels, epsilon = _checked(images, labels, epsilon, bounds)
+    step = epsilon * jnp.sign(_gradient(logits_fn, images, labels))
+    return _clip(images + step, images, bounds)
 
 
 def targeted_fgsm(
@@ -70,7 +77,9 @@ def targeted_fgsm(
     References:
         Kurakin et al., https://arxiv.org/abs/1611.01236
     """
-    return fgsm(logits_fn, images, targets, epsilon=-jnp.asarray(epsilon), bounds=bounds)
+    images, targets, epsilon = _checked(images, targets, epsilon, bounds)
+    step = epsilon * jnp.sign(_gradient(logits_fn, images, targets))
+    return _clip(images - step, images, bounds)
 
 
 def fgsm_l2(
@@ -83,9 +92,9 @@ def fgsm_l2(
     References:
         Dong et al., https://arxiv.org/abs/1710.06081, eq. (2)
     """
-    images, labels = _checked(images, labels)
+    images, labels, epsilon = _checked(images, labels, epsilon, bounds)
     direction = unit(_gradient(logits_fn, images, labels), order=2)
-    return _clip(images + _per_image(epsilon, images) * direction, bounds)
+    return _clip(images + epsilon * direction, images, bounds)
 
 
 def bim(
@@ -132,9 +141,9 @@ def pgd(
     References:
         Madry et al., https://arxiv.org/abs/1706.06083
     """
-    images, labels = _checked(images, labels)
+    images, labels, epsilon = _checked(images, labels, epsilon, bounds)
     noise = jax.vmap(lambda k: jax.random.uniform(k, images.shape[1:], images.dtype, -1, 1))
-    start = _clip(images + _per_image(epsilon, images) * noise(_keys(key, images)), bounds)
+    start = _clip(images + epsilon * noise(_keys(key, images)), images, bounds)
     return _ascend(
         logits_fn, images, labels, epsilon, steps, step_size, bounds, start=start, reach=2.5
     )
@@ -188,9 +197,9 @@ def square(
     References:
         Andriushchenko et al., https://arxiv.org/abs/1912.00049
     """
-    images, labels = _checked(images, labels)
+    images, labels, epsilon = _checked(images, labels, epsilon, bounds)
     height, width, channels = images.shape[1:]
-    epsilon, steps = _per_image(epsilon, images), jnp.broadcast_to(steps, len(images))
+    steps = jnp.broadcast_to(checks.count('steps', steps), len(images))
     keys = _keys(key, images)
 
     def attempt(t, key, image, best, epsilon, steps):
@@ -209,12 +218,12 @@ def square(
         signs = jax.random.rademacher(sign_key, (1, width, channels), image.dtype)
         step = epsilon * jnp.where(t == 0, signs, signs[:, :1])
         new, negated = (
-            jnp.where(inside, _clip(image + delta, bounds), best) for delta in (step, -step)
+            jnp.where(inside, _clip(image + delta, image, bounds), best) for delta in (step, -step)
         )
         return jnp.where((new == best).all(), negated, new)
 
     def margin(candidates):
-        logits = logits_fn(candidates)
+        logits = checks.logits_fn(logits_fn, labels)(candidates)
         is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
         lead = logits.max(-1, where=is_label, initial=-jnp.inf)
         lead -= logits.max(-1, where=~is_label, initial=-jnp.inf)
@@ -241,27 +250,31 @@ def sign_noise(images: Array, *, key: Array, epsilon: float, bounds: Bounds = PI
     Returns:
         `[B, H, W, C]`.
     """
+    images = checks.images(images, bounds)
+    epsilon = _per_image(checks.number('epsilon', epsilon), images)
     noise = jax.random.rademacher(key, images.shape, images.dtype)
-    return _clip(images + epsilon * noise, bounds)
+    return _clip(images + epsilon * noise, images, bounds)
 
 
 def outcome(clean_logits: Array, adversarial_logits: Array, labels: Array) -> Outcome:
-    """Returns what an attack achieved, from the `[B, K]` logits before and after it."""
-    correct_before = jnp.argmax(clean_logits, axis=-1) == labels
+    """Returns what an attack achieved, from the `[B, K]` logits before and after it.
+
+    Logits with a NaN among them predict nothing: they are neither correct nor a success.
+    """
+    are_numbers, become_numbers = (
+        ~jnp.isnan(logits).any(axis=-1) for logits in (clean_logits, adversarial_logits)
+    )
+    correct_before = are_numbers & (jnp.argmax(clean_logits, axis=-1) == labels)
     predicted_after = jnp.argmax(adversarial_logits, axis=-1)
-    return Outcome(correct_before, correct_before & (predicted_after != labels), predicted_after)
+    successful = correct_before & become_numbers & (predicted_after != labels)
+    return Outcome(correct_before, successful, predicted_after)
 
 
-def _checked(images, labels):
-    """Returns both as arrays, if they are pixels and one integer for each image."""
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f'Expected images of floats, got {images.dtype}.')
-    if labels.shape != images.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f'Expected {len(images)} integer labels, got {labels.dtype}{list(labels.shape)}.'
-        )
-    return images, labels
+def _checked(images, labels, epsilon, bounds):
+    """Returns the three as arrays, epsilon as `[B, 1, 1, 1]`, if they are what they should be."""
+    images = checks.images(images, bounds)
+    epsilon = _per_image(checks.number('epsilon', epsilon), images)
+    return images, checks.classes(labels, images), epsilon
 
 
 def _per_image(value, images):
@@ -276,13 +289,24 @@ def _keys(key, images):
 
 
 def _gradient(logits_fn, images, labels):
-    """Returns each image's gradient of its own cross-entropy."""
+    """Returns each image's gradient of its own `odds`, 0 where it is NaN."""
 
     def total_loss(x):
         # Summed, not averaged: each image's gradient then ignores its batch.
-        return optax.softmax_cross_entropy_with_integer_labels(logits_fn(x), labels).sum()
+        return odds(checks.logits_fn(logits_fn, labels)(x), labels).sum()
 
-    return jax.grad(total_loss)(images)
+    return jnp.nan_to_num(jax.grad(total_loss)(images))
+
+
+def odds(logits: Array, labels: Array) -> Array:
+    """Returns `[B]` logarithms of the odds of all other classes, logsumexp(z_others) - z_label.
+
+    Its gradient has the direction of the cross-entropy's, without the factor 1 - p_label, which
+    float32 rounds to 0 where the label leads by 17 and more.
+    """
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    others = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+    return others - jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
 
 
 def unit(gradient: Array, *, order: int) -> Array:
@@ -296,11 +320,15 @@ def unit(gradient: Array, *, order: int) -> Array:
 
 def project(images: Array, centre: Array, *, epsilon: Number, bounds: Bounds) -> Array:
     """Returns `[B, H, W, C]` images clipped to the max norm ball around `centre`, and to bounds."""
-    return _clip(jnp.clip(images, centre - epsilon, centre + epsilon), bounds)
+    return _clip(jnp.clip(images, centre - epsilon, centre + epsilon), centre, bounds)
 
 
-def _clip(images, bounds):
-    return images if bounds is None else jnp.clip(images, *bounds)
+def _clip(moved, images, bounds):
+    """Returns what was moved in bounds; pixels that were out of them before go no further out."""
+    if bounds is None:
+        return moved
+    low, high = (jnp.asarray(bound, images.dtype) for bound in bounds)
+    return jnp.clip(moved, jnp.minimum(images, low), jnp.maximum(images, high))
 
 
 def _select(chosen, new, old):
@@ -325,17 +353,18 @@ def _ascend(
     logits_fn, images, labels, epsilon, steps, step_size, bounds, *, start=None, reach=1, decay=None
 ):
     """Climbs the loss by signed steps in the ball, which by default add up to `reach` radii."""
-    images, labels = _checked(images, labels)
-    epsilon, steps = _per_image(epsilon, images), jnp.broadcast_to(steps, len(images))
+    images, labels, epsilon = _checked(images, labels, epsilon, bounds)
+    steps = jnp.broadcast_to(checks.count('steps', steps), len(images))
     if step_size is None:
         step_size = reach * epsilon / _per_image(jnp.maximum(steps, 1), images)
-    step_size = _per_image(step_size, images)
+    step_size = _per_image(checks.number('step_size', step_size), images)
 
     def step(_, state):
         adversarial, before = state
         direction = _gradient(logits_fn, adversarial, labels)
         if decay is not None:
-            direction = _per_image(decay, images) * before + unit(direction, order=1)
+            kept = _per_image(checks.number('decay', decay), images) * before
+            direction = kept + unit(direction, order=1)
         moved = adversarial + step_size * jnp.sign(direction)
         return project(moved, images, epsilon=epsilon, bounds=bounds), direction
 

@@ -102,6 +102,8 @@ def attack_half(
     """
     logits_fn = functools.partial(vgg.logits, source, plan=plan)
     half = images[: len(images) // 2]
+    if not len(half):
+        return images
     named = jnp.argmax(logits_fn(half), axis=-1)
     attacked = attack.fgsm(logits_fn, half, named, epsilon=epsilon)
     return jnp.concatenate([attacked, images[len(half) :]])

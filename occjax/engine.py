@@ -60,7 +60,7 @@ def occluded_logits(
 
     # The first linear layer's weights may be hundreds of megabytes: they are read once for all
     # windows of all images, not once a chunk.
-    features = occlusion.occluded_logits(features_fn, images, **settings)
+    features = occlusion.occluded_outputs(features_fn, images, **settings)
     shape = jax.eval_shape(features_fn, images[:1]).shape[1:]
     logits = vgg.head(variables, features.reshape(-1, *shape))
     return logits.reshape(*features.shape[:3], -1)

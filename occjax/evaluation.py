@@ -173,7 +173,7 @@ def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:
             'successful': len(adversarial),
             'success_rate': len(adversarial) / attempted if attempted else None,
             'max_perturbation': float(max(shard['max_perturbation'] for shard in shards)),
-            'nan_count': int(sum(shard['nan_count'] for shard in shards)),
+            'unmoved': int(sum(shard['unmoved'] for shard in shards)),
             'min_pixel': float(min(shard['pixel_range'][0] for shard in shards)),
             'max_pixel': float(max(shard['pixel_range'][1] for shard in shards)),
         },

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import occlusion, vgg
+from occjax import checks, occlusion, vgg
 from occjax.types import Array
 
 
@@ -151,7 +151,7 @@ def occluded_logits(
     Raises:
         ValueError: as `occlusion.occluded_logits` and `vgg.logits`.
     """
-    images = occlusion.check_images(images)
+    images = checks.images(images)
     geometry = dict(size=size, stride=stride, grid=grid)
     origins = occlusion.window_origins(images.shape[1:3], **geometry)
     regions = patches_at(images.shape[1:3], origins, size=size, plan=plan)
@@ -170,7 +170,7 @@ def logits_at(
 ) -> Array:
     """Returns the `[B, P, K]` logits under the windows whose patches are given."""
     inputs, features = _unoccluded(variables, images, plan)
-    fill = vgg.normalize(variables, jnp.broadcast_to(jnp.asarray(fill, images.dtype), images.shape))
+    fill = vgg.normalize(variables, checks.fill(fill, images))
     shapes = [patch.shape for patch in regions]
     starts = [jnp.asarray(patch.start) for patch in regions]
     windows = len(starts[0])
@@ -243,6 +243,6 @@ def heatmaps(
 ) -> Array:
     """Returns `occlusion.heatmaps` of `vgg.logits`: `[B, h, w]`; see `occluded_logits`."""
     geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
-    classes = occlusion.check_classes(images, classes)
+    classes = checks.classes(classes, images, vgg.num_classes(variables), name='classes')
     logits = occluded_logits(variables, images, **geometry, plan=plan)
     return occlusion.probabilities(logits, classes)

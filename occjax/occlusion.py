@@ -6,6 +6,7 @@ class while one window is covered: high means the covered pixels did not matter.
 Dimensions: B batch, H W C image, K classes, h w heatmap grid, P = h * w windows.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from occjax import checks
 from occjax.types import Array, LogitsFn
 
 
@@ -79,12 +81,15 @@ def occlude(images: Array, origin: Array, *, size: int, fill: float | Array = 0.
         images: `[..., H, W, C]`.
         origin: `[2]`, row and column of the window's top-left pixel; may be traced.
         size: side of the square window in pixels.
-        fill: what covers it: anything that broadcasts to `images`, such as one value, `[C]`
-            values, or whole images.
+        fill: what covers it: one value, `[C]` values, or whole images.
 
     Returns:
         The images with `fill` inside the window, untouched outside.
+
+    Raises:
+        ValueError: if the images are integers, of which `fill` would be one.
     """
+    images = checks.floats(images)
     height, width = images.shape[-3:-1]
     row, column = jnp.arange(height)[:, None] - origin[0], jnp.arange(width) - origin[1]
     covered = (row >= 0) & (row < size) & (column >= 0) & (column < size)
@@ -117,71 +122,100 @@ def occluded_logits(
 
     Every (image, window) pair is one forward pass; they are laid end to end and mapped over in
     chunks, so memory is bounded by `chunk_size` however many images there are, and neither the
-    chunk nor an image's neighbours change the numbers (beyond the last float bits).
+    chunk nor an image's neighbours change the numbers (beyond the last float bits), as long as
+    `logits_fn` treats each image of its batch alone: batch statistics would see the other windows.
 
     Args:
-        logits_fn: maps `[B, H, W, C]` images to `[B, K]` logits, deterministically.
+        logits_fn: maps `[B, H, W, C]` images to `[B, K]` logits, deterministically. It sees a chunk
+            of masked images as a batch, so it may call the host (`jax.pure_callback`) or be
+            compiled for batches of `chunk_size` (`jax.jit(...).lower(...).compile()`).
         images: `[B, H, W, C]` in [0, 1]; H and W may differ.
         size: side of the square window in pixels, the paper's O_l.
         stride: its step in pixels, the paper's O_s.
-        fill: what covers a window: anything that broadcasts to `images`, such as one value,
-            `[C]` values, or other images.
-        grid: where windows stand, see `grid_shape`.
-        chunk_size: masked images a call of `logits_fn` sees; None chooses for the device.
+        fill: what covers a window: one value, `[C]` values, an image or `[B, H, W, C]` of them.
+        grid: where windows are, see `grid_shape`.
+        chunk_size: masked images that a call of `logits_fn` sees, at most all; None chooses for the
+            device. The last call is filled up with images from the start.
 
     Returns:
         `[B, h, w, K]`, cell `[row, column]` for the window at that place in the image.
 
     Raises:
-        ValueError: if the windows do not fit the images, see `window_origins`.
+        ValueError: if the windows do not fit the images, see `window_origins`, or images, fill or
+            logits are not what they should be, see `checks`.
 
     References:
         Zeiler & Fergus, https://arxiv.org/abs/1311.2901
     """
-    images = check_images(images)
+    geometry = dict(size=size, stride=stride, grid=grid)
+    settings = dict(fill=fill, chunk_size=chunk_size, is_exact=chunk_size is not None)
+    return occluded_outputs(checks.logits_fn(logits_fn), images, **geometry, **settings)
+
+
+def occluded_outputs(
+    fn: Callable[[Array], Array],
+    images: Array,
+    *,
+    size: int,
+    stride: int,
+    fill: float | Array = 0.5,
+    grid: str = 'paper',
+    chunk_size: int | None = None,
+    is_exact: bool = False,
+) -> Array:
+    """Returns `[B, h, w, F]` of any function of images, its outputs laid flat.
+
+    Args:
+        fn: maps `[B, H, W, C]` images to `[B, ...]`, F values each.
+        images, size, stride, fill, grid, chunk_size: see `occluded_logits`.
+        is_exact: whether a call sees just `chunk_size` images, and not fewer in equal chunks.
+    """
+    images = checks.images(images)
     geometry = dict(size=size, stride=stride, grid=grid)
     origins = jnp.asarray(window_origins(images.shape[1:3], **geometry))
-    fill = jnp.broadcast_to(jnp.asarray(fill, images.dtype), images.shape)
+    fill = checks.fill(fill, images)
+    mask = jax.vmap(functools.partial(occlude, size=size))
 
-    def logits_of(pair):
-        image, origin = pair // len(origins), origins[pair % len(origins)]
-        occluded = occlude(images[image], origin, size=size, fill=fill[image])
-        return logits_fn(occluded[None])[0]
+    def outputs_of(pairs):
+        image = pairs // len(origins)
+        return fn(mask(images[image], origins[pairs % len(origins)], fill=fill[image]))
 
-    logits = map_chunks(
-        jax.vmap(logits_of),
+    outputs = map_chunks(
+        outputs_of,
         len(images) * len(origins),
-        chunk_size=chunk_size or default_chunk(images.shape[1:]),
+        chunk_size=default_chunk(images.shape[1:]) if chunk_size is None else chunk_size,
+        is_exact=is_exact,
+        is_traced=not isinstance(fn, jax.stages.Compiled),
     )
-    return logits.reshape(len(images), *grid_shape(images.shape[1:3], **geometry), -1)
+    return outputs.reshape(len(images), *grid_shape(images.shape[1:3], **geometry), -1)
 
 
-def check_images(images: Array) -> Array:
-    """Returns the images as an array, or raises if they are not `[B, H, W, C]`."""
-    images = jnp.asarray(images)
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f'Expected images [B, H, W, C], at least one, got shape {images.shape}.')
-    return images
+def map_chunks(
+    fn: Callable[[Array], Any],
+    count: int,
+    *,
+    chunk_size: int,
+    is_exact: bool = False,
+    is_traced: bool = True,
+) -> Any:
+    """Returns `fn(arange(count))`, computed for at most `chunk_size` numbers at once.
 
-
-def check_classes(images: Array, classes: Array) -> Array:
-    """Returns the classes as an array, or raises if they are not one integer for each image."""
-    classes = jnp.asarray(classes)
-    if classes.shape != (len(images),) or not jnp.issubdtype(classes.dtype, jnp.integer):
-        raise ValueError(
-            f'Expected {len(images)} integer classes, got {classes.dtype}{list(classes.shape)}.'
-        )
-    return classes
-
-
-def map_chunks(fn: Callable[[Array], Any], count: int, *, chunk_size: int) -> Any:
-    """Returns `fn(arange(count))`, computed for at most `chunk_size` numbers at once."""
+    Args:
+        fn: maps `[n]` numbers to a pytree of leading axis n.
+        count: how many there are.
+        chunk_size: n, or where `is_exact` is not set fewer, so that all chunks are alike.
+        is_exact: see there.
+        is_traced: whether `fn` may be traced.
+    """
     if chunk_size < 1:
         raise ValueError(f'Expected chunk_size >= 1, got {chunk_size}.')
     chunks = math.ceil(count / chunk_size)
-    size = math.ceil(count / chunks)
+    size = min(chunk_size, count) if is_exact else math.ceil(count / chunks)
     # The last chunk is filled up with numbers from the start, which are cut off again.
     numbers = (jnp.arange(chunks * size) % count).reshape(chunks, size)
+    if not is_traced:
+        parts = [fn(some) for some in numbers]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *parts)
     # Gradients compute a chunk's layers again: to keep those of all windows takes gigabytes.
     mapped = jax.lax.map(jax.checkpoint(fn), numbers)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], mapped)
@@ -189,6 +223,7 @@ def map_chunks(fn: Callable[[Array], Any], count: int, *, chunk_size: int) -> An
 
 def probabilities(logits: Array, classes: Array) -> Array:
     """Returns the `[B, ...]` softmax of `[B, ..., K]` logits at each image's class of `[B]`."""
+    classes = checks.classes(classes, logits, logits.shape[-1], name='classes')
     at_class = jnp.expand_dims(classes, tuple(range(1, logits.ndim)))
     return jnp.take_along_axis(jax.nn.softmax(logits), at_class, axis=-1)[..., 0]
 
@@ -216,8 +251,9 @@ def heatmaps(
         `[B, h, w]` heatmaps in [0, 1].
 
     Raises:
-        ValueError: as `occluded_logits`, and if `classes` is not one integer for each image.
+        ValueError: as `occluded_logits`, and if `classes` is not one class for each image.
     """
-    classes = check_classes(images, classes)
+    classes = checks.classes(classes, images, name='classes')
     geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
+    logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
     return probabilities(occluded_logits(logits_fn, images, **geometry), classes)

@@ -190,9 +190,9 @@ def collect(
     attacked, example = adversarial[correct], np.flatnonzero(successful)[:1]
     return arrays | {
         'attempted': correct.sum(),
-        'nan_count': np.isnan(attacked).sum(),
-        'max_perturbation': np.nanmax(np.abs(attacked - images[correct]), initial=0),
-        'pixel_range': [np.nanmin(attacked, initial=1), np.nanmax(attacked, initial=0)],
+        'unmoved': (attacked == images[correct]).all(axis=(1, 2, 3)).sum(),
+        'max_perturbation': np.max(np.abs(attacked - images[correct]), initial=0),
+        'pixel_range': [np.min(attacked, initial=1), np.max(attacked, initial=0)],
         'how': json.dumps(run.provenance(engine, **run.knobs)),
         'example_id': ids[example],  # One a shard, for the figures.
         'example_clean': images[example],

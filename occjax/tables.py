@@ -87,7 +87,7 @@ def _outcome_table(results, theirs):
         ('Attack success rate', attack['success_rate'], theirs and theirs.attack_success),
         ('Largest change of a pixel', attack['max_perturbation'], None),
         ('Range of attacked pixels', ' to '.join(cell(attack.get(k)) for k in low_high), None),
-        ('Attacked pixels that are not numbers', attack.get('nan_count'), None),
+        ('Attacked images that did not move', attack.get('unmoved'), None),
         ('Mean of correct maps', map_mean.get('correct'), None),
         ('Mean of adversarial maps', map_mean.get('adversarial'), None),
     ]

@@ -79,7 +79,7 @@ def make_results(class_names=NAMES, nothing=False):
             'successful': 567,
             'success_rate': None if nothing else 567 / 1234,
             'max_perturbation': 0.0299,
-            'nan_count': 17,
+            'unmoved': 17,
             'min_pixel': 0.004,
             'max_pixel': 0.996,
         },
