@@ -24,7 +24,7 @@ def benchmark(run: Run) -> str:
         UsageError: if a peer is asked for that is not installed.
     """
     if run.benchmark_peer:
-        peer.check(run.benchmark_peer)
+        peer.check(run.benchmark_peer, levels=run.config.classifier.thermometer)
     settings, rng = run.config.classifier, np.random.default_rng(run.config.seed)
     shape = (settings.batch_size, *run.image_shape, 3)
     images = rng.uniform(size=shape).astype(np.float32)
