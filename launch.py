@@ -58,14 +58,14 @@ class ConfigFile(flags.ArgumentParser):
         return 'config file'
 
 
-class Number(flags.ArgumentParser):
-    """Leaves to `Config.validate` what is no number; `None` is one of these."""
+class Lenient(flags.ArgumentParser):
+    """Leaves to `Config.validate` what another parser refuses; `None` is None."""
 
     def __init__(self, parser):
         self.parser = parser
 
     def parse(self, argument):
-        """Returns a number, None, or the argument as it is."""
+        """Returns what the other parser does, None, or the argument as it is."""
         try:
             return self.parser.parse(argument)
         except (TypeError, ValueError):
@@ -76,11 +76,12 @@ class Number(flags.ArgumentParser):
         return self.parser.flag_type()
 
 
-# A default of its own would be read, and fail, before any error could be caught: see `parse`.
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; default digits.')
-flags.FLAGS['config'].parser = ConfigFile()
-config_flags.register_flag_parser_for_type(int, Number(flags.IntegerParser()))
-config_flags.register_flag_parser_for_type(float, Number(flags.FloatParser()))
+for kind, parser in (
+    (bool, flags.BooleanParser()),
+    (int, flags.IntegerParser()),
+    (float, flags.FloatParser()),
+):
+    config_flags.register_flag_parser_for_type(kind, Lenient(parser))
 _MODE = flags.DEFINE_enum('mode', 'all', MODES, 'Which stage to run.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go; default runs/<config name>.')
 _DATA_DIR = flags.DEFINE_string(
@@ -159,7 +160,7 @@ def main(_):
     from occjax import memory, storage
     from occjax.run import PLANS, Run
 
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     config.validate()
     check_size(config, PLANS[config.classifier.plan])
     limit = memory.parse(_MEMORY_LIMIT.value) if _MEMORY_LIMIT.value is not None else None
@@ -260,6 +261,13 @@ def check_devices():
 def parse(argv):
     """Parses flags; a mistake in them, or in the config that they name, is the user's."""
     try:
+        argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+        if not any(argument.split('=')[0] in ('-config', '--config') for argument in argv[1:]):
+            argv.insert(1, f'--config={DEFAULT_CONFIG}')
+        # Not before: it reads the arguments, and may fail.
+        text = 'The experiment; default digits.'
+        config_flags.DEFINE_config_file('config', None, text, sys_argv=argv)
+        flags.FLAGS['config'].parser = ConfigFile()
         rest = flags.FLAGS(argv)
     except KeyError as error:
         raise UsageError(f'{error.args[0]}; its fields stand in occjax/config.py.') from None
@@ -275,10 +283,18 @@ if __name__ == '__main__':
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell much; --verbosity=0 lets them.
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors='replace')  # A console may lack our signs.
-    if not any(argument.split('=')[0] in ('-config', '--config') for argument in sys.argv[1:]):
-        sys.argv.insert(1, f'--config={DEFAULT_CONFIG}')
     try:
         app.run(main, flags_parser=parse)
     except UsageError as error:
         print(f'launch.py: {error}', file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        print(
+            f'launch.py: Out of memory ({" ".join(str(error).split())}): smaller images, fewer '
+            'at once (config.classifier.batch_size, --eval_batch_size) or a smaller '
+            'config.classifier.hidden take less.',
+            file=sys.stderr,
+        )
         sys.exit(2)

@@ -35,11 +35,8 @@ def command(tmp_path, monkeypatch):
     precision = jax.config.jax_default_matmul_precision
 
     def run(*arguments):
-        if not any(argument.startswith('--config=') for argument in arguments):
-            arguments = (f'--config={launch_lib.DEFAULT_CONFIG}', *arguments)
-        monkeypatch.setattr(sys, 'argv', ['launch.py', *arguments])
         with flagsaver.flagsaver():
-            launch_lib.main(launch_lib.parse(sys.argv))
+            launch_lib.main(launch_lib.parse(['launch.py', *arguments]))
 
     yield run
     jax.config.update('jax_default_matmul_precision', precision)
@@ -63,7 +60,7 @@ def refused(command, *arguments):
         (['--config.attack.epsilon=nan'], 'config.attack.epsilon is nan'),
         (['--config.attack.epsilon=None'], 'config.attack.epsilon is None'),
         (['--config.attack=none'], 'attack'),
-        (['--config.attack.clip=perhaps'], 'config.attack.clip'),
+        (['--config.attack.clip=perhaps'], "config.attack.clip is 'perhaps': expected True"),
         (['--config.seed=1.5'], "config.seed is '1.5'"),
         (['--config.seed=' + '9' * 5000], 'config.seed'),
         (['--config.data.name='], "config.data.name is ''"),
@@ -77,6 +74,8 @@ def refused(command, *arguments):
         (['--config=nowhere.py'], '--config=nowhere.py: FileNotFoundError'),
         (['--config=nowhere.py', '--config.seed=1'], '--config=nowhere.py: FileNotFoundError'),
         (['--config='], '--config='),
+        (['--config'], 'Missing value for flag --config'),
+        (['--flagfile=nowhere'], 'Unable to open flagfile'),
         (['--mode=everything'], 'train|heatmaps|detectors|report|all'),
         (['--chunk_size=0'], 'chunk_size'),
         (['--chunk_size=1000000000000'], 'chunk_size'),
@@ -181,6 +180,13 @@ def test_a_config_file_may_take_an_argument_and_import_its_neighbours(command, m
         file.write(text)
     assert ran(command, monkeypatch, '--config=own.py:17').seed == 17
     assert os.listdir('runs') == ['own']
+
+
+def test_flags_may_stand_in_a_file(command, monkeypatch):
+    with open('flags', 'w') as file:
+        file.write(f'--config={ROOT / "configs" / "cifar10.py"}\n--config.seed=3\n')
+    config = ran(command, monkeypatch, '--flagfile=flags', '--noconfig.attack.clip')
+    assert (config.data.name, config.seed, config.attack.clip) == ('cifar10', 3, False)
 
 
 @pytest.mark.parametrize(
@@ -311,14 +317,22 @@ def test_double_precision_from_the_environment_is_refused(tmp_path):
     assert 'JAX_ENABLE_X64 in the environment) is True' in line
 
 
-def test_a_console_without_our_signs_shows_others(tmp_path):
+@pytest.mark.parametrize(
+    'error', ['MemoryError("9 TiB")', 'jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 TiB\\n")']
+)
+def test_a_console_without_our_signs_shows_others_and_memory_ends_in_a_line(tmp_path, error):
     code = (
-        'from occjax import stages\n'
-        'stages.STAGES["report"] = lambda run: "\\u03b5 \\u2264 \\u00b1"\n' + PROGRAM
+        'import jax\nfrom occjax import stages\n'
+        'def stage(run):\n    print("\\u03b5 \\u2264 \\u00b1")\n'
+        f'    raise {error}\n'
+        'stages.STAGES["report"] = stage\n' + PROGRAM
     )
     done = launch('--mode=report', cwd=tmp_path, code=code, PYTHONIOENCODING='ascii')
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith('? ? ?\n')
+    assert done.stdout == '? ? ?\n', done.stderr
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert 'Out of memory (' in line
+    assert '9 TiB' in line
 
 
 def test_a_compilation_cache_is_filled_by_its_flag(tmp_path):
