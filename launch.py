@@ -28,8 +28,62 @@ MODES = (*STAGES, 'all', 'detect', 'benchmark', 'fidelity', 'sweep', 'adaptive')
 ENGINES = ('auto', 'full', 'incremental', 'approximate')
 PEERS = ['captum']
 
-# A default of its own would be read, and fail, before any error could be caught: see `parse`.
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; default digits.')
+# What of JAX's own changes results, with the value that every experiment is run at.
+JAX_SETTINGS = {
+    'jax_enable_x64': False,
+    'jax_default_prng_impl': 'threefry2x32',
+    'jax_threefry_partitionable': True,
+    'jax_random_seed_offset': 0,
+}
+
+
+class ConfigFile(flags.ArgumentParser):
+    """Reads `<file>` or `<file>:<argument of get_config>`, and tells what is wrong with it."""
+
+    def parse(self, argument):
+        """Returns the `Config`; raises `ValueError` if there is none, whatever the file does."""
+        path, *rest = argument.split(':', 1)
+        try:
+            namespace = {'__name__': 'config', '__file__': path}
+            exec(compile(pathlib.Path(path).read_bytes(), path, 'exec'), namespace)
+            if 'get_config' not in namespace:
+                raise ValueError('there is no get_config() in it')
+            config = namespace['get_config'](*rest)
+        except (Exception, SystemExit) as error:  # A config is a program: it can end in any way.
+            raise ValueError(f'{type(error).__name__}: {error}') from None
+        if not isinstance(config, Config):
+            raise ValueError(f'get_config() returns {config!r:.99}, no Config of occjax.config.')
+        return config
+
+    def flag_type(self):
+        """Returns what help texts call it."""
+        return 'config file'
+
+
+class Lenient(flags.ArgumentParser):
+    """Leaves to `Config.validate` what another parser refuses; `None` is None."""
+
+    def __init__(self, parser):
+        self.parser = parser
+
+    def parse(self, argument):
+        """Returns what the other parser does, None, or the argument as it is."""
+        try:
+            return self.parser.parse(argument)
+        except (TypeError, ValueError):
+            return None if str(argument).lower() == 'none' else argument
+
+    def flag_type(self):
+        """Returns what help texts call it."""
+        return self.parser.flag_type()
+
+
+for kind, parser in (
+    (bool, flags.BooleanParser()),
+    (int, flags.IntegerParser()),
+    (float, flags.FloatParser()),
+):
+    config_flags.register_flag_parser_for_type(kind, Lenient(parser))
 _MODE = flags.DEFINE_enum('mode', 'all', MODES, 'Which stage to run.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go; default runs/<config name>.')
 _DATA_DIR = flags.DEFINE_string(
@@ -39,10 +93,18 @@ _CACHE_DIR = flags.DEFINE_string(
     'cache_dir', None, 'Where decoded images are kept; default ~/.cache/occjax.'
 )
 _CHUNK_SIZE = flags.DEFINE_integer(
-    'chunk_size', None, 'Most windows computed at once; default: by device, size and memory.', 1
+    'chunk_size',
+    None,
+    'Most windows computed at once; default: by device, size and memory.',
+    1,
+    2**20,
 )
 _EVAL_BATCH_SIZE = flags.DEFINE_integer(
-    'eval_batch_size', None, 'Images evaluated or attacked at once; default: by image size.', 1
+    'eval_batch_size',
+    None,
+    'Images evaluated or attacked at once; default: by image size.',
+    1,
+    2**16,
 )
 _ENGINE = flags.DEFINE_enum(
     'engine',
@@ -60,8 +122,10 @@ _MEMORY_LIMIT = flags.DEFINE_string(
 _IMAGES = flags.DEFINE_string(
     'images', None, 'What --mode=detect judges: an image file, or a folder of them.'
 )
-_BENCHMARK_IMAGES = flags.DEFINE_integer('benchmark_images', 4, 'Images that are timed.', 1)
-_BENCHMARK_REPEATS = flags.DEFINE_integer('benchmark_repeats', 5, 'How often they are timed.', 1)
+_BENCHMARK_IMAGES = flags.DEFINE_integer('benchmark_images', 4, 'Images that are timed.', 1, 1000)
+_BENCHMARK_REPEATS = flags.DEFINE_integer(
+    'benchmark_repeats', 5, 'How often they are timed.', 1, 1000
+)
 _BENCHMARK_PEER = flags.DEFINE_enum(
     'benchmark_peer', None, PEERS, 'Another library to time: pip install torch captum.'
 )
@@ -78,8 +142,13 @@ _BENCHMARK_THRESHOLD = flags.DEFINE_float(
     0.01,
     1.0,
 )
+flags.register_validator('benchmark_threshold', lambda share: share <= 1, 'no number')  # NaN.
 _BENCHMARK_EVERY = flags.DEFINE_integer(
-    'benchmark_every', 2, "The approximate engine's: cells a side for one that is computed.", 1
+    'benchmark_every',
+    2,
+    "The approximate engine's: cells a side for one that is computed.",
+    1,
+    4096,
 )
 _FIDELITY_THRESHOLDS = flags.DEFINE_list(
     'fidelity_thresholds',
@@ -90,26 +159,19 @@ _FIDELITY_THRESHOLDS = flags.DEFINE_list(
 
 def main(_):
     """Opens the work directory and runs the stages that the mode names."""
-    from occjax import (
-        benchmark,
-        benchmark_training,
-        detection,
-        evasion,
-        fidelity,
-        memory,
-        stages,
-        storage,
-        sweep,
-    )
-    from occjax.run import Run
+    from occjax import memory, storage
+    from occjax.run import PLANS, Run
 
-    config, config_file = _CONFIG.value, config_flags.get_config_filename(flags.FLAGS['config'])
-    if not isinstance(config, Config):
-        raise UsageError(f'Cannot read --config={config_file}: no such file, or no Config in it.')
+    config = flags.FLAGS.config
     config.validate()
+    check_size(config, PLANS[config.classifier.plan])
     limit = memory.parse(_MEMORY_LIMIT.value) if _MEMORY_LIMIT.value is not None else None
-    workdir = _WORKDIR.value or os.path.join('runs', pathlib.Path(config_file).stem)
+    shares = thresholds()
+    check_settings()
     check_devices()
+    jax.config.update('jax_default_matmul_precision', config.precision)
+    config_file = config_flags.get_config_filename(flags.FLAGS['config'])
+    workdir = _WORKDIR.value or os.path.join('runs', pathlib.Path(config_file).stem)
     run = Run(
         config=config,
         workdir=storage.open_workdir(workdir, config),
@@ -125,9 +187,12 @@ def main(_):
         benchmark_dtype=_BENCHMARK_DTYPE.value,
         benchmark_threshold=_BENCHMARK_THRESHOLD.value,
         benchmark_every=_BENCHMARK_EVERY.value,
-        fidelity_thresholds=thresholds(),
+        fidelity_thresholds=shares,
         images=_IMAGES.value,
     )
+    # Seconds of import, which no mistake of the above has to wait for.
+    from occjax import benchmark, benchmark_training, detection, evasion, fidelity, stages, sweep
+
     timed = benchmark_training if _BENCHMARK_TRAINING.value else benchmark
     modes = stages.STAGES | {
         'detect': detection.detect,
@@ -159,8 +224,29 @@ def thresholds() -> tuple[float, ...]:
     return values
 
 
+def check_size(config, plan):
+    """Refuses images of which the plan's pools would leave nothing."""
+    least, size = 2 ** plan.count('M'), config.data.image_size
+    if size < least:
+        raise UsageError(
+            f'config.data.image_size is {size}: expected at least {least}, as '
+            f'{config.classifier.plan} halves images {plan.count("M")} times.'
+        )
+
+
+def check_settings():
+    """Refuses settings of JAX under which one config would name two experiments."""
+    for name, usual in JAX_SETTINGS.items():
+        value = getattr(jax.config, name)
+        if value != usual:
+            raise UsageError(
+                f'{name} (a flag, or {name.upper()} in the environment) is {value}: it changes '
+                f'results, which would bear the name of the same config. Leave it at {usual}.'
+            )
+
+
 def check_devices():
-    """Says in one line what JAX says in many when a device that was asked for isn't there."""
+    """Refuses several hosts, and says in one line what JAX says in many of a missing device."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError):
@@ -168,16 +254,28 @@ def check_devices():
             f'No device for --jax_platforms={jax.config.jax_platforms}: '
             'install its wheels, such as pip install "jax[cuda13]" or "jax[tpu]", or use cpu.'
         ) from None
+    if jax.process_count() > 1:
+        raise UsageError(
+            f'JAX sees {jax.process_count()} hosts, of which each would write the same files: '
+            'start it on one host alone.'
+        )
 
 
 def parse(argv):
     """Parses flags; a mistake in them, or in the config that they name, is the user's."""
     try:
+        argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+        if not any(argument.split('=')[0] in ('-config', '--config') for argument in argv[1:]):
+            argv.insert(1, f'--config={DEFAULT_CONFIG}')
+        # Not before: it reads the arguments, and may fail.
+        text = 'The experiment; default digits.'
+        config_flags.DEFINE_config_file('config', None, text, sys_argv=argv)
+        flags.FLAGS['config'].parser = ConfigFile()
         rest = flags.FLAGS(argv)
     except KeyError as error:
         raise UsageError(f'{error.args[0]}; its fields stand in occjax/config.py.') from None
-    except Exception as error:  # A config is a program: it can fail in any way.
-        raise UsageError(str(error).strip().splitlines()[-1].strip()) from None
+    except Exception as error:  # Of absl, ml_collections and Python's parser.
+        raise UsageError(' '.join(str(error).split())) from None
     if len(rest) > 1:
         raise UsageError(f'Unknown argument {rest[1]!r}: flags begin with --.')
     return rest
@@ -205,21 +303,32 @@ def end_on(*signals: signal.Signals):
     threading.Thread(target=watch, daemon=True).start()
 
 
+def fail(line: str):
+    """Prints the one line that a person needs, and ends with exit code 2."""
+    print(f'launch.py: {line}', file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == '__main__':
     end_on(signal.SIGINT, signal.SIGTERM)
     jax.config.config_with_absl()
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell much; --verbosity=0 lets them.
-    if not any(argument.split('=')[0].lstrip('-') == 'config' for argument in sys.argv[1:]):
-        sys.argv.insert(1, f'--config={DEFAULT_CONFIG}')
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors='replace')  # A console may lack our signs.
     try:
         app.run(main, flags_parser=parse)
     except UsageError as error:
-        print(f'launch.py: {error}', file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except OSError as error:  # A full disk, one that is read-only, a folder that is gone.
-        print(
-            f'launch.py: {error.strerror or error}: {error.filename or "a file"}. What is finished '
-            'is kept: mend that and run the same command again.',
-            file=sys.stderr,
+        fail(
+            f'{error.strerror or error}: {error.filename or "a file"}. What is finished is kept: '
+            'mend that and run the same command again.'
         )
-        sys.exit(2)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        fail(
+            f'Out of memory ({" ".join(str(error).split())}): smaller images, fewer at once '
+            '(config.classifier.batch_size, --eval_batch_size) or a smaller '
+            'config.classifier.hidden take less.'
+        )

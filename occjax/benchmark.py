@@ -49,7 +49,7 @@ def benchmark(run: Run) -> str:
     """
     names = (*engine_lib.ENGINES, 'approximate') if run.engine == 'auto' else (run.engine,)
     if run.benchmark_peer:
-        peer.check(run.benchmark_peer)
+        peer.check(run.benchmark_peer, levels=run.config.classifier.thermometer)
     for name in names:
         run.mapping(NUM_CLASSES, name)  # Before anything is computed: is there memory?
     variables, images, weights = _subject(run)

@@ -25,7 +25,7 @@ def benchmark(run: Run) -> str:
         UsageError: if a peer is asked for that is not installed.
     """
     if run.benchmark_peer:
-        peer.check(run.benchmark_peer)
+        peer.check(run.benchmark_peer, levels=run.config.classifier.thermometer)
     settings, rng = run.config.classifier, run.rng(Stream.BENCHMARK)
     shape = (settings.batch_size, *run.image_shape, 3)
     images = rng.uniform(size=shape).astype(np.float32)

@@ -1,5 +1,7 @@
 """Every number that changes a result, typed, in one tree that validates itself.
 
+A field's limits are declared beside its default; what one field asks of another is in
+`Config.rules`.
 Where and how fast a run goes (device, engine, chunk, memory, directories) are flags of `launch.py`
 and stand nowhere in here, so that `digest` names an experiment and not the machine it ran on.
 """
@@ -7,41 +9,99 @@ and stand nowhere in here, so that `digest` names an experiment and not the mach
 import dataclasses
 import hashlib
 import json
+import operator
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
 
 from occjax.types import UsageError
 
+_MANY = 10**9  # More images than there are.
+_NOUNS = {
+    bool: 'True or False',
+    int: 'a whole number',
+    int | None: 'None or a whole number',
+    float: 'a number',
+    tuple[int, ...]: 'a tuple of whole numbers',
+    tuple[float, ...]: 'a tuple of numbers',
+    tuple[tuple[int, int, float], ...]: 'a tuple of (size, stride, fill)',
+}
 
-def _require(holds: bool, field: str, value, expected: str):
+
+def _limited(default, fits, expected):
+    """Declares a field of which each value must fit."""
+    return dataclasses.field(default=default, metadata={'fits': fits, 'expected': expected})
+
+
+def number(low: float, high: float, default: Any = dataclasses.MISSING, *, ends='[]') -> Any:
+    """Declares a number, or a tuple of numbers, in an interval; an end of `(` or `)` is not in it.
+
+    Both ends are finite: what lies beyond makes no sense, runs for ever, or fills any memory.
+    """
+    above, from_ = (operator.gt, 'above') if ends[0] == '(' else (operator.ge, 'from')
+    below, to = (operator.lt, 'to below') if ends[1] == ')' else (operator.le, 'to')
+    expected = f'{from_} {low} {to} {high}'
+    return _limited(default, lambda value: above(value, low) and below(value, high), expected)
+
+
+def one_of(*names: str) -> Any:
+    """Declares one of several names; the first is the default."""
+    return _limited(names[0], names.__contains__, f'one of {", ".join(names)}')
+
+
+def some_of(names: tuple[str, ...], default: tuple[str, ...]) -> Any:
+    """Declares a tuple of some of several names."""
+    return _limited(default, names.__contains__, f'a tuple of some of {", ".join(names)}')
+
+
+def _is_a(value, kind):
+    """Whether a value is of an annotated type. A whole number is a number, a bool is none."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(value, each) for each in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple and type(value) is tuple:
+        kinds = typing.get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        return len(value) == len(kinds) and all(map(_is_a, value, kinds))
+    return type(value) is kind or kind is float and (type(value) is int or isinstance(value, float))
+
+
+def _require(holds, path, value, expected):
     """Raises the one line that names the field, what it is and what it may be."""
     if not holds:
-        raise UsageError(f'config.{field} is {value!r}: expected {expected}.')
+        raise UsageError(f'config.{path} is {value!r}: expected {expected}.')
 
 
-@dataclasses.dataclass(kw_only=True)
+def _check(section, prefix=''):
+    """Raises `UsageError` for the first field of another type, or beyond its limits."""
+    for field in dataclasses.fields(section):
+        path, value, kind = prefix + field.name, getattr(section, field.name), field.type
+        if dataclasses.is_dataclass(kind):
+            _require(isinstance(value, kind), path, value, f'a {kind.__name__}')
+            _check(value, f'{path}.')
+        else:
+            fits = field.metadata.get('fits', lambda _: True)
+            values = value if isinstance(value, tuple) else (value,)
+            holds = _is_a(value, kind) and all(each is None or fits(each) for each in values)
+            expected = f'{_NOUNS.get(kind, "")} {field.metadata.get("expected", "")}'.strip()
+            _require(holds, path, value, expected)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Data:
-    """Which images. `image_size` is their side in pixels after resizing and centre-cropping."""
+    """Which images. `image_size` is their side in pixels after resizing and centre-cropping.
+
+    A number of images of 0 means all of them.
+    """
 
     name: str
-    image_size: int
-    resplit_per_class: int | None = None
-    train_images: int = 0
-    test_images: int = 0
-
-    def validate(self):
-        """Raises `UsageError` for the first field that makes no sense."""
-        _require(
-            bool(self.name), 'data.name', self.name, 'digits, folder or the name of a TFDS set'
-        )
-        _require(self.image_size >= 1, 'data.image_size', self.image_size, 'at least 1 pixel')
-        if self.resplit_per_class is not None:
-            resplit = self.resplit_per_class
-            _require(resplit >= 1, 'data.resplit_per_class', resplit, 'at least 1 image')
-        for field in ('train_images', 'test_images'):
-            value = getattr(self, field)
-            _require(value >= 0, f'data.{field}', value, 'a count, or 0 for all')
+    image_size: int = number(1, 4096)
+    resplit_per_class: int | None = number(1, _MANY, None)
+    train_images: int = number(0, _MANY, 0)
+    test_images: int = number(0, _MANY, 0)
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Classifier:
     """The VGG and its training (§III-B).
 
@@ -56,100 +116,48 @@ class Classifier:
     (https://openreview.net/forum?id=S18Su--CW).
     """
 
-    plan: str = 'vgg11'
-    hidden: int = 4096
-    epochs: int
-    batch_size: int = 128
-    learning_rate: float
-    dropout_rate: float = 0.5
+    plan: str = one_of('vgg11', 'vgg13', 'vgg16', 'vgg19')
+    hidden: int = number(1, 2**14, 4096)
+    epochs: int = number(1, 10**4)
+    batch_size: int = number(1, 2**16, 128)
+    learning_rate: float = number(0, 1, ends='(]')
+    dropout_rate: float = number(0, 1, 0.5, ends='[)')
     normalize: bool = True
-    resize: tuple[int, ...] = ()
-    label_smoothing: float = 0.0
-    adversarial_epsilon: float = 0.0
-    ensemble: int = 0
-    thermometer: int = 1
-
-    def validate(self, image_size: int):
-        """Raises `UsageError` for the first field that makes no sense."""
-        plans = ('vgg11', 'vgg13', 'vgg16', 'vgg19')
-        _require(self.plan in plans, 'classifier.plan', self.plan, f'one of {", ".join(plans)}')
-        for field in ('hidden', 'epochs', 'batch_size'):
-            value = getattr(self, field)
-            _require(value >= 1, f'classifier.{field}', value, 'at least 1')
-        rate = self.learning_rate
-        _require(rate > 0, 'classifier.learning_rate', rate, 'a positive number')
-        rate = self.dropout_rate
-        _require(0 <= rate < 1, 'classifier.dropout_rate', rate, 'a probability below 1')
-        # Below 32 pixels nothing is left after five pools.
-        fits = all(32 <= side <= image_size for side in self.resize)
-        expected = f"sides from 32 to the images' {image_size}, one for each epoch at most"
-        fits = fits and len(self.resize) <= self.epochs
-        _require(fits, 'classifier.resize', self.resize, expected)
-        share = self.label_smoothing
-        _require(0 <= share < 1, 'classifier.label_smoothing', share, 'a share below 1')
-        epsilon = self.adversarial_epsilon
-        expected = 'a number from 0 to 1'
-        _require(0 <= epsilon <= 1, 'classifier.adversarial_epsilon', epsilon, expected)
-        count, expected = self.ensemble, 'a count, above 0 only with adversarial_epsilon'
-        fits = count == 0 or count > 0 and epsilon > 0
-        _require(fits, 'classifier.ensemble', count, expected)
-        levels, expected = self.thermometer, 'a number of levels, 1 for none'
-        _require(levels >= 1, 'classifier.thermometer', levels, expected)
+    resize: tuple[int, ...] = number(32, 4096, ())  # Less vanishes in five pools.
+    label_smoothing: float = number(0, 1, 0.0, ends='[)')
+    adversarial_epsilon: float = number(0, 1, 0.0)
+    ensemble: int = number(0, 100, 0)
+    thermometer: int = number(1, 256, 1)
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Attack:
     """FGSM (§I, equation 1). `epsilon` is in [0, 1] pixels."""
 
-    epsilon: float
+    epsilon: float = number(0, 1)
     clip: bool = True
 
-    def validate(self):
-        """Raises `UsageError` for the first field that makes no sense."""
-        _require(0 <= self.epsilon <= 1, 'attack.epsilon', self.epsilon, 'a number from 0 to 1')
 
-
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Occlusion:
     """The grey square (§III-C), and how many images of each split are mapped.
 
     `threshold` and `every` make approximate maps, see `approximate`; at 1 they are exact.
     """
 
-    size: int
-    stride: int
-    fill: tuple[float, ...] = (0.5,)
-    grid: str = 'paper'
-    train_images: int = 0
-    test_images: int = 0
-    threshold: float = 1.0
-    every: int = 1
+    size: int = number(1, 4096)
+    stride: int = number(1, 4096)
+    fill: tuple[float, ...] = number(0, 1, (0.5,))
+    grid: str = one_of('paper', 'floor', 'cover')
+    train_images: int = number(0, _MANY, 0)
+    test_images: int = number(0, _MANY, 0)
+    threshold: float = number(0, 1, 1.0, ends='(]')
+    every: int = number(1, 4096, 1)
 
     @property
     def is_approximate(self) -> bool:
         """Whether maps are less than exact."""
         return self.threshold < 1 or self.every > 1
-
-    def validate(self, image_size: int):
-        """Raises `UsageError` for the first field that makes no sense."""
-        size = self.size
-        expected = f'a side from 1 to the {image_size} pixels of an image'
-        _require(1 <= size <= image_size, 'occlusion.size', size, expected)
-        _require(self.stride >= 1, 'occlusion.stride', self.stride, 'at least 1 pixel')
-        grids = ('paper', 'floor', 'cover')
-        _require(self.grid in grids, 'occlusion.grid', self.grid, f'one of {", ".join(grids)}')
-        expected = f'less than the {image_size} pixels of an image under grid=paper'
-        _require(self.grid != 'paper' or size < image_size, 'occlusion.size', size, expected)
-        expected = 'one value, three (one a channel), or () for the training mean'
-        _require(len(self.fill) in (0, 1, 3), 'occlusion.fill', self.fill, expected)
-        in_range = all(0 <= value <= 1 for value in self.fill)
-        _require(in_range, 'occlusion.fill', self.fill, 'pixels from 0 to 1')
-        for field in ('train_images', 'test_images'):
-            value = getattr(self, field)
-            _require(value >= 0, f'occlusion.{field}', value, 'a count, or 0 for all')
-        share = self.threshold
-        _require(0 < share <= 1, 'occlusion.threshold', share, 'a share above 0, 1 for exact maps')
-        _require(self.every >= 1, 'occlusion.every', self.every, 'at least 1, for all windows')
 
 
 # Of `methods.METHODS`, spelled out: what stands there imports JAX and more.
@@ -167,7 +175,7 @@ METHODS = (
 )
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Detector:
     """The MLPs (§III-D), how they are fitted, and how maps are divided into fitting and scoring.
 
@@ -175,39 +183,21 @@ class Detector:
     nothing else; with 0, those do that the detectors were fitted on, which know them by heart.
     """
 
-    steps: int = 1000
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    balance: str = 'undersample'
-    paper_fit_fraction: float = 0.8
-    held_out_fit_fraction: float = 0.5
-    held_out_threshold_fraction: float = 0.0
-    seeds: int = 5
-    methods: tuple[str, ...] = METHODS
-
-    def validate(self):
-        """Raises `UsageError` for the first field that makes no sense."""
-        for field in ('steps', 'batch_size', 'seeds'):
-            value = getattr(self, field)
-            _require(value >= 1, f'detector.{field}', value, 'at least 1')
-        rate = self.learning_rate
-        _require(rate > 0, 'detector.learning_rate', rate, 'a positive number')
-        balances = ('undersample', 'weights', 'none')
-        expected = f'one of {", ".join(balances)}'
-        _require(self.balance in balances, 'detector.balance', self.balance, expected)
-        known = set(self.methods) <= set(METHODS) and 'detector' in self.methods
-        expected = f"'detector' and others of {', '.join(METHODS[1:])}"
-        _require(known, 'detector.methods', self.methods, expected)
-        for field in ('paper_fit_fraction', 'held_out_fit_fraction'):
-            value = getattr(self, field)
-            _require(0 < value < 1, f'detector.{field}', value, 'a share between 0 and 1')
-        value, fitted = self.held_out_threshold_fraction, self.held_out_fit_fraction
-        expected = f'a share from 0 that leaves some beside held_out_fit_fraction={fitted:g}'
-        fits = 0 <= value < 1 - fitted
-        _require(fits, 'detector.held_out_threshold_fraction', value, expected)
+    steps: int = number(1, 10**6, 1000)
+    batch_size: int = number(1, 2**16, 128)
+    learning_rate: float = number(0, 1, 1e-3, ends='(]')
+    balance: str = one_of('undersample', 'weights', 'none')
+    paper_fit_fraction: float = number(0, 1, 0.8, ends='()')
+    held_out_fit_fraction: float = number(0, 1, 0.5, ends='()')
+    held_out_threshold_fraction: float = number(0, 1, 0.0, ends='[)')
+    seeds: int = number(1, 1000, 5)
+    methods: tuple[str, ...] = some_of(METHODS, METHODS)
 
 
-@dataclasses.dataclass(kw_only=True)
+_ATTACKS = ('targeted_fgsm', 'bim', 'pgd', 'mi_fgsm', 'square')
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Sweep:
     """What `--mode=sweep` attacks some test images with, and what windows it maps them with.
 
@@ -216,65 +206,36 @@ class Sweep:
     `attack.epsilon`.
     """
 
-    epsilons: tuple[float, ...] = tuple(n / 255 for n in (1, 2, 4, 8, 16)) + (0.05, 0.1, 0.2)
-    attacks: tuple[str, ...] = ('targeted_fgsm', 'bim', 'pgd', 'mi_fgsm', 'square')
+    epsilons: tuple[float, ...] = number(
+        0, 1, (*(n / 255 for n in (1, 2, 4, 8, 16)), 0.05, 0.1, 0.2), ends='(]'
+    )
+    attacks: tuple[str, ...] = some_of(_ATTACKS, _ATTACKS)
     occluders: tuple[tuple[int, int, float], ...] = ()
-    methods: tuple[str, ...] = ('detector', 'all_logits')
-    steps: int = 10
-    images: int = 1000
-
-    def validate(self, image_size: int):
-        """Raises `UsageError` for the first field that makes no sense."""
-        in_range = self.epsilons and all(0 < epsilon <= 1 for epsilon in self.epsilons)
-        _require(bool(in_range), 'sweep.epsilons', self.epsilons, 'numbers above 0, up to 1')
-        known = ('targeted_fgsm', 'bim', 'pgd', 'mi_fgsm', 'square')
-        expected = f'some of {", ".join(known)}'
-        _require(set(self.attacks) <= set(known), 'sweep.attacks', self.attacks, expected)
-        for occluder in self.occluders:
-            expected = f'(size below {image_size}, stride, fill from 0 to 1)'
-            _require(len(occluder) == 3, 'sweep.occluders', occluder, expected)
-            size, stride, fill = occluder
-            fits = 1 <= size < image_size and stride >= 1 and 0 <= fill <= 1
-            _require(fits, 'sweep.occluders', occluder, expected)
-        known = set(self.methods) <= set(METHODS)
-        _require(known, 'sweep.methods', self.methods, f'some of {", ".join(METHODS)}')
-        for field in ('steps', 'images'):
-            value = getattr(self, field)
-            _require(value >= 1, f'sweep.{field}', value, 'at least 1')
+    methods: tuple[str, ...] = some_of(METHODS, ('detector', 'all_logits'))
+    steps: int = number(1, 10**4, 10)
+    images: int = number(1, _MANY, 1000)
 
 
-@dataclasses.dataclass(kw_only=True)
+_JOINT = ('joint', 'selective', 'orthogonal')
+_DIFFERENTIABLE = tuple(name for name in METHODS if name != 'shuffled_cells')
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Adaptive:
     """What `--mode=adaptive` attacks classifier and detectors with, see `adaptive`.
 
     `weight` is the joint attack's; each of the `images` takes up to `steps`.
     """
 
-    epsilons: tuple[float, ...] = tuple(n / 255 for n in (1, 2, 4, 8)) + (0.1,)
-    attacks: tuple[str, ...] = ('joint', 'selective', 'orthogonal')
-    methods: tuple[str, ...] = ('detector', 'all_logits')
-    steps: int = 40
-    images: int = 100
-    weight: float = 1.0
-
-    def validate(self):
-        """Raises `UsageError` for the first field that makes no sense."""
-        in_range = self.epsilons and all(0 < epsilon <= 1 for epsilon in self.epsilons)
-        _require(bool(in_range), 'adaptive.epsilons', self.epsilons, 'numbers above 0, up to 1')
-        _require(bool(self.methods), 'adaptive.methods', self.methods, 'at least one')
-        known = ('joint', 'selective', 'orthogonal')
-        expected = f'some of {", ".join(known)}'
-        _require(set(self.attacks) <= set(known), 'adaptive.attacks', self.attacks, expected)
-        known = [name for name in METHODS if name != 'shuffled_cells']  # It has no gradient.
-        expected = f'some of {", ".join(known)}'
-        _require(set(self.methods) <= set(known), 'adaptive.methods', self.methods, expected)
-        for field in ('steps', 'images'):
-            value = getattr(self, field)
-            _require(value >= 1, f'adaptive.{field}', value, 'at least 1')
-        _require(self.weight >= 0, 'adaptive.weight', self.weight, 'a number from 0')
+    epsilons: tuple[float, ...] = number(0, 1, (*(n / 255 for n in (1, 2, 4, 8)), 0.1), ends='(]')
+    attacks: tuple[str, ...] = some_of(_JOINT, _JOINT)
+    methods: tuple[str, ...] = some_of(_DIFFERENTIABLE, ('detector', 'all_logits'))
+    steps: int = number(1, 10**4, 40)
+    images: int = number(1, _MANY, 100)
+    weight: float = number(0, 10**6, 1.0)
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Comparators:
     """Detectors without heat maps (§II), see `comparators`.
 
@@ -282,31 +243,26 @@ class Comparators:
     patches of as many `images`, `temperature` divides the logits that it compares.
     """
 
-    bits: int = 5
-    median: int = 2
-    steps: int = 1000
-    images: int = 2000
-    temperature: float = 10.0
-
-    def validate(self):
-        """Raises `UsageError` for the first field that makes no sense."""
-        _require(1 <= self.bits <= 8, 'comparators.bits', self.bits, 'a number from 1 to 8')
-        for field in ('median', 'steps', 'images'):
-            value = getattr(self, field)
-            _require(value >= 1, f'comparators.{field}', value, 'at least 1')
-        value = self.temperature
-        _require(value > 0, 'comparators.temperature', value, 'a positive number')
+    bits: int = number(1, 8, 5)
+    median: int = number(1, 15, 2)
+    steps: int = number(1, 10**6, 1000)
+    images: int = number(1, _MANY, 2000)
+    temperature: float = number(0, 10**6, 10.0, ends='(]')
 
 
 # Sections that only their own modes read: another value of theirs is no other experiment.
 _PROBES = ('sweep', 'adaptive')
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Config:
-    """One experiment, from images to tables."""
+    """One experiment, from images to tables.
 
-    seed: int = 0
+    `precision` is that of products of float32 matrices, see `jax.default_matmul_precision`.
+    """
+
+    seed: int = number(0, 2**31 - 1, 0)
+    precision: str = one_of('float32', 'tensorfloat32', 'bfloat16')  # ours: not stated
     data: Data
     classifier: Classifier
     attack: Attack
@@ -318,15 +274,33 @@ class Config:
 
     def validate(self):
         """Raises `UsageError` for the first field that makes no sense."""
-        _require(0 <= self.seed < 2**31, 'seed', self.seed, 'a number from 0 to 2147483647')
-        self.data.validate()
-        self.classifier.validate(self.data.image_size)
-        self.attack.validate()
-        self.occlusion.validate(self.data.image_size)
-        self.detector.validate()
-        self.sweep.validate(self.data.image_size)
-        self.adaptive.validate()
-        self.comparators.validate()
+        _check(self)
+        for path, holds, expected in self.rules():
+            _require(holds, path, operator.attrgetter(path)(self), expected)
+
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Yields the field, whether it fits the others, and what is expected of it."""
+        side, net, windows = self.data.image_size, self.classifier, self.occlusion
+        yield 'data.name', self.data.name != '', 'digits, folder or the name of a TFDS set'
+        fits = len(net.resize) <= net.epochs and max(net.resize, default=0) <= side
+        yield 'classifier.resize', fits, f'sides up to {side}, at most one for each epoch'
+        fits = not net.ensemble or net.adversarial_epsilon > 0
+        yield 'classifier.ensemble', fits, '0, unless adversarial_epsilon is above 0'
+        most = side - (windows.grid == 'paper')
+        yield 'occlusion.size', windows.size <= most, f'at most {most} under grid={windows.grid}'
+        fits = len(windows.fill) in (0, 1, 3)
+        yield 'occlusion.fill', fits, 'one value, three, or () for the mean of training'
+        yield 'detector.methods', 'detector' in self.detector.methods, "'detector' and others"
+        left = 1 - self.detector.held_out_fit_fraction
+        fits = self.detector.held_out_threshold_fraction < left
+        expected = f'less than the {left:g} that held_out_fit_fraction leaves'
+        yield 'detector.held_out_threshold_fraction', fits, expected
+        fits = all(
+            0 < s < side and 0 < t <= 4096 and 0 <= f <= 1 for s, t, f in self.sweep.occluders
+        )
+        yield 'sweep.occluders', fits, f'sizes below {side}, strides from 1, fills from 0 to 1'
+        for path in ('sweep.epsilons', 'sweep.methods', 'adaptive.epsilons', 'adaptive.methods'):
+            yield path, operator.attrgetter(path)(self) != (), 'at least one'
 
 
 def to_json(config: Config) -> dict:
@@ -347,7 +321,8 @@ def identity(tree: dict) -> dict:
 
 def digest(config: Config) -> str:
     """Returns 16 hex digits that two configs share exactly if they are one experiment."""
-    canonical = json.dumps(identity(to_json(config)), sort_keys=True)
+    tree = json.dumps(identity(to_json(config)))
+    canonical = json.dumps(json.loads(tree, parse_int=float), sort_keys=True)  # 0 is 0.0.
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

@@ -50,7 +50,7 @@ def fidelity(run: Run) -> str:
             'set both to 1.'
         )
     if run.benchmark_peer:
-        peer.check(run.benchmark_peer)
+        peer.check(run.benchmark_peer, levels=run.config.classifier.thermometer)
     variables, division = stages.load_variables(run), evaluation.divide(run, _PROTOCOL)
     exact, rows, images = division.maps, [], _images(run, variables, division.maps)
     judges = [name for name in JUDGES if name in (*run.config.detector.methods, *metrics.BASELINES)]

@@ -76,7 +76,8 @@ def parse(text: str) -> int:
     (4294967296, 500000000)
     """
     found = re.fullmatch(r'(\d+(?:\.\d+)?) *([kmgt]?)(i?)b?', text.strip().lower())
-    if not found or (found[3] and not found[2]) or not float(found[1]):
+    fits = found and (found[2] or not found[3]) and 0 < float(found[1]) < 2**63
+    if not fits:
         raise UsageError(f'--memory_limit={text}: expected bytes, such as 4GiB, 500MB or 2G.')
     return int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS[found[2]])
 

@@ -25,16 +25,20 @@ PEERS = ('captum',)
 _PER_EVAL = (1, 4, 8, 16)
 
 
-def check(name: str):
-    """Raises `UsageError` if a peer is not installed."""
+def check(name: str, *, levels: int = 1):
+    """Raises `UsageError` if a peer is not installed, or has no layers for a thermometer's."""
+    if levels > 1:
+        raise UsageError(
+            f'{name} cannot be compared on a thermometer of {levels} levels: '
+            'leave config.classifier.thermometer at 1.'
+        )
     for module in ('torch', 'captum.attr'):
         try:
             importlib.import_module(module)
         except ImportError:
             package = module.split('.')[0]
             raise UsageError(
-                f'--benchmark_peer={name} needs {package}, which is not installed: '
-                f'pip install torch captum.'
+                f'{name} needs {package}, which is not installed: pip install torch captum.'
             ) from None
 
 

@@ -4,19 +4,23 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
+from absl.testing import flagsaver
 
 import launch as launch_lib
 from occjax import engine, peer, stages
+from occjax.types import UsageError
 from tests.conftest import ROOT
 
 
-def launch(*arguments, cwd, **environment):
-    """Runs `launch.py` as a user does, from any directory."""
+def launch(*arguments, cwd, code=None, **environment):
+    """Runs `launch.py` as a user does, from any directory; or other code in a fresh process."""
+    program = [str(ROOT / 'launch.py')] if code is None else ['-c', code]
     return subprocess.run(
-        [sys.executable, str(ROOT / 'launch.py'), *arguments],
+        [sys.executable, *program, *arguments],
         cwd=cwd,
-        env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -24,81 +28,226 @@ def launch(*arguments, cwd, **environment):
     )
 
 
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Returns a function that does what `launch.py` does with arguments, within this process."""
+    monkeypatch.chdir(tmp_path)
+    precision = jax.config.jax_default_matmul_precision
+
+    def run(*arguments):
+        with flagsaver.flagsaver():
+            launch_lib.main(launch_lib.parse(['launch.py', *arguments]))
+
+    yield run
+    jax.config.update('jax_default_matmul_precision', precision)
+
+
+def refused(command, *arguments):
+    """Returns the line with which arguments are refused."""
+    with pytest.raises(UsageError) as caught:
+        command(*arguments)
+    line = str(caught.value)
+    assert len(line.splitlines()) == 1
+    return line
+
+
 @pytest.mark.parametrize(
     ('arguments', 'expected'),
     [
         (['--config.attack.epsilom=0.1'], 'Field epsilom not found'),
-        (['--config.attack.epsilon=large'], 'could not convert string to float'),
+        (['--config.attack.epsilon=large'], "config.attack.epsilon is 'large': expected a number"),
         (['--config.attack.epsilon=8'], 'config.attack.epsilon is 8.0'),
+        (['--config.attack.epsilon=nan'], 'config.attack.epsilon is nan'),
+        (['--config.attack.epsilon=None'], 'config.attack.epsilon is None'),
+        (['--config.attack=none'], 'attack'),
+        (['--config.attack.clip=perhaps'], "config.attack.clip is 'perhaps': expected True"),
+        (['--config.seed=1.5'], "config.seed is '1.5'"),
+        (['--config.seed=' + '9' * 5000], 'config.seed'),
+        (['--config.data.name='], "config.data.name is ''"),
+        (['--config.classifier.hidden=1000000000000'], 'config.classifier.hidden is 10000000000'),
+        (['--config.classifier.learning_rate=inf'], 'config.classifier.learning_rate is inf'),
+        (['--config.occlusion.fill=nan'], "config.occlusion.fill is ('nan',)"),
+        (['--config.occlusion.fill=(.5,1e999)'], 'config.occlusion.fill is (0.5, inf)'),
+        (['--config.occlusion.fill=(1, 2'], 'config.occlusion.fill'),
         (['--config.occlusion.size=40'], 'config.occlusion.size is 40'),
-        (['--config=nowhere.py'], 'nowhere.py'),
-        (['--config=nowhere.py', '--config.seed=1'], 'nowhere.py'),
-        (['--config=wrong.py'], "unexpected keyword argument 'foo'"),
+        (['--config.data.image_size=28'], 'config.data.image_size is 28: expected at least 32'),
+        (['--config=nowhere.py'], '--config=nowhere.py: FileNotFoundError'),
+        (['--config=nowhere.py', '--config.seed=1'], '--config=nowhere.py: FileNotFoundError'),
+        (['--config='], '--config='),
+        (['--config'], 'Missing value for flag --config'),
+        (['--flagfile=nowhere'], 'Unable to open flagfile'),
         (['--mode=everything'], 'train|heatmaps|detectors|report|all'),
         (['--chunk_size=0'], 'chunk_size'),
+        (['--chunk_size=1000000000000'], 'chunk_size'),
+        (['--eval_batch_size=1000000000000'], 'eval_batch_size'),
         (['--chunksize=1'], "Unknown command line flag 'chunksize'"),
         (['train'], "Unknown argument 'train'"),
         (['--mode=report'], 'run --mode=heatmaps first'),
         (['--workdir=stranger'], 'stranger is no work directory'),
         (['--config.data.name=folder', '--data_dir=nowhere'], 'nowhere'),
-        (['--jax_platforms=tpu'], '--jax_platforms=tpu'),
         (['--engine=fast'], 'auto|full|incremental'),
         (['--memory_limit=much'], '--memory_limit=much: expected bytes'),
+        (['--memory_limit=' + '9' * 400], 'expected bytes'),
+        (['--memory_limit=' + '9' * 400 + 'GiB'], 'expected bytes'),
         (['--fidelity_thresholds=0.5,1'], '--fidelity_thresholds=0.5,1: expected shares'),
+        (['--fidelity_thresholds=nan'], '--fidelity_thresholds=nan: expected shares'),
         (['--mode=heatmaps', '--engine=approximate'], 'does not exist: run --mode=train'),
         (['--mode=benchmark', '--memory_limit=1MiB'], 'is too small for one window'),
         (['--mode=detect'], '--mode=detect needs --images='),
         (['--benchmark_images=0'], 'benchmark_images'),
+        (['--benchmark_images=1000000000000'], 'benchmark_images'),
+        (['--benchmark_repeats=1000000000000'], 'benchmark_repeats'),
         (['--benchmark_threshold=0'], 'benchmark_threshold'),
+        (['--benchmark_threshold=nan'], 'benchmark_threshold'),
         (['--benchmark_peer=keras'], 'captum'),
+        (
+            ['--mode=benchmark', '--benchmark_peer=captum', '--config.classifier.thermometer=4'],
+            'captum cannot be compared on a thermometer of 4 levels',
+        ),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, expected):
+def test_a_mistake_is_one_line(command, tmp_path, arguments, expected):
     (tmp_path / 'stranger').mkdir()
     (tmp_path / 'stranger' / 'file').touch()
-    (tmp_path / 'wrong.py').write_text(
-        'from occjax.config import Config\n\n\ndef get_config():\n    return Config(foo=1)\n'
+    assert expected in refused(command, *arguments)
+
+
+@pytest.mark.parametrize(
+    ('program', 'expected'),
+    [
+        ('raise SystemExit(0)', 'SystemExit: 0'),
+        ('import sys\nsys.exit("gone")', 'SystemExit: gone'),
+        ('def get_config():\n    exit()', 'SystemExit'),
+        ('def get_config():\n    return', 'get_config() returns None, no Config'),
+        (
+            'def get_config():\n    return {"seed": 1}',
+            "get_config() returns {'seed': 1}, no Config",
+        ),
+        ('def get_config(which):\n    return which', 'missing 1 required positional argument'),
+        ('def get_config():\n    return Config(foo=1)', "unexpected keyword argument 'foo'"),
+        ('def get_config():\n    raise KeyError("x")', "KeyError: 'x'"),
+        ('def get_config():\n    open("nowhere.txt")', 'nowhere.txt'),
+        ('def get_config():\n    raise RuntimeError("two\\nlines")', 'RuntimeError: two lines'),
+        ('get_config', "NameError: name 'get_config' is not defined"),
+        ('config = Config', 'there is no get_config() in it'),
+        ('get_config = 1', 'TypeError'),
+        ('def get_config(:', 'SyntaxError: invalid syntax'),
+        ('import nothing_of_this_name', "No module named 'nothing_of_this_name'"),
+        ('\0', 'null bytes'),
+    ],
+)
+@pytest.mark.parametrize('override', [(), ('--config.seed=1',)])
+def test_a_config_file_that_gives_no_config_is_named(
+    command, tmp_path, program, expected, override
+):
+    (tmp_path / 'wrong.py').write_text(f'from occjax.config import Config\n{program}\n')
+    line = refused(command, '--config=wrong.py', *override)
+    assert '--config=wrong.py: ' in line
+    assert expected in line
+
+
+def test_a_config_file_that_is_a_directory_or_no_text_is_named(command, tmp_path):
+    (tmp_path / 'folder.py').mkdir()
+    assert '--config=folder.py: IsADirectoryError' in refused(command, '--config=folder.py')
+    (tmp_path / 'image.py').write_bytes(b'\x89PNG\xff')
+    assert '--config=image.py: SyntaxError' in refused(command, '--config=image.py')
+
+
+def ran(command, monkeypatch, *arguments, result=lambda run: run.config):
+    """Returns what a function of the run says where the report would be made."""
+    found = []
+    monkeypatch.setitem(stages.STAGES, 'report', lambda run: found.append(result(run)))
+    command('--mode=report', *arguments)
+    return found[0]
+
+
+def test_none_can_be_given_by_a_flag(command, monkeypatch):
+    """The digits' config pools and divides anew; another's own split is kept."""
+    assert ran(command, monkeypatch, '--workdir=a').data.resplit_per_class == 80
+    for name, value, expected in [('b', 'None', None), ('c', 'none', None), ('d', '7', 7)]:
+        flag = f'--config.data.resplit_per_class={value}'
+        config = ran(command, monkeypatch, f'--workdir={name}', flag)
+        assert config.data.resplit_per_class == expected
+
+
+def test_a_config_file_may_take_an_argument_and_import_its_neighbours(command, monkeypatch):
+    text = (
+        'from configs import digits\n\n\n'
+        'def get_config(seed):\n    config = digits.get_config()\n    config.seed = int(seed)\n'
+        '    return config\n'
     )
-    done = launch(*arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert expected in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith('launch.py: ')
-    assert done.stdout == ''
+    with open('own.py', 'w') as file:
+        file.write(text)
+    assert ran(command, monkeypatch, '--config=own.py:17').seed == 17
+    assert os.listdir('runs') == ['own']
 
 
-def test_a_gpu_that_is_not_there_is_said(tmp_path):
-    done = launch('--mode=train', cwd=tmp_path, JAX_PLATFORMS='cuda')
-    if done.returncode == 0:
-        pytest.skip('this machine has a GPU')
-    assert done.returncode == 2
-    assert 'pip install "jax[cuda13]"' in done.stderr.splitlines()[-1]
+def test_flags_may_stand_in_a_file(command, monkeypatch):
+    with open('flags', 'w') as file:
+        file.write(f'--config={ROOT / "configs" / "cifar10.py"}\n--config.seed=3\n')
+    config = ran(command, monkeypatch, '--flagfile=flags', '--noconfig.attack.clip')
+    assert (config.data.name, config.seed, config.attack.clip) == ('cifar10', 3, False)
 
 
-def test_another_config_is_refused_and_nothing_is_lost(tmp_path):
-    (tmp_path / 'run').mkdir()
-    launch('--mode=report', '--workdir=run', cwd=tmp_path)
+@pytest.mark.parametrize(
+    ('precision', 'expected'),
+    [('float32', 'HIGHEST'), ('tensorfloat32', 'HIGH'), ('bfloat16', 'DEFAULT')],
+)
+def test_products_have_the_precision_of_the_config(command, monkeypatch, precision, expected):
+    def lowered(run):
+        x = jax.numpy.ones((3, 3))
+        return jax.jit(lambda x: x @ x).lower(x).as_text()
+
+    flags = ('--config.precision=' + precision,) if precision != 'float32' else ()
+    text = ran(command, monkeypatch, *flags, result=lowered)
+    assert f'precision = [{expected}, {expected}]' in text
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        ('jax_enable_x64', True),
+        ('jax_default_prng_impl', 'rbg'),
+        ('jax_threefry_partitionable', False),
+        ('jax_random_seed_offset', 1),
+    ],
+)
+def test_settings_of_jax_that_change_results_are_refused(command, name, value):
+    before = getattr(jax.config, name)
+    try:
+        jax.config.update(name, value)
+        line = refused(command)
+    finally:
+        jax.config.update(name, before)
+    assert f'{name} (a flag, or {name.upper()} in the environment) is {value}' in line
+    assert not os.path.exists('runs')
+
+
+def test_several_hosts_are_refused(command, monkeypatch):
+    monkeypatch.setattr(jax, 'process_count', lambda: 3)
+    assert 'JAX sees 3 hosts' in refused(command)
+    assert not os.path.exists('runs')
+
+
+def test_a_refused_config_leaves_no_work_directory(command):
+    refused(command, '--config.data.image_size=28')
+    assert not os.path.exists('runs')
+
+
+def test_another_config_is_refused_and_nothing_is_lost(command, tmp_path):
+    refused(command, '--mode=report', '--workdir=run')
     before = (tmp_path / 'run' / 'config.json').read_bytes()
-    done = launch('--mode=report', '--workdir=run', '--config.seed=5', cwd=tmp_path)
-    assert done.returncode == 2
-    assert 'seed: 0 -> 5' in done.stderr
+    line = refused(command, '--mode=report', '--workdir=run', '--config.seed=5')
+    assert 'seed: 0 -> 5' in line
     assert (tmp_path / 'run' / 'config.json').read_bytes() == before
 
 
-def test_help_lists_modes_and_flags(tmp_path):
-    done = launch('--help', cwd=tmp_path)
-    for word in ('--mode', '--config', '--data_dir', '--workdir', '--chunk_size', 'heatmaps'):
-        assert word in done.stdout
-
-
-def test_a_peer_that_is_not_installed_is_said(tmp_path):
-    (tmp_path / 'captum.py').write_text('raise ImportError')
-    (tmp_path / 'torch.py').write_text('raise ImportError')
-    arguments = ['--mode=benchmark', '--benchmark_peer=captum']
-    done = launch(*arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert 'pip install torch captum' in line
+@pytest.mark.parametrize('missing', ['torch', 'captum'])
+def test_a_peer_that_is_not_installed_is_said(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setitem(sys.modules, 'captum.attr', None)
+    with pytest.raises(UsageError, match='which is not installed: pip install torch captum'):
+        peer.check('captum')
 
 
 def test_modes_are_the_stages():
@@ -108,30 +257,82 @@ def test_modes_are_the_stages():
     assert list(peer.PEERS) == launch_lib.PEERS
 
 
-def test_help_imports_nothing_heavy(tmp_path):
-    """Seconds of import are for those who compute."""
-    program = (
-        'import runpy, sys\n'
-        f'sys.argv = ["launch.py", "--help"]\n'
-        'try:\n'
-        f'    runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")\n'
-        'finally:\n'
-        '    print(*sys.modules, file=sys.stderr)\n'
-    )
-    done = subprocess.run(
-        [sys.executable, '-c', program],
-        cwd=tmp_path,
-        env=os.environ | {'PYTHONPATH': str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert '--mode' in done.stdout
-    loaded = done.stderr.splitlines()[-1].split()
+# From here on in processes of their own: exit codes, imports, environments.
+
+HEAVY = {'flax', 'optax', 'orbax', 'sklearn', 'matplotlib', 'tensorflow_datasets', 'torch'}
+PROGRAM = (
+    'import runpy, sys\n'
+    'sys.argv[0] = "launch.py"\n'
+    'try:\n'
+    f'    runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")\n'
+    'finally:\n'
+    '    open("modules", "w").write(" ".join(sys.modules))\n'
+)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        (['--config.attack.epsilon=8'], 'config.attack.epsilon is 8.0: expected a number'),
+        (['--config=exits.py'], '--config=exits.py: SystemExit: 0'),
+    ],
+)
+def test_a_mistake_is_exit_code_2_before_anything_heavy(tmp_path, arguments, expected):
+    (tmp_path / 'exits.py').write_text('raise SystemExit(0)')
+    done = launch(*arguments, cwd=tmp_path, code=PROGRAM)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith('launch.py: ')
+    assert expected in line
+    assert done.stdout == ''
+    loaded = (tmp_path / 'modules').read_text().split()
     assert 'jax' in loaded
-    heavy = {'flax', 'optax', 'orbax', 'sklearn', 'matplotlib', 'tensorflow_datasets', 'torch'}
-    assert not heavy & set(loaded)
+    assert not HEAVY & set(loaded)
+
+
+def test_help_lists_modes_and_flags_and_imports_nothing_heavy(tmp_path):
+    """Seconds of import are for those who compute."""
+    done = launch('--help', cwd=tmp_path, code=PROGRAM)
+    for word in ('--mode', '--config', '--data_dir', '--workdir', '--chunk_size', 'heatmaps'):
+        assert word in done.stdout
+    assert not HEAVY & set((tmp_path / 'modules').read_text().split())
+
+
+def test_a_device_that_is_not_there_is_said(tmp_path):
+    done = launch('--mode=train', '--jax_platforms=tpu', cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert '--jax_platforms=tpu' in line
+    done = launch('--mode=train', cwd=tmp_path, JAX_PLATFORMS='cuda')
+    if done.returncode == 0:
+        pytest.skip('this machine has a GPU')
+    assert done.returncode == 2
+    assert 'pip install "jax[cuda13]"' in done.stderr.splitlines()[-1]
+
+
+def test_double_precision_from_the_environment_is_refused(tmp_path):
+    done = launch(cwd=tmp_path, JAX_ENABLE_X64='1')
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert 'JAX_ENABLE_X64 in the environment) is True' in line
+
+
+@pytest.mark.parametrize(
+    'error', ['MemoryError("9 TiB")', 'jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 TiB\\n")']
+)
+def test_a_console_without_our_signs_shows_others_and_memory_ends_in_a_line(tmp_path, error):
+    code = (
+        'import jax\nfrom occjax import stages\n'
+        'def stage(run):\n    print("\\u03b5 \\u2264 \\u00b1")\n'
+        f'    raise {error}\n'
+        'stages.STAGES["report"] = stage\n' + PROGRAM
+    )
+    done = launch('--mode=report', cwd=tmp_path, code=code, PYTHONIOENCODING='ascii')
+    assert done.stdout == '? ? ?\n', done.stderr
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert 'Out of memory (' in line
+    assert '9 TiB' in line
 
 
 def test_a_compilation_cache_is_filled_by_its_flag(tmp_path):
