@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from occjax import sources
+from occjax import sources, streams
+from occjax.streams import Stream
 from occjax.types import Batch, Dataset, Split, UsageError
 
 _DECODER = 1  # Another number when images come out differently, so that caches are not used.
-_RESPLIT, _TRAIN, _TEST = range(3)  # One random stream for each choice that `load` makes.
 
 
 class Rows:
@@ -103,8 +103,10 @@ def load(
     train, test = np.split(np.arange(len(labels)), [num_train])
     if resplit_per_class is not None:
         train, test = _resplit(labels, class_names, resplit_per_class, seed)
-    train = _subset(train, train_images, 'data.train_images', [seed, _TRAIN])
-    test = _subset(test, test_images, 'data.test_images', [seed, _TEST])
+    train = _subset(
+        train, train_images, 'data.train_images', streams.rng(seed, Stream.TRAIN_SUBSET)
+    )
+    test = _subset(test, test_images, 'data.test_images', streams.rng(seed, Stream.TEST_SUBSET))
     train, test = (Split(Rows(images, rows), labels[rows]) for rows in (train, test))
     return Dataset(name, class_names, train, test)
 
@@ -154,14 +156,14 @@ def batches(split: Split, batch_size: int) -> Iterator[Batch]:
 def training_batches(
     split: Split, batch_size: int, *, seed: int, epoch: int, classifier: int = 0
 ) -> Iterator[Batch]:
-    """Yields an epoch's whole batches in an order that is a pure function of `(seed, epoch)`.
+    """Yields an epoch's whole batches in an order that is a pure function of the last three.
 
     Batch statistics want equal batches, so the remainder, another in each epoch, is left out; a
     split smaller than a batch is one batch.
     """
     if batch_size < 1:
         raise ValueError(f'Expected batch_size >= 1, got {batch_size}.')
-    order = np.random.default_rng([seed, epoch]).permutation(len(split))
+    order = streams.rng(seed, Stream.EPOCH_ORDER, classifier, epoch).permutation(len(split))
     count = max(len(split) // batch_size, 1)
     for index in order[: count * batch_size].reshape(count, -1):
         yield _batch(split, index, np.ones(len(index), bool))
@@ -177,7 +179,7 @@ def _resplit(labels, class_names, per_class, seed):
     """Returns the rows of training and test: `per_class` random images of each class in test."""
     if per_class < 1:
         raise UsageError(f'Expected data.resplit_per_class >= 1, got {per_class}.')
-    order = np.random.default_rng([seed, _RESPLIT]).permutation(len(labels))
+    order = streams.rng(seed, Stream.RESPLIT).permutation(len(labels))
     is_test = np.zeros(len(labels), bool)
     for k, class_name in enumerate(class_names):
         rows = order[labels[order] == k]
@@ -190,13 +192,13 @@ def _resplit(labels, class_names, per_class, seed):
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
-def _subset(rows, count, field, seed):
+def _subset(rows, count, field, rng):
     """Returns `count` random rows in their order, or all."""
     if count is None:
         return rows
     if not 0 < count <= len(rows):
         raise UsageError(f'{field}={count}, but there are {len(rows)} images to choose from.')
-    return np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
+    return np.sort(rng.choice(rows, count, replace=False))
 
 
 def _decoded(name, source, image_size, cache_dir):

@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import pathlib
 import re
@@ -69,14 +70,16 @@ class BatchesTest(parameterized.TestCase):
             np.testing.assert_array_equal(batch.images[:, 1, 1, 2] * 255, batch.index)
             np.testing.assert_array_equal(batch.labels, split.labels[batch.index])
 
-    def test_training_order_is_a_function_of_seed_and_epoch_alone(self):
-        def order(seed, epoch):
+    def test_training_order_is_a_function_of_seed_epoch_and_classifier_alone(self):
+        def order(**stream):
             np.random.seed(np.random.randint(100))  # Global state must not matter.
-            batches = data.training_batches(make_split(40), 8, seed=seed, epoch=epoch)
+            batches = data.training_batches(make_split(40), 8, **stream)
             return tuple(np.concatenate([batch.index for batch in batches]))
 
-        self.assertEqual(order(3, 5), order(3, 5))
-        self.assertLen({order(0, 0), order(0, 1), order(1, 0), order(1, 1)}, 4)
+        self.assertEqual(order(seed=3, epoch=5), order(seed=3, epoch=5, classifier=0))
+        chosen = itertools.product(range(2), repeat=3)
+        orders = {order(seed=s, epoch=e, classifier=c) for s, e, c in chosen}
+        self.assertLen(orders, 8)
 
     def test_pixels_are_a_255th_exactly(self):
         images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
