@@ -145,14 +145,14 @@ class DigitsTest(parameterized.TestCase):
         np.testing.assert_array_equal(part.test.images, whole.test.images)
 
     def test_fingerprint_sees_names_labels_and_pixels(self):
-        dataset = self.load(train_images=20)
-        labels, images = dataset.train.labels.copy(), np.array(dataset.train.images)
+        dataset = self.load(resplit_per_class=100)
+        labels, images = dataset.test.labels.copy(), np.array(dataset.test.images)
         labels[7] += 1
-        images[7, 3, 3, 1] ^= 1
+        images[77, 3, 3, 1] ^= 1  # In the middle of a split of some hundred.
         others = [
             dataset._replace(class_names=dataset.class_names[::-1]),
-            dataset._replace(train=Split(dataset.train.images, labels)),
-            dataset._replace(train=Split(images, dataset.train.labels)),
+            dataset._replace(test=Split(dataset.test.images, labels)),
+            dataset._replace(test=Split(images, dataset.test.labels)),
         ]
         self.assertLen({data.fingerprint(d) for d in [dataset, dataset, *others]}, 4)
 
@@ -253,17 +253,36 @@ class FolderTest(TemporaryTest):
         self.assertLen(images, 7 if how == 'added' else 6)
         self.assertTrue((images == image).all((1, 2, 3)).any())
 
-    @parameterized.parameters('images', 'labels')
+    @parameterized.parameters('images.npy', 'labels.npy', 'digest.json')
     def test_damaged_cache_is_decoded_again(self, which):
         expected = data.fingerprint(self.load())
-        (path,) = self.cache.glob(f'*-{which}.npy')
+        (path,) = self.cache.glob(f'*-{which}')
         whole = path.read_bytes()
-        shorter = io.BytesIO()
-        np.save(shorter, np.load(path)[1:])
-        for damaged in (whole[:-1], whole[:20], b'', b'x' * len(whole), shorter.getvalue()):
+        flipped = []
+        for at in np.linspace(0, len(whole) - 1, 20).astype(int):
+            flipped.append(bytearray(whole))
+            flipped[-1][at] ^= 4
+        for damaged in (whole[:-1], whole + b'x', whole[:20], b'', b'x' * len(whole), *flipped):
             path.write_bytes(damaged)
             self.assertEqual(data.fingerprint(self.load()), expected)
             self.assertEqual(path.read_bytes(), whole)
+        path.unlink()
+        self.assertEqual(data.fingerprint(self.load()), expected)
+        self.assertEqual(path.read_bytes(), whole)
+        self.assertLen(np.load(path) if which != 'digest.json' else range(12), 12)
+
+    def test_pixels_are_hashed_once_a_start(self):
+        self.load()
+        with mock.patch.object(data, 'digests_of', wraps=data.digests_of) as hashed:
+            data.fingerprint(self.load(train_images=2))
+        self.assertEqual(hashed.call_count, 1)
+
+    def test_fingerprint_is_of_what_the_splits_hold(self):
+        for dataset in (self.load(), self.load(train_images=3, test_images=5)):
+            splits = (Split(np.array(s.images), s.labels) for s in dataset[2:])
+            self.assertEqual(
+                data.fingerprint(dataset), data.fingerprint(data.Dataset(*dataset[:2], *splits))
+            )
 
     def test_stopped_decoding_leaves_nothing(self):
         with (
@@ -280,7 +299,7 @@ class FolderTest(TemporaryTest):
     def test_default_cache(self):
         with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(self.root / 'xdg')):
             self.load(cache_dir=None)
-        self.assertLen(list((self.root / 'xdg' / 'occjax').iterdir()), 2)
+        self.assertLen(list((self.root / 'xdg' / 'occjax').iterdir()), 3)
 
     def test_mistakes(self):
         train, test = self.folder / 'train', self.folder / 'test'
@@ -305,7 +324,8 @@ class FolderTest(TemporaryTest):
         self.assert_usage_error(f'{test} is missing')
 
     def test_images_without_a_label(self):
-        unlabelled = np.zeros((12, 8, 8, 3), np.uint8), np.full(12, -1, np.int32)  # TFDS's mark.
+        labels = np.full(12, -1, np.int32)  # TFDS's mark.
+        unlabelled = np.zeros((12, 8, 8, 3), np.uint8), labels, None
         with mock.patch.object(data, '_decoded', return_value=unlabelled):
             self.assert_usage_error('without a label')
 
