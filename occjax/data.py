@@ -133,7 +133,10 @@ def fingerprint(dataset: Dataset) -> str:
 
 def digests_of(images: np.ndarray) -> np.ndarray:
     """Returns the SHA-256 of each image's bytes, `u8[N, 32]`."""
-    found = b''.join(hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images)
+    found = b''
+    for start in range(0, len(images), 1024):
+        block = np.ascontiguousarray(images[start : start + 1024])
+        found += b''.join(hashlib.sha256(image).digest() for image in block)
     return np.frombuffer(found, np.uint8).reshape(-1, 32)
 
 
@@ -305,20 +308,30 @@ def _replacing(path):
 
 
 def _decode(name, source, image_size):
-    """Yields every image `u8[S, S, 3]` with its label, and tells on stderr how far it is."""
+    """Yields every image `u8[S, S, 3]` with its label, and tells on stderr how far it is.
+
+    Those that cannot be read are named when all have been tried.
+    """
+    unreadable = []
 
     def decode(example):
         origin, image, label = example
-        return sources.read_image(image, image_size, origin=origin), label
+        try:
+            return sources.read_image(image, image_size, origin=origin), label
+        except UsageError as error:
+            unreadable.append(error)
+            return None
 
     examples, began = source.examples(), time.monotonic()
     done, told = 0, began
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock.
         while block := list(itertools.islice(examples, 256)):
-            yield from pool.map(decode, block)
+            yield from filter(None, pool.map(decode, block))
             done, now = done + len(block), time.monotonic()
             if now - told > 5 or (told > began and done == source.num_images):
                 left = (now - began) / done * (source.num_images - done)
                 progress = f'{done:,} of {source.num_images:,} images, {left:.0f} s left'
                 print(f'Decoding {name}: {progress}', file=sys.stderr, flush=True)
                 told = now
+    if unreadable:
+        raise sources.all_unreadable(unreadable, source.num_images)

@@ -5,11 +5,17 @@ them. CIFAR-10 and Imagenette are downloaded and prepared when they are missing,
 without TensorFlow.
 """
 
+import contextlib
+import ctypes
+import functools
 import io
 import itertools
+import logging
+import re
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,22 +52,91 @@ class Source(NamedTuple):
 def read_image(file, image_size: int, *, origin: str = '') -> np.ndarray:
     """Returns an image file, or its bytes, as `u8[S, S, 3]`.
 
-    The shorter side is scaled to S (bicubic, antialiased) and the centre cut out. Grey becomes
-    three channels, transparency is dropped, and of an animation the first frame is taken.
+    It is turned as its EXIF says, and what is transparent is laid on white. The shorter side is
+    scaled to S (bicubic, antialiased) and the centre cut out. Grey becomes three channels, 16 bits
+    become 8, floats are taken from [0, 1], and of an animation the first frame.
 
     Raises:
-        UsageError: it cannot be decoded; named by `origin`, or else by its path.
+        UsageError: it cannot be decoded, or its numbers have no known range; named by `origin`, or
+            else by its path.
     """
-    from PIL import Image, ImageOps
-
+    Image, ImageOps = _pillow()
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            if image.mode.startswith('I'):  # 16 bits, which Pillow would clip instead of scale.
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image.load()
+            with contextlib.suppress(Exception):  # A damaged EXIF says nothing.
+                ImageOps.exif_transpose(image, in_place=True)
             square = (image_size, image_size)
-            return np.asarray(ImageOps.fit(image.convert('RGB'), square, Image.Resampling.BICUBIC))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f'Cannot read the image {origin or file}: {one_line(error)}') from error
+            return np.asarray(ImageOps.fit(_to_rgb(image), square, Image.Resampling.BICUBIC))
+    except Exception as error:  # Pillow's readers fail in any way where a file is damaged.
+        is_unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = 'it is in no format that Pillow reads' if is_unknown else one_line(error)
+        named = origin or ('of these bytes' if isinstance(file, bytes) else file)
+        raise UsageError(f'{_UNREADABLE}{named}: {reason}') from error
+
+
+_UNREADABLE = 'Cannot read the image '
+
+
+def all_unreadable(errors: Sequence[UsageError], count: int) -> UsageError:
+    """Returns what `read_image` said of some of `count` images as one error: ten, and how many."""
+    if len(errors) == 1:
+        return errors[0]
+    told = sorted(str(error).removeprefix(_UNREADABLE) for error in errors)
+    rest = f'; and {len(told) - 10} more' if len(told) > 10 else ''
+    return UsageError(f'Cannot read {len(told)} of {count} images: {"; ".join(told[:10])}{rest}.')
+
+
+def _pillow():
+    """Returns Pillow's modules, after what they think of damaged files is kept off the terminal."""
+    from PIL import Image, ImageOps
+
+    # Not `catch_warnings`, whose filters are those of all threads.
+    if _OF_PILLOW not in warnings.filters:
+        warnings.filterwarnings('ignore', module=_OF_PILLOW[3].pattern)
+    _silence()
+    return Image, ImageOps
+
+
+_OF_PILLOW = ('ignore', None, Warning, re.compile(r'PIL\b'), 0)
+
+
+@functools.cache
+def _silence():
+    """Silences Pillow's logger, and libtiff, which it calls and which knows no such thing."""
+    from PIL import Image
+
+    logging.getLogger('PIL').setLevel(logging.CRITICAL)
+    with contextlib.suppress(OSError, AttributeError):  # Where libtiff is part of Pillow itself.
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
+
+def _to_rgb(image):
+    """Returns an image of any mode as RGB; what is transparent becomes white."""
+    from PIL import Image
+
+    if image.mode.startswith('I'):  # 16 bits, which Pillow would clip instead of scale.
+        pixels, depth = np.asarray(image), 12 if _bits(image) == 12 else 16
+        if pixels.min() < 0 or pixels.max() >= 2**depth:
+            raise ValueError(f'it holds {pixels.min()} to {pixels.max()}, not 0 to {2**depth - 1}')
+        pixels = np.where(pixels == image.info.get('transparency', -1), 2**depth - 1, pixels)
+        return Image.fromarray((pixels >> (depth - 8)).astype(np.uint8)).convert('RGB')
+    if image.mode == 'F':
+        pixels = np.asarray(image)
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # So is NaN refused.
+            raise ValueError(
+                f'it holds floats from {pixels.min():g} to {pixels.max():g}, not 0 to 1'
+            )
+        return Image.fromarray(np.round(pixels * 255).astype(np.uint8)).convert('RGB')
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    return image.convert('RGB')
+
+
+def _bits(image):
+    """Returns how many bits a TIFF has a channel, None for others."""
+    return getattr(image, 'tag_v2', {}).get(258, (None,))[0]
 
 
 def digits(image_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ import itertools
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -329,6 +330,18 @@ class FolderTest(TemporaryTest):
         with mock.patch.object(data, '_decoded', return_value=unlabelled):
             self.assert_usage_error('without a label')
 
+    def test_all_unreadable_images_are_named_at_once(self):
+        broken = []
+        for split, k in itertools.product(('train', 'test'), range(7)):
+            broken.append(self.folder / split / 'golf_ball' / f'bad{k}.png')
+            broken[-1].write_bytes(b'<html>')
+            if len(broken) == 3:
+                self.assert_usage_error(f'Cannot read 3 of 15 images: {broken[0]}: ', *broken)
+        with self.assertRaisesRegex(UsageError, 'Cannot read 14 of 26 images: .*; and 4 more') as e:
+            self.load()
+        self.assertEqual(str(e.exception).count('bad'), 10)
+        self.assertEmpty(list(self.cache.iterdir()))
+
     def test_truncated_image(self):
         path = self.folder / 'test' / 'golf_ball' / '1.jpg'
         Image.fromarray(picture(0, 64, 64)).save(path)
@@ -367,20 +380,157 @@ class ReadImageTest(TemporaryTest):
 
     def test_modes(self):
         colour, grey = picture(0), picture(1, channels=())
-        alpha = np.concatenate([colour, picture(2, channels=(1,))], -1)
         three = np.repeat(grey[..., None], 3, -1)
         deep = Image.fromarray(grey.astype(np.uint16) * 256 + 7)
         palette = Image.fromarray(colour).convert('P')
         for image, expected in (
             (Image.fromarray(colour), colour),
             (Image.fromarray(grey), three),
-            (Image.fromarray(alpha), colour),
-            (Image.fromarray(np.stack([grey, grey], -1)), three),
             (deep, three),
+            (Image.fromarray(grey > 99), np.where(three > 99, 255, 0)),
             (palette, np.asarray(palette.convert('RGB'))),
         ):
             with self.subTest(image.mode):
                 np.testing.assert_array_equal(self.read(image, 8), expected)
+        lab = Image.merge(
+            'LAB', [Image.fromarray(c) for c in (grey, grey * 0 + 128, grey * 0 + 128)]
+        )
+        ycc = Image.fromarray(colour).convert('YCbCr')
+        floats, deeper = grey / np.float32(255), grey.astype(np.int32) * 256 + 7
+        for image, expected, atol in (
+            (Image.fromarray(floats), three, 0),
+            (Image.fromarray(deeper), three, 0),
+            (Image.fromarray(colour).convert('CMYK'), colour, 0),
+            (ycc, np.asarray(ycc.convert('RGB')), 1),
+            (lab, np.asarray(lab.convert('RGB')), 0),
+        ):
+            with self.subTest(image.mode):
+                actual = self.read(image, 8, '.tif').astype(int)
+                np.testing.assert_allclose(actual, expected, atol=atol)
+
+    def test_transparency_is_laid_on_white(self):
+        colour, grey, alpha = picture(0), picture(1, channels=()), picture(2, channels=())
+        share = alpha[..., None] / 255
+        palette = Image.fromarray(grey)
+        palette.putpalette(picture(3, 256, 1).tobytes())
+        opaque = np.asarray(palette.convert('RGB'))
+        of_palette = picture(4, 256, 1, ())[:, 0]
+        shares = of_palette[grey][..., None] / 255
+        for pixels, shown, kwargs, image in (
+            (colour, share, {}, Image.fromarray(np.dstack([colour, alpha]))),
+            (grey[..., None], share, {}, Image.fromarray(np.dstack([grey, alpha]))),
+            (opaque, shares, {'transparency': of_palette.tobytes()}, palette),
+            (
+                grey[..., None],
+                grey[..., None] != grey[3, 3],
+                {'transparency': int(grey[3, 3])},
+                Image.fromarray(grey),
+            ),
+            (
+                grey[..., None],
+                grey[..., None] != grey[3, 3],
+                {'transparency': 257 * int(grey[3, 3])},
+                Image.fromarray(grey.astype(np.uint16) * 257),
+            ),
+        ):
+            with self.subTest(image.mode):
+                path = self.root / 'image.png'
+                image.save(path, **kwargs)
+                expected = np.broadcast_to(shown * pixels + (1 - shown) * 255, (8, 8, 3))
+                np.testing.assert_allclose(sources.read_image(path, 8), expected, atol=1)
+
+    @parameterized.product(suffix=('.jpg', '.png', '.tif', '.webp'))
+    def test_exif_orientation_is_followed(self, suffix):
+        stored = np.zeros((16, 16, 3), np.uint8)
+        stored[:8, :8], stored[8:, :8] = 255, 128
+        turned = stored.swapaxes(0, 1)
+        # Where the standard says that the first row and the first column are shown.
+        for orientation, shown in enumerate(
+            (
+                stored,  # top, left
+                stored[:, ::-1],  # top, right
+                stored[::-1, ::-1],  # bottom, right
+                stored[::-1],  # bottom, left
+                turned,  # left, top
+                turned[:, ::-1],  # right, top
+                turned[::-1, ::-1],  # right, bottom
+                turned[::-1],  # left, bottom
+            ),
+            start=1,
+        ):
+            with self.subTest(orientation):
+                exif, path = Image.Exif(), self.root / f'image{suffix}'
+                exif[0x0112] = orientation
+                Image.fromarray(stored).save(path, exif=exif, quality=100)
+                np.testing.assert_allclose(sources.read_image(path, 16).astype(int), shown, atol=9)
+
+    def test_damaged_exif_says_nothing(self):
+        path, image = self.root / 'image.jpg', Image.new('RGB', (8, 8), 'red')
+        image.save(path, exif=b'Exif\0\0no such thing')
+        self.assertEqual(sources.read_image(path, 8)[0, 0].tolist(), [254, 0, 0])
+
+    @parameterized.parameters(
+        (np.full((8, 8), 254.5, np.float32), 'holds floats from 254.5 to 254.5, not 0 to 1'),
+        (np.full((8, 8), np.nan, np.float32), 'holds floats from nan to nan'),
+        (np.full((8, 8), -1, np.int32), 'holds -1 to -1, not 0 to 65535'),
+        (np.full((8, 8), 2**20, np.int32), 'holds 1048576'),
+    )
+    def test_numbers_of_unknown_range(self, pixels, message):
+        with self.assertRaisesRegex(UsageError, f': it {message}'):
+            self.read(Image.fromarray(pixels), 8, '.tif')
+
+    def test_decompression_bomb(self):
+        with self.assertRaisesRegex(UsageError, 'big.ppm: .*decompression bomb'):
+            sources.read_image(b'P6 20000 20000 255\n', 8, origin='big.ppm')
+
+    def test_damaged_files_are_named_and_nothing_else_is_said(self):
+        """Among them are such as Pillow warns of, and such as libtiff writes of by itself."""
+        saved = []
+        for suffix in (
+            '.png',
+            '.jpg',
+            '.gif',
+            '.bmp',
+            '.webp',
+            '.tga',
+            '.ppm',
+            '.tif',
+            'l.tif',
+            'z.tif',
+        ):
+            kinds = {'l.tif': 'tiff_lzw', 'z.tif': 'tiff_adobe_deflate'}
+            path = self.root / f'image{suffix}'
+            Image.fromarray(picture(0, 32, 32)).save(path, compression=kinds.get(suffix))
+            saved.append(path)
+        program = """
+import pathlib
+import sys
+import numpy as np
+from occjax import sources
+rng = np.random.default_rng(0)
+for path in sys.argv[1:]:
+    whole = pathlib.Path(path).read_bytes()
+    for size in rng.integers(0, len(whole), 6):
+        flipped = bytearray(whole)
+        flipped[size:] = rng.bytes(len(whole) - size)
+        for damaged in (whole[:size], bytes(flipped)):
+            try:
+                sources.read_image(damaged, 8, origin='that one')
+            except sources.UsageError as error:
+                assert str(error).startswith('Cannot read the image that one: ')
+                print(error)
+"""
+        done = subprocess.run(
+            [sys.executable, '-W', 'always', '-c', program, *saved],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.assertEqual((done.stderr, done.returncode), ('', 0))
+        lines = done.stdout.splitlines()
+        self.assertGreater(len(lines), 40)
+        for line in lines:
+            self.assertStartsWith(line, 'Cannot read the image that one: ')
 
     def test_first_frame_of_an_animation(self):
         frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
