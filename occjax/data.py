@@ -101,8 +101,10 @@ def load(
         images, labels = sources.digits(image_size)
         digests = digests_of(images)
     else:
-        is_folder = name == 'folder' or (folder and (folder / 'train').is_dir())
-        source = sources.folder(folder) if is_folder else sources.tfds_directory(name, folder)
+        if name == 'folder' or (folder and sources.has_splits(folder)):
+            source = sources.folder(folder, resplit=resplit_per_class is not None)
+        else:
+            source = sources.tfds_directory(name, folder)
         class_names, num_train = source.class_names, source.num_train
         images, labels, digests = _decoded(name, source, image_size, cache_dir)
 

@@ -212,12 +212,6 @@ class FolderTest(TemporaryTest):
                 expected = [picture([s, k, i]) for k in range(2) for i in range(3)]
                 np.testing.assert_array_equal(split.images, expected)
 
-    @parameterized.parameters('val', 'validation')
-    def test_other_names_of_the_test_split(self, name):
-        expected = np.array(self.load().test.images)
-        (self.folder / 'test').rename(self.folder / name)
-        np.testing.assert_array_equal(self.load().test.images, expected)
-
     def test_resplit_pools_both_splits(self):
         dataset = self.load(resplit_per_class=2)
         np.testing.assert_array_equal(np.bincount(dataset.train.labels), [4, 4])
@@ -304,25 +298,157 @@ class FolderTest(TemporaryTest):
 
     def test_mistakes(self):
         train, test = self.folder / 'train', self.folder / 'test'
-        self.assert_usage_error('--data_dir', data_dir=None)
+        self.assert_usage_error('set data_dir', data_dir=None)
         self.assert_usage_error('/nowhere', data_dir='/nowhere')
         self.assert_usage_error('data.train_images=7', train_images=7)
         self.assert_usage_error('leaves no training image of Golf Ball', resplit_per_class=6)
         (train / 'golf_ball' / '3.png').write_text('no image')
         self.assert_usage_error(train / 'golf_ball' / '3.png')
         (train / 'golf_ball' / '3.png').unlink()
-        (train / 'golf_ball' / '3.png').symlink_to('nowhere')
-        self.assert_usage_error(train / 'golf_ball' / '3.png')
-        (train / 'golf_ball' / '3.png').unlink()
         (test / 'only').mkdir()
         self.assert_usage_error('Class only stands in only one')
         (train / 'only').mkdir()
         self.assert_usage_error(f'no image in {train / "only"}')
-        (train / 'only').rename(train / 'Golf Ball')
-        (test / 'only').rename(test / 'Golf Ball')
-        self.assert_usage_error("('Golf Ball', 'Golf Ball', 'Tench')")
         test.rename(self.folder / 'tset')
-        self.assert_usage_error(f'{test} is missing')
+        self.assert_usage_error(f'{self.folder} has no split to test with', 'train, tset')
+        self.assert_usage_error('data.resplit_per_class')
+        train.rename(self.folder / 'tran')
+        self.assert_usage_error('no folder called train', 'tran, tset', 'data.resplit_per_class')
+        (self.folder / 'tran').rename(self.folder / 'test')
+        self.assert_usage_error('no folder called train', 'test, tset', resplit_per_class=1)
+
+    def stderr_of_load(self, **kwargs):
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            dataset = self.load(**kwargs)
+        return dataset, stderr.getvalue()
+
+    @parameterized.parameters(
+        ('Train', 'Test'),
+        ('training', 'testing'),
+        ('TRAIN', 'valid'),
+        ('train', 'Val'),
+        ('train', 'validation'),
+        ('train', 'eval'),
+        ('Training', 'dev'),
+    )
+    def test_other_names_of_the_splits(self, train, test):
+        expected = self.load()
+        (self.folder / 'test').rename(self.folder / test)
+        (self.folder / 'train').rename(self.folder / train)
+        for actual in (self.load(), self.load('any-other-name')):
+            np.testing.assert_array_equal(actual.train.images, expected.train.images)
+            np.testing.assert_array_equal(actual.test.images, expected.test.images)
+
+    @parameterized.parameters('unlabelled', 'unknown', 'empty', 'empty classes')
+    def test_the_labelled_split_is_taken(self, kind):
+        expected = np.array(self.load().test.images)
+        (self.folder / 'test').rename(self.folder / 'val')
+        if kind in ('unlabelled', 'unknown'):
+            save(
+                self.folder / 'test' / ('unknown' if kind == 'unknown' else '') / '1.png',
+                picture(9),
+            )
+        else:
+            (self.folder / 'test').mkdir()
+        if kind == 'empty classes':
+            for label in ('golf_ball', 'n01440764'):
+                (self.folder / 'test' / label).mkdir()
+        dataset, said = self.stderr_of_load()
+        np.testing.assert_array_equal(dataset.test.images, expected)
+        self.assertIn(f'the test split is {self.folder / "val"}', said)
+
+    def test_resplit_needs_no_splits(self):
+        whole = self.load(resplit_per_class=1)
+        (self.folder / 'test').rename(self.root / 'elsewhere')
+        for root in (self.folder, self.folder / 'train'):
+            dataset = self.load(data_dir=str(root), resplit_per_class=1)
+            self.assertEqual(dataset.class_names, whole.class_names)
+            np.testing.assert_array_equal(dataset.train.labels, [0, 0, 1, 1])
+            np.testing.assert_array_equal(dataset.test.labels, [0, 1])
+
+    def test_a_class_may_be_called_train(self):
+        root = self.root / 'vehicles'
+        for k, i in np.ndindex(2, 3):
+            save(root / ('bus', 'train')[k] / f'{i}.png', picture([k, i]))
+        dataset = self.load(data_dir=str(root), resplit_per_class=1)
+        self.assertEqual(dataset.class_names, ('Bus', 'Train'))
+
+    def test_subfolders_are_read(self):
+        expected = self.load()
+        for path in (self.folder / 'train' / 'golf_ball', self.folder / 'test' / 'n01440764'):
+            path.rename(self.root / 'moved')
+            path.mkdir()
+            (self.root / 'moved').rename(path / 'images')
+        (self.folder / 'train' / 'golf_ball' / '.thumbnails').mkdir()
+        save(self.folder / 'train' / 'golf_ball' / '.thumbnails' / '0.png', picture(9))
+        save(self.folder / 'train' / '__MACOSX' / '0.png', picture(9))
+        actual, said = self.stderr_of_load()
+        np.testing.assert_array_equal(actual.train.images, expected.train.images)
+        np.testing.assert_array_equal(actual.test.images, expected.test.images)
+        self.assertEmpty(said)
+
+    def test_whatever_pillow_reads_counts(self):
+        path, image = self.folder / 'train' / 'golf_ball', Image.fromarray(picture(0))
+        suffixes = [
+            '.jfif',
+            '.jpe',
+            '.avif',
+            '.jp2',
+            '.pnm',
+            '.tga',
+            '.webp',
+            '.JPG',
+            '.tiff',
+            '.ico',
+            '.qoi',
+            '.mpo',
+            '.pcx',
+        ]
+        for suffix in suffixes:
+            image.save(path / f'z{suffix}')
+        dataset, said = self.stderr_of_load()
+        self.assertLen(dataset.train, 6 + len(suffixes))
+        self.assertEmpty(said)
+
+    def test_what_is_skipped_is_said(self):
+        expected = self.load()
+        path = self.folder / 'train' / 'golf_ball'
+        for name in ('a.txt', 'b.TXT', 'c.h5', 'd', '../e.csv'):
+            (path / name).write_text('no image')
+        (path / 'z.png').mkdir()
+        (path / 'link.png').symlink_to('nowhere')
+        (path / 'loop').symlink_to(path)
+        os.mkfifo(path / 'pipe.png')
+        dataset, said = self.stderr_of_load()
+        np.testing.assert_array_equal(dataset.train.images, expected.train.images)
+        self.assertIn(f'Skipped in {self.folder} 9 that are no image files', said)
+        for kind in ('.txt (2)', '.h5 (1)', 'suffix (1)', 'of classes (1)', 'images (1)'):
+            self.assertIn(kind, said)
+        self.assertIn('dangling links (1)', said)
+        self.assertIn('links to folders (1)', said)
+
+    def test_classes_that_look_alike_keep_their_names(self):
+        for split in ('train', 'test'):
+            for label in ('hot dog', 'hot_dog', 'Tench', 'cat'):
+                save(self.folder / split / label / '0.png', picture(0))
+        names = ('Tench', 'Cat', 'Golf Ball', 'hot dog', 'hot_dog', 'n01440764')
+        self.assertEqual(self.load().class_names, names)
+
+    def test_classes_are_in_natural_order(self):
+        root = self.root / 'numbers'
+        for split, label in itertools.product(
+            ('train', 'test'), ('10', '2', '1', 'a10', 'a9', '01')
+        ):
+            save(root / split / label / '0.png', picture(0))
+        self.assertEqual(
+            self.load(data_dir=str(root)).class_names, ('01', '1', '2', '10', 'A9', 'A10')
+        )
+
+    @parameterized.parameters(None, 1)
+    def test_a_single_class_is_refused(self, resplit_per_class):
+        for split in ('train', 'test'):
+            (self.folder / split / 'n01440764').rename(self.root / split)
+        self.assert_usage_error('two classes', resplit_per_class=resplit_per_class)
 
     def test_images_without_a_label(self):
         labels = np.full(12, -1, np.int32)  # TFDS's mark.
@@ -717,8 +843,8 @@ class TfdsTest(TemporaryTest):
 
 class ProgressTest(TemporaryTest):
     def test_long_decoding_tells_how_far_it_is(self):
-        for path in ('train/a', 'test/a'):
-            for i in range(200):
+        for path in ('train/a', 'test/a', 'train/b', 'test/b'):
+            for i in range(100):
                 save(self.folder / path / f'{i}.png', picture(0))
         with (
             mock.patch.object(data.time, 'monotonic', side_effect=[0, 10, 20]),
