@@ -9,7 +9,10 @@ Dimensions: N images, S image side, B batch.
 
 import contextlib
 import hashlib
+import io
 import itertools
+import json
+import math
 import os
 import sys
 import time
@@ -19,18 +22,21 @@ from pathlib import Path
 
 import numpy as np
 
-from occjax import sources
+from occjax import sources, streams
+from occjax.streams import Stream
 from occjax.types import Batch, Dataset, Split, UsageError
 
-_DECODER = 1  # Another number when images come out differently, so that caches are not used.
-_RESPLIT, _TRAIN, _TEST = range(3)  # One random stream for each choice that `load` makes.
+_DECODER = 2  # Another number when images come out differently, so that caches are not used.
 
 
 class Rows:
-    """Chosen rows of an array `[N, ...]`, gathered only when indexed: a split of a memory map."""
+    """Chosen rows of an array `[N, ...]`, gathered only when indexed: a split of a memory map.
 
-    def __init__(self, array: np.ndarray, rows: np.ndarray):
-        self.array, self.rows = array, rows
+    `digests`, `u8[N, 32]`, are those of the array's rows where they are known, see `digests_of`.
+    """
+
+    def __init__(self, array: np.ndarray, rows: np.ndarray, digests: np.ndarray | None = None):
+        self.array, self.rows, self.digests = array, rows, digests
         self.shape, self.dtype, self.ndim = rows.shape + array.shape[1:], array.dtype, array.ndim
 
     def __len__(self):
@@ -62,8 +68,9 @@ def load(
         image_size: S. The shorter side is scaled to it, the rest cropped off evenly.
         data_dir: a TFDS directory (by default TFDS's own) or a folder of images.
         cache_dir: for decoded images; by default `$XDG_CACHE_HOME/occjax` or `~/.cache/occjax`.
-            They are known by name, size and the source's file names, sizes and times. Nothing
-            is ever deleted there, but all of it may be.
+            They are known by name, size and the source's file names, sizes and times, and
+            decoded again unless all are as they were written. Nothing is ever deleted there, but
+            all of it may be.
         resplit_per_class: pools both splits and holds out so many random images of each class
             for the test (the paper's §III-A does so for Imagenette); None keeps the source's.
         seed: of the resplit and of the two subsets.
@@ -92,32 +99,47 @@ def load(
             raise UsageError('The digits have no test split: set data.resplit_per_class.')
         class_names, num_train = sources.DIGITS, 0
         images, labels = sources.digits(image_size)
+        digests = digests_of(images)
     else:
-        is_folder = name == 'folder' or (folder and (folder / 'train').is_dir())
-        source = sources.folder(folder) if is_folder else sources.tfds_directory(name, folder)
+        if name == 'folder' or (folder and sources.has_splits(folder)):
+            source = sources.folder(folder, resplit=resplit_per_class is not None)
+        else:
+            source = sources.tfds_directory(name, folder)
         class_names, num_train = source.class_names, source.num_train
-        images, labels = _decoded(name, source, image_size, cache_dir)
+        images, labels, digests = _decoded(name, source, image_size, cache_dir)
 
     if labels.min() < 0:
         raise UsageError(f'{name} has images without a label.')
     train, test = np.split(np.arange(len(labels)), [num_train])
     if resplit_per_class is not None:
         train, test = _resplit(labels, class_names, resplit_per_class, seed)
-    train = _subset(train, train_images, 'data.train_images', [seed, _TRAIN])
-    test = _subset(test, test_images, 'data.test_images', [seed, _TEST])
-    train, test = (Split(Rows(images, rows), labels[rows]) for rows in (train, test))
+    train = _subset(
+        train, train_images, 'data.train_images', streams.rng(seed, Stream.TRAIN_SUBSET)
+    )
+    test = _subset(test, test_images, 'data.test_images', streams.rng(seed, Stream.TEST_SUBSET))
+    train, test = (Split(Rows(images, rows, digests), labels[rows]) for rows in (train, test))
     return Dataset(name, class_names, train, test)
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Returns 16 hex digits over names, all labels and the pixels of up to 256 images a split."""
+    """Returns 16 hex digits over the names and all labels and pixels of both splits."""
     digest = hashlib.sha256(repr((dataset.name, dataset.class_names)).encode())
     for split in (dataset.train, dataset.test):
-        sample = np.linspace(0, len(split) - 1, min(len(split), 256)).astype(int)
-        digest.update(repr(split.images.shape).encode())
+        images, known = split.images, getattr(split.images, 'digests', None)
+        digests = digests_of(images) if known is None else known[images.rows]
+        digest.update(repr(images.shape).encode())
         digest.update(np.asarray(split.labels, '<i4').tobytes())
-        digest.update(np.asarray(split.images[sample]).tobytes())
+        digest.update(digests.tobytes())
     return digest.hexdigest()[:16]
+
+
+def digests_of(images: np.ndarray) -> np.ndarray:
+    """Returns the SHA-256 of each image's bytes, `u8[N, 32]`."""
+    found = b''
+    for start in range(0, len(images), 1024):
+        block = np.ascontiguousarray(images[start : start + 1024])
+        found += b''.join(hashlib.sha256(image).digest() for image in block)
+    return np.frombuffer(found, np.uint8).reshape(-1, 32)
 
 
 def take(split: Split, index: np.ndarray) -> np.ndarray:
@@ -154,14 +176,14 @@ def batches(split: Split, batch_size: int) -> Iterator[Batch]:
 def training_batches(
     split: Split, batch_size: int, *, seed: int, epoch: int, classifier: int = 0
 ) -> Iterator[Batch]:
-    """Yields an epoch's whole batches in an order that is a pure function of `(seed, epoch)`.
+    """Yields an epoch's whole batches in an order that is a pure function of the last three.
 
     Batch statistics want equal batches, so the remainder, another in each epoch, is left out; a
     split smaller than a batch is one batch.
     """
     if batch_size < 1:
         raise ValueError(f'Expected batch_size >= 1, got {batch_size}.')
-    order = np.random.default_rng([seed, epoch]).permutation(len(split))
+    order = streams.rng(seed, Stream.EPOCH_ORDER, classifier, epoch).permutation(len(split))
     count = max(len(split) // batch_size, 1)
     for index in order[: count * batch_size].reshape(count, -1):
         yield _batch(split, index, np.ones(len(index), bool))
@@ -177,7 +199,7 @@ def _resplit(labels, class_names, per_class, seed):
     """Returns the rows of training and test: `per_class` random images of each class in test."""
     if per_class < 1:
         raise UsageError(f'Expected data.resplit_per_class >= 1, got {per_class}.')
-    order = np.random.default_rng([seed, _RESPLIT]).permutation(len(labels))
+    order = streams.rng(seed, Stream.RESPLIT).permutation(len(labels))
     is_test = np.zeros(len(labels), bool)
     for k, class_name in enumerate(class_names):
         rows = order[labels[order] == k]
@@ -190,17 +212,20 @@ def _resplit(labels, class_names, per_class, seed):
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
-def _subset(rows, count, field, seed):
+def _subset(rows, count, field, rng):
     """Returns `count` random rows in their order, or all."""
     if count is None:
         return rows
     if not 0 < count <= len(rows):
         raise UsageError(f'{field}={count}, but there are {len(rows)} images to choose from.')
-    return np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
+    return np.sort(rng.choice(rows, count, replace=False))
 
 
 def _decoded(name, source, image_size, cache_dir):
-    """Returns a source's images and labels `u8[N, S, S, 3]`, `i32[N]`, memory-mapped."""
+    """Returns a source's images, memory-mapped, labels and digests.
+
+    They are `u8[N, S, S, 3]`, `i32[N]` and `u8[N, 32]`.
+    """
     cache = Path(cache_dir or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'occjax')
     cache = cache.expanduser()
     try:
@@ -210,23 +235,24 @@ def _decoded(name, source, image_size, cache_dir):
     state = [_DECODER, *((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     stem = f'{name.replace("/", "-").replace(":", "-")}-{image_size}-{key}'
-    paths = cache / f'{stem}-images.npy', cache / f'{stem}-labels.npy'
+    paths = [cache / f'{stem}-{part}' for part in ('images.npy', 'labels.npy', 'digest.json')]
     shape = (source.num_images, image_size, image_size, 3)
-    try:
+    with contextlib.suppress(OSError, ValueError):  # Absent or damaged.
         return _mapped(paths, shape)
-    except (OSError, ValueError, EOFError):  # Absent or damaged.
-        pass
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        labels = []
+        labels, digests = [], []
         with _replacing(paths[0]) as file:
-            header = {'descr': '|u1', 'fortran_order': False, 'shape': shape}
-            np.lib.format.write_array_header_1_0(file, header)
+            file.write(_header('|u1', shape))
             for image, label in _decode(name, source, image_size):
                 file.write(image.tobytes())
                 labels.append(label)
+                digests.append(hashlib.sha256(image.tobytes()).digest())
+        labels = np.array(labels, '<i4').tobytes()
         with _replacing(paths[1]) as file:
-            np.save(file, np.array(labels, np.int32))
+            file.write(_header('<i4', shape[:1]) + labels)
+        with _replacing(paths[2]) as file:
+            file.write(_digest_of(b''.join(digests), labels))
         return _mapped(paths, shape)
     except OSError as error:
         raise UsageError(
@@ -236,11 +262,37 @@ def _decoded(name, source, image_size, cache_dir):
 
 
 def _mapped(paths, shape):
-    """Returns the arrays of cached images and labels, or raises where they are not whole."""
-    images, labels = np.load(paths[0], mmap_mode='r'), np.load(paths[1])
-    if images.shape != shape or labels.shape != shape[:1]:
-        raise ValueError(f'Expected images of shape {shape}, got {images.shape}.')
-    return images, labels
+    """Returns what `_decoded` does from its cache, or raises where that is not as it was written.
+
+    NumPy's own reader trusts a file's header, and fails in many ways where that is damaged.
+    """
+    parts = []
+    for path, descr, part in zip(paths, ('|u1', '<i4'), (shape, shape[:1]), strict=False):
+        header = _header(descr, part)
+        with open(path, 'rb') as file:
+            is_whole = file.read(len(header)) == header
+        size = len(header) + np.dtype(descr).itemsize * math.prod(part)
+        if not is_whole or path.stat().st_size != size:
+            raise OSError(f'{path} is damaged')
+        parts.append(np.memmap(path, descr, 'r', len(header), part))
+    images, labels = parts
+    digests = digests_of(images)
+    if paths[2].read_bytes() != _digest_of(digests.tobytes(), labels.tobytes()):
+        raise OSError(f'{paths[0]} is damaged')
+    return images, np.array(labels, np.int32), digests
+
+
+def _header(descr, shape):
+    """Returns how a .npy file of such an array begins."""
+    file = io.BytesIO()
+    header = {'descr': descr, 'fortran_order': False, 'shape': shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+
+def _digest_of(digests, labels):
+    """Returns what stands in the cache's digest.json."""
+    return json.dumps({'sha256': hashlib.sha256(digests + labels).hexdigest()}).encode()
 
 
 @contextlib.contextmanager
@@ -258,20 +310,30 @@ def _replacing(path):
 
 
 def _decode(name, source, image_size):
-    """Yields every image `u8[S, S, 3]` with its label, and tells on stderr how far it is."""
+    """Yields every image `u8[S, S, 3]` with its label, and tells on stderr how far it is.
+
+    Those that cannot be read are named when all have been tried.
+    """
+    unreadable = []
 
     def decode(example):
         origin, image, label = example
-        return sources.read_image(image, image_size, origin=origin), label
+        try:
+            return sources.read_image(image, image_size, origin=origin), label
+        except UsageError as error:
+            unreadable.append(error)
+            return None
 
     examples, began = source.examples(), time.monotonic()
     done, told = 0, began
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock.
         while block := list(itertools.islice(examples, 256)):
-            yield from pool.map(decode, block)
+            yield from filter(None, pool.map(decode, block))
             done, now = done + len(block), time.monotonic()
             if now - told > 5 or (told > began and done == source.num_images):
                 left = (now - began) / done * (source.num_images - done)
                 progress = f'{done:,} of {source.num_images:,} images, {left:.0f} s left'
                 print(f'Decoding {name}: {progress}', file=sys.stderr, flush=True)
                 told = now
+    if unreadable:
+        raise sources.all_unreadable(unreadable, source.num_images)

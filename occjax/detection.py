@@ -6,7 +6,10 @@ of the clean maps they come from pass for adversarial.
 Dimensions: K classes.
 """
 
+import collections
+import dataclasses
 import functools
+import math
 import os
 from pathlib import Path
 
@@ -36,21 +39,50 @@ def detect(run: Run) -> str:
     """Returns a line for each image: its class, how probable, and what each detector says.
 
     Raises:
-        UsageError: if `--images` names nothing that can be read, or a stage is missing.
+        UsageError: if `--images` names nothing that can be read, or a stage is missing. If it is
+            only some of the files that cannot be read, the lines are printed first, one of them
+            for each of those.
     """
-    files, size = _files(run.images), run.config.data.image_size
-    images = np.stack([sources.read_image(file, size) for file in files]).astype(np.float32) / 255
+    files = _files(run.images)
+    images, said = _read(files, run.config.data.image_size)
+    if len(images):
+        read = [file for file in files if file not in said]
+        said |= zip(read, _judge(run, images), strict=True)
+    lines = '\n'.join(f'{file}  {said[file]}' for file in files)
+    if len(images) < len(files):
+        print(lines)
+        raise UsageError(f'{len(files) - len(images)} of {len(files)} files could not be read.')
+    return lines
+
+
+def _read(files, size):
+    """Returns the images that can be read, and of the other files what is wrong."""
+    images, wrong = [], {}
+    for file in files:
+        try:
+            images.append(sources.read_image(file, size))
+        except UsageError as error:
+            wrong[file] = str(error)
+    return np.array(images, np.float32) / 255, wrong
+
+
+def _judge(run, images):
+    """Returns what `detect` says of each image."""
     variables, division = stages.load_variables(run), evaluation.divide(run, 'held_out')
     predict_fn = functools.partial(_logits, variables, plan=run.plan)
-    unknown = np.zeros(len(files), np.int32)
+    # Few images are no reason for a whole batch; maps are made in batches of a quarter.
+    few = dataclasses.replace(run, eval_batch_size=min(run.batch_size, 4 * len(images)))
+    per_device = math.ceil(len(images) / jax.device_count())
+    batch_size = min(run.batch_size, per_device * jax.device_count())
+    unknown = np.zeros(len(images), np.int32)
     maps = HeatmapSet(
-        logits=shard.map_images(run, variables, images),
-        unoccluded=run.in_batches(predict_fn, images, batch_size=run.batch_size),
+        logits=shard.map_images(few, variables, images),
+        unoccluded=run.in_batches(predict_fn, images, batch_size=batch_size),
         label=unknown,
         image_id=unknown,
         is_adversarial=unknown.astype(bool),
     )
-    verdicts = [[] for _ in files]
+    verdicts = [[] for _ in images]
     for method in ('detector', 'all_logits'):
         if method in run.config.detector.methods:
             bank, levels = deployed(run, division, method)
@@ -61,12 +93,10 @@ def detect(run: Run) -> str:
                 known = f'{word} ({margin:+.2f})' if np.isfinite(margin) else 'no threshold'
                 said.append(f'{method}: {known}')
     names = run.description['class_names']
-    return '\n'.join(
-        f'{file}  {names[k]} ({p:.3f})  {"  ".join(said)}'
-        for file, k, p, said in zip(
-            files, maps.predicted, maps.max_probability, verdicts, strict=True
-        )
-    )
+    return [
+        f'{names[k]} ({p:.3f})  {"  ".join(said)}'
+        for k, p, said in zip(maps.predicted, maps.max_probability, verdicts, strict=True)
+    ]
 
 
 _logits = jax.jit(vgg.logits, static_argnames='plan')
@@ -81,11 +111,9 @@ def _files(path):
         return [root]
     if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
         raise UsageError(f'Cannot read --images={path}: no such file or folder, or no permission.')
-    found = sorted(
-        path
-        for path in root.rglob('*')
-        if path.suffix.lower() in sources.EXTENSIONS and not path.name.startswith('.')
-    )
+    skipped = collections.Counter()
+    found = list(sources.images_in(root, skipped))
+    sources.tell_skipped(root, skipped)
     if not found:
         raise UsageError(f'There is no image in --images={path}.')
     return found

@@ -5,11 +5,17 @@ them. CIFAR-10 and Imagenette are downloaded and prepared when they are missing,
 without TensorFlow.
 """
 
+import collections
+import contextlib
+import ctypes
+import functools
 import io
-import itertools
+import logging
+import re
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +23,8 @@ import numpy as np
 
 from occjax.types import UsageError
 
-EXTENSIONS = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.pgm', '.gif', '.tif', '.tiff'}
+TRAIN = ('train', 'training')  # What the splits of a folder may be called, the first found first.
+TEST = ('test', 'testing', 'val', 'valid', 'validation', 'eval', 'evaluation', 'dev')
 DIGITS = ('Zero', 'One', 'Two', 'Three', 'Four', 'Five', 'Six', 'Seven', 'Eight', 'Nine')
 SYNSETS = {
     'n01440764': 'Tench',
@@ -46,22 +53,91 @@ class Source(NamedTuple):
 def read_image(file, image_size: int, *, origin: str = '') -> np.ndarray:
     """Returns an image file, or its bytes, as `u8[S, S, 3]`.
 
-    The shorter side is scaled to S (bicubic, antialiased) and the centre cut out. Grey becomes
-    three channels, transparency is dropped, and of an animation the first frame is taken.
+    It is turned as its EXIF says, and what is transparent is laid on white. The shorter side is
+    scaled to S (bicubic, antialiased) and the centre cut out. Grey becomes three channels, 16 bits
+    become 8, floats are taken from [0, 1], and of an animation the first frame.
 
     Raises:
-        UsageError: it cannot be decoded; named by `origin`, or else by its path.
+        UsageError: it cannot be decoded, or its numbers have no known range; named by `origin`, or
+            else by its path.
     """
-    from PIL import Image, ImageOps
-
+    Image, ImageOps = _pillow()
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            if image.mode.startswith('I'):  # 16 bits, which Pillow would clip instead of scale.
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image.load()
+            with contextlib.suppress(Exception):  # A damaged EXIF says nothing.
+                ImageOps.exif_transpose(image, in_place=True)
             square = (image_size, image_size)
-            return np.asarray(ImageOps.fit(image.convert('RGB'), square, Image.Resampling.BICUBIC))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f'Cannot read the image {origin or file}: {one_line(error)}') from error
+            return np.asarray(ImageOps.fit(_to_rgb(image), square, Image.Resampling.BICUBIC))
+    except Exception as error:  # Pillow's readers fail in any way where a file is damaged.
+        is_unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = 'it is in no format that Pillow reads' if is_unknown else one_line(error)
+        named = origin or ('of these bytes' if isinstance(file, bytes) else file)
+        raise UsageError(f'{_UNREADABLE}{named}: {reason}') from error
+
+
+_UNREADABLE = 'Cannot read the image '
+
+
+def all_unreadable(errors: Sequence[UsageError], count: int) -> UsageError:
+    """Returns what `read_image` said of some of `count` images as one error: ten, and how many."""
+    if len(errors) == 1:
+        return errors[0]
+    told = sorted(str(error).removeprefix(_UNREADABLE) for error in errors)
+    rest = f'; and {len(told) - 10} more' if len(told) > 10 else ''
+    return UsageError(f'Cannot read {len(told)} of {count} images: {"; ".join(told[:10])}{rest}.')
+
+
+def _pillow():
+    """Returns Pillow's modules, after what they think of damaged files is kept off the terminal."""
+    from PIL import Image, ImageOps
+
+    # Not `catch_warnings`, whose filters are those of all threads.
+    if _OF_PILLOW not in warnings.filters:
+        warnings.filterwarnings('ignore', module=_OF_PILLOW[3].pattern)
+    _silence()
+    return Image, ImageOps
+
+
+_OF_PILLOW = ('ignore', None, Warning, re.compile(r'PIL\b'), 0)
+
+
+@functools.cache
+def _silence():
+    """Silences Pillow's logger, and libtiff, which it calls and which knows no such thing."""
+    from PIL import Image
+
+    logging.getLogger('PIL').setLevel(logging.CRITICAL)
+    with contextlib.suppress(OSError, AttributeError):  # Where libtiff is part of Pillow itself.
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
+
+def _to_rgb(image):
+    """Returns an image of any mode as RGB; what is transparent becomes white."""
+    from PIL import Image
+
+    if image.mode.startswith('I'):  # 16 bits, which Pillow would clip instead of scale.
+        pixels, depth = np.asarray(image), 12 if _bits(image) == 12 else 16
+        if pixels.min() < 0 or pixels.max() >= 2**depth:
+            raise ValueError(f'it holds {pixels.min()} to {pixels.max()}, not 0 to {2**depth - 1}')
+        pixels = np.where(pixels == image.info.get('transparency', -1), 2**depth - 1, pixels)
+        return Image.fromarray((pixels >> (depth - 8)).astype(np.uint8)).convert('RGB')
+    if image.mode == 'F':
+        pixels = np.asarray(image)
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # So is NaN refused.
+            raise ValueError(
+                f'it holds floats from {pixels.min():g} to {pixels.max():g}, not 0 to 1'
+            )
+        return Image.fromarray(np.round(pixels * 255).astype(np.uint8)).convert('RGB')
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    return image.convert('RGB')
+
+
+def _bits(image):
+    """Returns how many bits a TIFF has a channel, None for others."""
+    return getattr(image, 'tag_v2', {}).get(258, (None,))[0]
 
 
 def digits(image_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,33 +152,56 @@ def digits(image_size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(images[..., None], 3, axis=-1), loaded.target.astype(np.int32)
 
 
-def folder(root: Path | None) -> Source:
-    """Returns the source `<folder>/<split>/<class>/<file>`."""
+def folder(root: Path | None, *, resplit: bool = False) -> Source:
+    """Returns the source `<folder>/<split>/<class>/<file>`; what it leaves out stands on stderr.
+
+    Splits are called as in `TRAIN` and `TEST`, in any case. The held-out one is the first that has
+    a class of the training split. Files may lie in subfolders of their class.
+
+    Args:
+        root: the folder.
+        resplit: whether the source is pooled anyway. Then it may lack a test, or have no splits,
+            as `<folder>/<class>/<file>`.
+    """
     if root is None:
-        raise UsageError('A folder of images needs --data_dir=<folder with train/ and test/>.')
-    tests = [root / split for split in ('test', 'val', 'validation')]
-    splits = [root / 'train', next((path for path in tests if path.is_dir()), tests[0])]
-    for path in splits:
-        if not path.is_dir():
-            raise UsageError(
-                f'A folder of images is <split>/<class>/<file>, but {path} is missing.'
-            )
-    classes = [{path.name for path in _listed(split) if path.is_dir()} for split in splits]
-    for alone in sorted(classes[0] ^ classes[1]):
-        raise UsageError(f'Class {alone} stands in only one of {splits[0]} and {splits[1]}.')
-    labels = sorted(classes[0])
-    names = tuple(map(_human, labels))
-    if not names or len(set(names)) < len(names):
-        raise UsageError(f'Expected classes of different names in {splits[0]}, got {names}.')
-    found, sizes = [], []
-    for split, (k, label) in itertools.product(splits, enumerate(labels)):
-        paths = [p for p in _listed(split / label) if p.suffix.lower() in EXTENSIONS]
-        if not paths:
-            raise UsageError(f'There is no image in {split / label}.')
-        found += [(path, k) for path in paths]
-        sizes.append(len(paths))
+        raise UsageError('A folder of images needs a place: set data_dir to it.')
+    train, *tests = _splits(root)
+    alone = 'to hold images of each class out, set data.resplit_per_class'
+    if train is None and (tests or not resplit):
+        raise UsageError(
+            f'A folder of images is <split>/<class>/<file>, but {root} has no folder called train '
+            f'with folders of classes in it, only {_names(root)}; if these are classes, {alone}.'
+        )
+    classes = _classes(train or root)
+    held_out = next((path for path in tests if _holds_image(path, classes)), None)
+    if held_out is None and not resplit:
+        raise UsageError(
+            f'{root} has no split to test with, called {", ".join(TEST)}, that has folders of '
+            f'the classes of {train} with images in them, only {_names(root)}; {alone}.'
+        )
+    if held_out and held_out != tests[0]:
+        _say(f'{tests[0]} has no image of a known class: the test split is {held_out}.')
+    for label in sorted(classes ^ _classes(held_out) if held_out else ()):
+        raise UsageError(f'Class {label} stands in only one of {train} and {held_out}.')
+    splits = [path for path in (train or root, held_out) if path]
+    labels = sorted(classes, key=_natural)
+    if len(labels) < 2:
+        raise UsageError(f'Expected folders of two classes or more in {splits[0]}, got {labels}.')
+    found, sizes, skipped = [], [], collections.Counter()
+    for split in splits:
+        for path in _listed(split):
+            if not path.is_dir() and split != root:
+                skipped['files outside of classes'] += 1
+        for k, label in enumerate(labels):
+            paths = list(images_in(split / label, skipped))
+            if not paths:
+                raise UsageError(f'There is no image in {split / label}.')
+            found += [(path, k) for path in paths]
+            sizes.append(len(paths))
+    tell_skipped(root, skipped)
+    human = collections.Counter(map(_human, labels))
     return Source(
-        names,
+        tuple(_human(label) if human[_human(label)] == 1 else label for label in labels),
         num_train=sum(sizes[: len(labels)]),
         num_images=len(found),
         files=[path for path, _ in found],
@@ -110,12 +209,98 @@ def folder(root: Path | None) -> Source:
     )
 
 
+def has_splits(root: Path) -> bool:
+    """Returns whether this is a folder of images with a training split."""
+    return root.is_dir() and _splits(root)[0] is not None
+
+
+def images_in(root: Path, skipped: collections.Counter) -> Iterator[Path]:
+    """Yields the image files in a folder and its subfolders; counts the others by their kind.
+
+    Hidden files and folders are as good as not there.
+    """
+    for path in _listed(root):
+        looks_like_image = path.suffix.lower() in _extensions()
+        if path.is_dir() and not looks_like_image:
+            if path.is_symlink():  # May lead back here.
+                skipped['links to folders'] += 1
+            else:
+                yield from images_in(path, skipped)
+        elif path.is_file() and looks_like_image:
+            yield path
+        elif path.is_symlink() and not path.exists():
+            skipped['dangling links'] += 1
+        elif path.is_dir():
+            skipped['folders called like images'] += 1
+        else:
+            skipped[path.suffix.lower() or 'without a suffix'] += 1
+
+
+def tell_skipped(root: Path, skipped: collections.Counter):
+    """Says on stderr what `images_in` has counted."""
+    if skipped:
+        kinds = ', '.join(f'{kind} ({count})' for kind, count in skipped.most_common(10))
+        _say(f'Skipped in {root} {skipped.total()} that are no image files: {kinds}.')
+
+
+@functools.cache
+def _extensions():
+    """Returns the file name extensions of what Pillow reads by itself."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    foreign = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}  # Recognized, but not decoded.
+    readable = {*Image.OPEN, 'MPO'} - foreign
+    return {extension for extension, kind in known.items() if kind in readable}
+
+
+def _splits(root):
+    """Returns the training split of a folder or None, then what may be its test."""
+    folders = {path.name.lower(): path for path in reversed(_listed(root)) if path.is_dir()}
+    train = next((folders[name] for name in TRAIN if name in folders), None)
+    # A class of vehicles is called so, too.
+    has_classes = train and any(path.is_dir() for path in _listed(train))
+    return (train if has_classes else None, *(folders[name] for name in TEST if name in folders))
+
+
+def _classes(split):
+    """Returns the names of a split's folders."""
+    return {path.name for path in _listed(split) if path.is_dir()}
+
+
+def _holds_image(split, classes):
+    """Returns whether a split has an image of one of these classes."""
+    folders = (split / label for label in classes & _classes(split))
+    return any(path for folder in folders for path in images_in(folder, collections.Counter()))
+
+
+def _names(root):
+    """Returns what a folder shows as a person lists it."""
+    names = [path.name for path in _listed(root)]
+    rest = [f'and {len(names) - 10} more'] if len(names) > 10 else []
+    return ', '.join(names[:10] + rest) or 'nothing'
+
+
+def _natural(name):
+    """Returns a key by which 2 comes before 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', name))], name
+
+
+def _say(line):
+    """Prints what was done otherwise than may have been expected."""
+    print(line, file=sys.stderr, flush=True)
+
+
+_OF_SYSTEMS = ('.', '__MACOSX', '@eaDir')  # What systems leave behind in folders begins so.
+
+
 def _listed(folder):
     """Returns what a folder shows, in order."""
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith('.'))
+        shown = [path for path in folder.iterdir() if not path.name.startswith(_OF_SYSTEMS)]
     except OSError as error:
         raise UsageError(f'Cannot read {folder}: {one_line(error)}') from error
+    return sorted(shown, key=lambda path: _natural(path.name))
 
 
 def tfds_directory(name: str, data_dir: Path | None) -> Source:

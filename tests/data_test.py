@@ -1,9 +1,11 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -69,14 +71,16 @@ class BatchesTest(parameterized.TestCase):
             np.testing.assert_array_equal(batch.images[:, 1, 1, 2] * 255, batch.index)
             np.testing.assert_array_equal(batch.labels, split.labels[batch.index])
 
-    def test_training_order_is_a_function_of_seed_and_epoch_alone(self):
-        def order(seed, epoch):
+    def test_training_order_is_a_function_of_seed_epoch_and_classifier_alone(self):
+        def order(**stream):
             np.random.seed(np.random.randint(100))  # Global state must not matter.
-            batches = data.training_batches(make_split(40), 8, seed=seed, epoch=epoch)
+            batches = data.training_batches(make_split(40), 8, **stream)
             return tuple(np.concatenate([batch.index for batch in batches]))
 
-        self.assertEqual(order(3, 5), order(3, 5))
-        self.assertLen({order(0, 0), order(0, 1), order(1, 0), order(1, 1)}, 4)
+        self.assertEqual(order(seed=3, epoch=5), order(seed=3, epoch=5, classifier=0))
+        chosen = itertools.product(range(2), repeat=3)
+        orders = {order(seed=s, epoch=e, classifier=c) for s, e, c in chosen}
+        self.assertLen(orders, 8)
 
     def test_pixels_are_a_255th_exactly(self):
         images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
@@ -142,14 +146,14 @@ class DigitsTest(parameterized.TestCase):
         np.testing.assert_array_equal(part.test.images, whole.test.images)
 
     def test_fingerprint_sees_names_labels_and_pixels(self):
-        dataset = self.load(train_images=20)
-        labels, images = dataset.train.labels.copy(), np.array(dataset.train.images)
+        dataset = self.load(resplit_per_class=100)
+        labels, images = dataset.test.labels.copy(), np.array(dataset.test.images)
         labels[7] += 1
-        images[7, 3, 3, 1] ^= 1
+        images[77, 3, 3, 1] ^= 1  # In the middle of a split of some hundred.
         others = [
             dataset._replace(class_names=dataset.class_names[::-1]),
-            dataset._replace(train=Split(dataset.train.images, labels)),
-            dataset._replace(train=Split(images, dataset.train.labels)),
+            dataset._replace(test=Split(dataset.test.images, labels)),
+            dataset._replace(test=Split(images, dataset.test.labels)),
         ]
         self.assertLen({data.fingerprint(d) for d in [dataset, dataset, *others]}, 4)
 
@@ -208,12 +212,6 @@ class FolderTest(TemporaryTest):
                 expected = [picture([s, k, i]) for k in range(2) for i in range(3)]
                 np.testing.assert_array_equal(split.images, expected)
 
-    @parameterized.parameters('val', 'validation')
-    def test_other_names_of_the_test_split(self, name):
-        expected = np.array(self.load().test.images)
-        (self.folder / 'test').rename(self.folder / name)
-        np.testing.assert_array_equal(self.load().test.images, expected)
-
     def test_resplit_pools_both_splits(self):
         dataset = self.load(resplit_per_class=2)
         np.testing.assert_array_equal(np.bincount(dataset.train.labels), [4, 4])
@@ -250,17 +248,36 @@ class FolderTest(TemporaryTest):
         self.assertLen(images, 7 if how == 'added' else 6)
         self.assertTrue((images == image).all((1, 2, 3)).any())
 
-    @parameterized.parameters('images', 'labels')
+    @parameterized.parameters('images.npy', 'labels.npy', 'digest.json')
     def test_damaged_cache_is_decoded_again(self, which):
         expected = data.fingerprint(self.load())
-        (path,) = self.cache.glob(f'*-{which}.npy')
+        (path,) = self.cache.glob(f'*-{which}')
         whole = path.read_bytes()
-        shorter = io.BytesIO()
-        np.save(shorter, np.load(path)[1:])
-        for damaged in (whole[:-1], whole[:20], b'', b'x' * len(whole), shorter.getvalue()):
+        flipped = []
+        for at in np.linspace(0, len(whole) - 1, 20).astype(int):
+            flipped.append(bytearray(whole))
+            flipped[-1][at] ^= 4
+        for damaged in (whole[:-1], whole + b'x', whole[:20], b'', b'x' * len(whole), *flipped):
             path.write_bytes(damaged)
             self.assertEqual(data.fingerprint(self.load()), expected)
             self.assertEqual(path.read_bytes(), whole)
+        path.unlink()
+        self.assertEqual(data.fingerprint(self.load()), expected)
+        self.assertEqual(path.read_bytes(), whole)
+        self.assertLen(np.load(path) if which != 'digest.json' else range(12), 12)
+
+    def test_pixels_are_hashed_once_a_start(self):
+        self.load()
+        with mock.patch.object(data, 'digests_of', wraps=data.digests_of) as hashed:
+            data.fingerprint(self.load(train_images=2))
+        self.assertEqual(hashed.call_count, 1)
+
+    def test_fingerprint_is_of_what_the_splits_hold(self):
+        for dataset in (self.load(), self.load(train_images=3, test_images=5)):
+            splits = (Split(np.array(s.images), s.labels) for s in dataset[2:])
+            self.assertEqual(
+                data.fingerprint(dataset), data.fingerprint(data.Dataset(*dataset[:2], *splits))
+            )
 
     def test_stopped_decoding_leaves_nothing(self):
         with (
@@ -277,34 +294,179 @@ class FolderTest(TemporaryTest):
     def test_default_cache(self):
         with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(self.root / 'xdg')):
             self.load(cache_dir=None)
-        self.assertLen(list((self.root / 'xdg' / 'occjax').iterdir()), 2)
+        self.assertLen(list((self.root / 'xdg' / 'occjax').iterdir()), 3)
 
     def test_mistakes(self):
         train, test = self.folder / 'train', self.folder / 'test'
-        self.assert_usage_error('--data_dir', data_dir=None)
+        self.assert_usage_error('set data_dir', data_dir=None)
         self.assert_usage_error('/nowhere', data_dir='/nowhere')
         self.assert_usage_error('data.train_images=7', train_images=7)
         self.assert_usage_error('leaves no training image of Golf Ball', resplit_per_class=6)
         (train / 'golf_ball' / '3.png').write_text('no image')
         self.assert_usage_error(train / 'golf_ball' / '3.png')
         (train / 'golf_ball' / '3.png').unlink()
-        (train / 'golf_ball' / '3.png').symlink_to('nowhere')
-        self.assert_usage_error(train / 'golf_ball' / '3.png')
-        (train / 'golf_ball' / '3.png').unlink()
         (test / 'only').mkdir()
         self.assert_usage_error('Class only stands in only one')
         (train / 'only').mkdir()
         self.assert_usage_error(f'no image in {train / "only"}')
-        (train / 'only').rename(train / 'Golf Ball')
-        (test / 'only').rename(test / 'Golf Ball')
-        self.assert_usage_error("('Golf Ball', 'Golf Ball', 'Tench')")
         test.rename(self.folder / 'tset')
-        self.assert_usage_error(f'{test} is missing')
+        self.assert_usage_error(f'{self.folder} has no split to test with', 'train, tset')
+        self.assert_usage_error('data.resplit_per_class')
+        train.rename(self.folder / 'tran')
+        self.assert_usage_error('no folder called train', 'tran, tset', 'data.resplit_per_class')
+        (self.folder / 'tran').rename(self.folder / 'test')
+        self.assert_usage_error('no folder called train', 'test, tset', resplit_per_class=1)
+
+    def stderr_of_load(self, **kwargs):
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            dataset = self.load(**kwargs)
+        return dataset, stderr.getvalue()
+
+    @parameterized.parameters(
+        ('Train', 'Test'),
+        ('training', 'testing'),
+        ('TRAIN', 'valid'),
+        ('train', 'Val'),
+        ('train', 'validation'),
+        ('train', 'eval'),
+        ('Training', 'dev'),
+    )
+    def test_other_names_of_the_splits(self, train, test):
+        expected = self.load()
+        (self.folder / 'test').rename(self.folder / test)
+        (self.folder / 'train').rename(self.folder / train)
+        for actual in (self.load(), self.load('any-other-name')):
+            np.testing.assert_array_equal(actual.train.images, expected.train.images)
+            np.testing.assert_array_equal(actual.test.images, expected.test.images)
+
+    @parameterized.parameters('unlabelled', 'unknown', 'empty', 'empty classes')
+    def test_the_labelled_split_is_taken(self, kind):
+        expected = np.array(self.load().test.images)
+        (self.folder / 'test').rename(self.folder / 'val')
+        if kind in ('unlabelled', 'unknown'):
+            save(
+                self.folder / 'test' / ('unknown' if kind == 'unknown' else '') / '1.png',
+                picture(9),
+            )
+        else:
+            (self.folder / 'test').mkdir()
+        if kind == 'empty classes':
+            for label in ('golf_ball', 'n01440764'):
+                (self.folder / 'test' / label).mkdir()
+        dataset, said = self.stderr_of_load()
+        np.testing.assert_array_equal(dataset.test.images, expected)
+        self.assertIn(f'the test split is {self.folder / "val"}', said)
+
+    def test_resplit_needs_no_splits(self):
+        whole = self.load(resplit_per_class=1)
+        (self.folder / 'test').rename(self.root / 'elsewhere')
+        for root in (self.folder, self.folder / 'train'):
+            dataset = self.load(data_dir=str(root), resplit_per_class=1)
+            self.assertEqual(dataset.class_names, whole.class_names)
+            np.testing.assert_array_equal(dataset.train.labels, [0, 0, 1, 1])
+            np.testing.assert_array_equal(dataset.test.labels, [0, 1])
+
+    def test_a_class_may_be_called_train(self):
+        root = self.root / 'vehicles'
+        for k, i in np.ndindex(2, 3):
+            save(root / ('bus', 'train')[k] / f'{i}.png', picture([k, i]))
+        dataset = self.load(data_dir=str(root), resplit_per_class=1)
+        self.assertEqual(dataset.class_names, ('Bus', 'Train'))
+
+    def test_subfolders_are_read(self):
+        expected = self.load()
+        for path in (self.folder / 'train' / 'golf_ball', self.folder / 'test' / 'n01440764'):
+            path.rename(self.root / 'moved')
+            path.mkdir()
+            (self.root / 'moved').rename(path / 'images')
+        (self.folder / 'train' / 'golf_ball' / '.thumbnails').mkdir()
+        save(self.folder / 'train' / 'golf_ball' / '.thumbnails' / '0.png', picture(9))
+        save(self.folder / 'train' / '__MACOSX' / '0.png', picture(9))
+        actual, said = self.stderr_of_load()
+        np.testing.assert_array_equal(actual.train.images, expected.train.images)
+        np.testing.assert_array_equal(actual.test.images, expected.test.images)
+        self.assertEmpty(said)
+
+    def test_whatever_pillow_reads_counts(self):
+        path, image = self.folder / 'train' / 'golf_ball', Image.fromarray(picture(0))
+        suffixes = [
+            '.jfif',
+            '.jpe',
+            '.avif',
+            '.jp2',
+            '.pnm',
+            '.tga',
+            '.webp',
+            '.JPG',
+            '.tiff',
+            '.ico',
+            '.qoi',
+            '.mpo',
+            '.pcx',
+        ]
+        for suffix in suffixes:
+            image.save(path / f'z{suffix}')
+        dataset, said = self.stderr_of_load()
+        self.assertLen(dataset.train, 6 + len(suffixes))
+        self.assertEmpty(said)
+
+    def test_what_is_skipped_is_said(self):
+        expected = self.load()
+        path = self.folder / 'train' / 'golf_ball'
+        for name in ('a.txt', 'b.TXT', 'c.h5', 'd', '../e.csv'):
+            (path / name).write_text('no image')
+        (path / 'z.png').mkdir()
+        (path / 'link.png').symlink_to('nowhere')
+        (path / 'loop').symlink_to(path)
+        os.mkfifo(path / 'pipe.png')
+        dataset, said = self.stderr_of_load()
+        np.testing.assert_array_equal(dataset.train.images, expected.train.images)
+        self.assertIn(f'Skipped in {self.folder} 9 that are no image files', said)
+        for kind in ('.txt (2)', '.h5 (1)', 'suffix (1)', 'of classes (1)', 'images (1)'):
+            self.assertIn(kind, said)
+        self.assertIn('dangling links (1)', said)
+        self.assertIn('links to folders (1)', said)
+
+    def test_classes_that_look_alike_keep_their_names(self):
+        for split in ('train', 'test'):
+            for label in ('hot dog', 'hot_dog', 'Tench', 'cat'):
+                save(self.folder / split / label / '0.png', picture(0))
+        names = ('Tench', 'Cat', 'Golf Ball', 'hot dog', 'hot_dog', 'n01440764')
+        self.assertEqual(self.load().class_names, names)
+
+    def test_classes_are_in_natural_order(self):
+        root = self.root / 'numbers'
+        for split, label in itertools.product(
+            ('train', 'test'), ('10', '2', '1', 'a10', 'a9', '01')
+        ):
+            save(root / split / label / '0.png', picture(0))
+        self.assertEqual(
+            self.load(data_dir=str(root)).class_names, ('01', '1', '2', '10', 'A9', 'A10')
+        )
+
+    @parameterized.parameters(None, 1)
+    def test_a_single_class_is_refused(self, resplit_per_class):
+        for split in ('train', 'test'):
+            (self.folder / split / 'n01440764').rename(self.root / split)
+        self.assert_usage_error('two classes', resplit_per_class=resplit_per_class)
 
     def test_images_without_a_label(self):
-        unlabelled = np.zeros((12, 8, 8, 3), np.uint8), np.full(12, -1, np.int32)  # TFDS's mark.
+        labels = np.full(12, -1, np.int32)  # TFDS's mark.
+        unlabelled = np.zeros((12, 8, 8, 3), np.uint8), labels, None
         with mock.patch.object(data, '_decoded', return_value=unlabelled):
             self.assert_usage_error('without a label')
+
+    def test_all_unreadable_images_are_named_at_once(self):
+        broken = []
+        for split, k in itertools.product(('train', 'test'), range(7)):
+            broken.append(self.folder / split / 'golf_ball' / f'bad{k}.png')
+            broken[-1].write_bytes(b'<html>')
+            if len(broken) == 3:
+                self.assert_usage_error(f'Cannot read 3 of 15 images: {broken[0]}: ', *broken)
+        with self.assertRaisesRegex(UsageError, 'Cannot read 14 of 26 images: .*; and 4 more') as e:
+            self.load()
+        self.assertEqual(str(e.exception).count('bad'), 10)
+        self.assertEmpty(list(self.cache.iterdir()))
 
     def test_truncated_image(self):
         path = self.folder / 'test' / 'golf_ball' / '1.jpg'
@@ -344,20 +506,157 @@ class ReadImageTest(TemporaryTest):
 
     def test_modes(self):
         colour, grey = picture(0), picture(1, channels=())
-        alpha = np.concatenate([colour, picture(2, channels=(1,))], -1)
         three = np.repeat(grey[..., None], 3, -1)
         deep = Image.fromarray(grey.astype(np.uint16) * 256 + 7)
         palette = Image.fromarray(colour).convert('P')
         for image, expected in (
             (Image.fromarray(colour), colour),
             (Image.fromarray(grey), three),
-            (Image.fromarray(alpha), colour),
-            (Image.fromarray(np.stack([grey, grey], -1)), three),
             (deep, three),
+            (Image.fromarray(grey > 99), np.where(three > 99, 255, 0)),
             (palette, np.asarray(palette.convert('RGB'))),
         ):
             with self.subTest(image.mode):
                 np.testing.assert_array_equal(self.read(image, 8), expected)
+        lab = Image.merge(
+            'LAB', [Image.fromarray(c) for c in (grey, grey * 0 + 128, grey * 0 + 128)]
+        )
+        ycc = Image.fromarray(colour).convert('YCbCr')
+        floats, deeper = grey / np.float32(255), grey.astype(np.int32) * 256 + 7
+        for image, expected, atol in (
+            (Image.fromarray(floats), three, 0),
+            (Image.fromarray(deeper), three, 0),
+            (Image.fromarray(colour).convert('CMYK'), colour, 0),
+            (ycc, np.asarray(ycc.convert('RGB')), 1),
+            (lab, np.asarray(lab.convert('RGB')), 0),
+        ):
+            with self.subTest(image.mode):
+                actual = self.read(image, 8, '.tif').astype(int)
+                np.testing.assert_allclose(actual, expected, atol=atol)
+
+    def test_transparency_is_laid_on_white(self):
+        colour, grey, alpha = picture(0), picture(1, channels=()), picture(2, channels=())
+        share = alpha[..., None] / 255
+        palette = Image.fromarray(grey)
+        palette.putpalette(picture(3, 256, 1).tobytes())
+        opaque = np.asarray(palette.convert('RGB'))
+        of_palette = picture(4, 256, 1, ())[:, 0]
+        shares = of_palette[grey][..., None] / 255
+        for pixels, shown, kwargs, image in (
+            (colour, share, {}, Image.fromarray(np.dstack([colour, alpha]))),
+            (grey[..., None], share, {}, Image.fromarray(np.dstack([grey, alpha]))),
+            (opaque, shares, {'transparency': of_palette.tobytes()}, palette),
+            (
+                grey[..., None],
+                grey[..., None] != grey[3, 3],
+                {'transparency': int(grey[3, 3])},
+                Image.fromarray(grey),
+            ),
+            (
+                grey[..., None],
+                grey[..., None] != grey[3, 3],
+                {'transparency': 257 * int(grey[3, 3])},
+                Image.fromarray(grey.astype(np.uint16) * 257),
+            ),
+        ):
+            with self.subTest(image.mode):
+                path = self.root / 'image.png'
+                image.save(path, **kwargs)
+                expected = np.broadcast_to(shown * pixels + (1 - shown) * 255, (8, 8, 3))
+                np.testing.assert_allclose(sources.read_image(path, 8), expected, atol=1)
+
+    @parameterized.product(suffix=('.jpg', '.png', '.tif', '.webp'))
+    def test_exif_orientation_is_followed(self, suffix):
+        stored = np.zeros((16, 16, 3), np.uint8)
+        stored[:8, :8], stored[8:, :8] = 255, 128
+        turned = stored.swapaxes(0, 1)
+        # Where the standard says that the first row and the first column are shown.
+        for orientation, shown in enumerate(
+            (
+                stored,  # top, left
+                stored[:, ::-1],  # top, right
+                stored[::-1, ::-1],  # bottom, right
+                stored[::-1],  # bottom, left
+                turned,  # left, top
+                turned[:, ::-1],  # right, top
+                turned[::-1, ::-1],  # right, bottom
+                turned[::-1],  # left, bottom
+            ),
+            start=1,
+        ):
+            with self.subTest(orientation):
+                exif, path = Image.Exif(), self.root / f'image{suffix}'
+                exif[0x0112] = orientation
+                Image.fromarray(stored).save(path, exif=exif, quality=100)
+                np.testing.assert_allclose(sources.read_image(path, 16).astype(int), shown, atol=9)
+
+    def test_damaged_exif_says_nothing(self):
+        path, image = self.root / 'image.jpg', Image.new('RGB', (8, 8), 'red')
+        image.save(path, exif=b'Exif\0\0no such thing')
+        self.assertEqual(sources.read_image(path, 8)[0, 0].tolist(), [254, 0, 0])
+
+    @parameterized.parameters(
+        (np.full((8, 8), 254.5, np.float32), 'holds floats from 254.5 to 254.5, not 0 to 1'),
+        (np.full((8, 8), np.nan, np.float32), 'holds floats from nan to nan'),
+        (np.full((8, 8), -1, np.int32), 'holds -1 to -1, not 0 to 65535'),
+        (np.full((8, 8), 2**20, np.int32), 'holds 1048576'),
+    )
+    def test_numbers_of_unknown_range(self, pixels, message):
+        with self.assertRaisesRegex(UsageError, f': it {message}'):
+            self.read(Image.fromarray(pixels), 8, '.tif')
+
+    def test_decompression_bomb(self):
+        with self.assertRaisesRegex(UsageError, 'big.ppm: .*decompression bomb'):
+            sources.read_image(b'P6 20000 20000 255\n', 8, origin='big.ppm')
+
+    def test_damaged_files_are_named_and_nothing_else_is_said(self):
+        """Among them are such as Pillow warns of, and such as libtiff writes of by itself."""
+        saved = []
+        for suffix in (
+            '.png',
+            '.jpg',
+            '.gif',
+            '.bmp',
+            '.webp',
+            '.tga',
+            '.ppm',
+            '.tif',
+            'l.tif',
+            'z.tif',
+        ):
+            kinds = {'l.tif': 'tiff_lzw', 'z.tif': 'tiff_adobe_deflate'}
+            path = self.root / f'image{suffix}'
+            Image.fromarray(picture(0, 32, 32)).save(path, compression=kinds.get(suffix))
+            saved.append(path)
+        program = """
+import pathlib
+import sys
+import numpy as np
+from occjax import sources
+rng = np.random.default_rng(0)
+for path in sys.argv[1:]:
+    whole = pathlib.Path(path).read_bytes()
+    for size in rng.integers(0, len(whole), 6):
+        flipped = bytearray(whole)
+        flipped[size:] = rng.bytes(len(whole) - size)
+        for damaged in (whole[:size], bytes(flipped)):
+            try:
+                sources.read_image(damaged, 8, origin='that one')
+            except sources.UsageError as error:
+                assert str(error).startswith('Cannot read the image that one: ')
+                print(error)
+"""
+        done = subprocess.run(
+            [sys.executable, '-W', 'always', '-c', program, *saved],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.assertEqual((done.stderr, done.returncode), ('', 0))
+        lines = done.stdout.splitlines()
+        self.assertGreater(len(lines), 40)
+        for line in lines:
+            self.assertStartsWith(line, 'Cannot read the image that one: ')
 
     def test_first_frame_of_an_animation(self):
         frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
@@ -544,8 +843,8 @@ class TfdsTest(TemporaryTest):
 
 class ProgressTest(TemporaryTest):
     def test_long_decoding_tells_how_far_it_is(self):
-        for path in ('train/a', 'test/a'):
-            for i in range(200):
+        for path in ('train/a', 'test/a', 'train/b', 'test/b'):
+            for i in range(100):
                 save(self.folder / path / f'{i}.png', picture(0))
         with (
             mock.patch.object(data.time, 'monotonic', side_effect=[0, 10, 20]),
