@@ -149,6 +149,7 @@ def occluded_logits(
 
 def heatmaps(variables: vgg.Variables, images: Array, classes: Array, **options: Any) -> Array:
     """Returns roughly `incremental.heatmaps`, `[B, h, w]`; the options are `occluded_logits`'."""
+    images = checks.images(images)
     classes = checks.classes(classes, images, vgg.num_classes(variables), name='classes')
     return occlusion.probabilities(occluded_logits(variables, images, **options), classes)
 

@@ -243,6 +243,7 @@ def heatmaps(
 ) -> Array:
     """Returns `occlusion.heatmaps` of `vgg.logits`: `[B, h, w]`; see `occluded_logits`."""
     geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
+    images = checks.images(images)
     classes = checks.classes(classes, images, vgg.num_classes(variables), name='classes')
     logits = occluded_logits(variables, images, **geometry, plan=plan)
     return occlusion.probabilities(logits, classes)

@@ -253,6 +253,7 @@ def heatmaps(
     Raises:
         ValueError: as `occluded_logits`, and if `classes` is not one class for each image.
     """
+    images = checks.images(images)
     classes = checks.classes(classes, images, name='classes')
     geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
     logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
