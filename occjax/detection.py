@@ -45,6 +45,8 @@ def detect(run: Run) -> str:
     """
     files = _files(run.images)
     images, said = _read(files, run.config.data.image_size)
+    if len(files) == 1 and said:
+        raise UsageError(*said.values())
     if len(images):
         read = [file for file in files if file not in said]
         said |= zip(read, _judge(run, images), strict=True)

@@ -317,12 +317,18 @@ def tfds_directory(name: str, data_dir: Path | None) -> Source:
     held_out = 'test' if 'test' in builder.info.splits else 'validation'
     as_stored = {'image': tfds.decode.SkipDecoding()}
     try:
+        image, label = (builder.info.features[key] for key in ('image', 'label'))
+        if not (isinstance(image, tfds.features.Image) and image.np_dtype in (np.uint8, np.uint16)):
+            raise ValueError(f'image is {image}')
+        if not isinstance(label, tfds.features.ClassLabel):
+            raise ValueError(f'label is {label}')
         splits = builder.as_data_source(['train', held_out], decoders=as_stored)
-        names = tuple(map(_human, builder.info.features['label'].names))
+        names = tuple(map(_human, label.names))
     except (NotImplementedError, AttributeError, KeyError, ValueError) as error:
         raise UsageError(
-            f'{name} in {builder.data_dir} cannot be used: it takes images with class labels, a '
-            f'train split beside a test or validation split, and the array_record format '
+            f'{name} in {builder.data_dir} cannot be used: it takes an image of whole numbers '
+            f'called image and one class label called label, a train split beside a test or '
+            f'validation split, and the array_record format '
             f'({one_line(error)}).'
         ) from error
 

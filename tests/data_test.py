@@ -2,6 +2,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -818,7 +819,10 @@ class TfdsTest(TemporaryTest):
 
     @parameterized.parameters(
         ('features.json', '"label": {', '"kind": {', "'label'"),
-        ('features.json', 'class_label_feature.ClassLabel', 'text_feature.Text', 'class labels'),
+        ('features.json', '"image": {', '"picture": {', "'image'"),
+        ('features.json', 'floats', '', 'image is Image(shape=(32, 32, 1), dtype=float32)'),
+        ('features.json', 'several labels', '', 'label is Sequence('),
+        ('features.json', 'class_label_feature.ClassLabel', 'text_feature.Text', 'label is Text'),
         ('dataset_info.json', '"name": "test"', '"name": "probe"', 'validation'),
         ('dataset_info.json', '"splits"', '', 'TFDS cannot read mine'),
         ('features.json', '"featuresDict"', '', 'TFDS cannot read mine'),
@@ -833,8 +837,20 @@ class TfdsTest(TemporaryTest):
         for path in (self.folder / 'mine').glob('*/*.json'):
             text = path.read_text().replace('"cifar10"', '"mine"')
             if path.name == file:
-                self.assertIn(old, text)
-                text = text.replace(old, new)
+                if old in ('floats', 'several labels'):
+                    whole = json.loads(text)
+                    features = whole['featuresDict']['features']
+                    if old == 'floats':
+                        image = features['image']['image']
+                        image['dtype'], image['shape']['dimensions'][2] = 'float32', '1'
+                    else:
+                        kind = 'tensorflow_datasets.core.features.sequence_feature.Sequence'
+                        several = {'feature': features['label'], 'length': '-1'}
+                        features['label'] = {'pythonClassName': kind, 'sequence': several}
+                    text = json.dumps(whole)
+                else:
+                    self.assertIn(old, text)
+                    text = text.replace(old, new)
                 if 'Text' in new:
                     text = re.sub(r'"classLabel": {[^}]*}', '"text": {}', text)
             path.write_text(text)
