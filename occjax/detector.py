@@ -23,6 +23,9 @@ from occjax.types import Array
 Bank = Any  # The variables of `MLP`, each leaf with a leading axis of K.
 
 
+BALANCES = ('undersample', 'weights', 'none')
+
+
 class Conv3x3(nn.Module):
     """A 3×3 convolution with bias, `[M, h, w, C]` to `[M, h, w, features]`.
 
@@ -97,7 +100,12 @@ def group_by_class(
     Returns:
         Groups for `fit_bank`. A class with maps of one kind only gets no weight at all: there is
         nothing for its detector to learn.
+
+    Raises:
+        ValueError: if `balance` is unknown.
     """
+    if balance not in BALANCES:
+        raise ValueError(f'Expected balance to be one of {BALANCES}, got {balance!r}.')
     groups = []
     for k in range(num_classes):
         kinds = [np.flatnonzero((predicted == k) & (is_adversarial == kind)) for kind in (0, 1)]
@@ -149,12 +157,19 @@ def init(key: Array, *, grid: tuple[int, ...], **fields: Any) -> Any:
 
 def apply(variables: Any, maps: Array) -> Array:
     """Returns the `[M]` logits of one detector, whatever its widths."""
-    *hidden, _ = variables['params'].values()
+    # By number: what jit and vmap return is sorted by name, with Dense_10 before Dense_2.
+    params = variables['params']
+    *hidden, _ = (params[name] for name in sorted(params, key=_layer_order))
     widths = {2: (), 4: ()}  # by the dimensions of their kernels
     for layer in hidden:
         widths[layer['kernel'].ndim] += (len(layer['bias']),)
     known = dict(features=widths[2], convolutions=widths[4], standardize='cells' in variables)
     return MLP(**known).apply(variables, maps)
+
+
+def _layer_order(name):
+    kind, number = name.rsplit('_', 1)
+    return kind, int(number)
 
 
 def fit(
@@ -178,7 +193,7 @@ def fit(
         variables: of one detector; one that standardizes does so by these maps.
         maps: `[N, h, w]`.
         is_adversarial: `bool[N]`.
-        weight: `[N]`; zeros only at the end. All zeros leave the detector as it is.
+        weight: `[N]`, 0 for padding. All zeros leave the detector as it is.
         steps, batch_size, learning_rate: of Adam; the rate falls to zero along a cosine.
 
     Returns:
@@ -186,7 +201,7 @@ def fit(
     """
     maps, is_adversarial, weight = map(jnp.asarray, (maps, is_adversarial, weight))
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
-    count = jnp.sum(weight > 0)
+    count, order = jnp.sum(weight > 0), jnp.argsort(weight == 0, stable=True)
     params, rest = variables['params'], {}
     if 'cells' in variables:
         keep = functools.partial(jnp.where, count > 0)
@@ -199,7 +214,7 @@ def fit(
 
     def step(carry, key):
         params, opt_state = carry
-        rows = jax.random.randint(key, (batch_size,), 0, jnp.maximum(count, 1))
+        rows = order[jax.random.randint(key, (batch_size,), 0, jnp.maximum(count, 1))]
         updates, opt_state = optimizer.update(jax.grad(loss)(params, rows), opt_state)
         return (optax.apply_updates(params, updates), opt_state), None
 
@@ -259,7 +274,7 @@ def fit_bank(
         bank: from `init_bank`.
         maps: `[K, N, h, w]`, as `Groups` has them.
         is_adversarial: `bool[K, N]`.
-        weight: `[K, N]`, 0 for padding, which stands at the end.
+        weight: `[K, N]`, 0 for padding.
         steps, batch_size, learning_rate: see `fit`.
 
     Returns:

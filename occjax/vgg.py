@@ -30,6 +30,7 @@ VGG16: Plan = (64, 64, 'M', 128, 128, 'M') + 3 * (256,) + ('M',) + 2 * (3 * (512
 VGG19: Plan = (64, 64, 'M', 128, 128, 'M') + 4 * (256,) + ('M',) + 2 * (4 * (512,) + ('M',))
 
 BATCH_NORM_EPSILON = 1e-5
+POOLED_SIDE = 7  # to which torchvision's head pools the last feature map
 BATCH_NORM_MOMENTUM = 0.9  # share of the running statistics that a training step keeps
 
 
@@ -167,7 +168,7 @@ def _pool_to(x: Array, side: int) -> Array:
     """Averages `[B, H, W, C]` into `side` bins an axis, as torchvision's head does at any size."""
     for axis in (1, 2):
         length = x.shape[axis]
-        weights = np.zeros((side, length), np.float32)
+        weights = np.zeros((side, length), x.dtype)
         for i in range(side):
             start, stop = i * length // side, -(-(i + 1) * length // side)
             weights[i, start:stop] = 1 / (stop - start)
@@ -179,14 +180,26 @@ def _linear_input(variables: Variables, features: Array) -> Array:
     """Returns `[B, h, w, C]` features as the rows that the first linear layer wants."""
     wanted = len(variables.params['linear'][0]['kernel'])
     if math.prod(features.shape[1:]) != wanted:
-        side = math.isqrt(wanted // features.shape[-1])
-        if side**2 * features.shape[-1] != wanted:
+        if wanted != POOLED_SIDE**2 * features.shape[-1]:
             raise ValueError(
                 f'Features {features.shape[1:]} do not fit a linear layer of {wanted} inputs; '
                 'were the variables made for another image_size or plan?'
             )
-        features = _pool_to(features, side)
-    return features.reshape(len(features), -1)
+        features = _pool_to(features, POOLED_SIDE)
+    return features.reshape(len(features), wanted)
+
+
+def _check_images(variables: Variables, images: Array, plan: Plan) -> None:
+    """Raises ValueError unless images are `[B, H, W, C]` floats, large enough for the pools."""
+    channels = len(variables.pixel_stats['mean'])
+    if images.ndim != 4 or images.shape[-1] != channels:
+        raise ValueError(f'Expected images [B, H, W, {channels}], got {images.shape}.')
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f'Expected floats in [0, 1], got images of {images.dtype}; of 0 to 255 make '
+            'images.astype(np.float32) / 255.'
+        )
+    _sides(images.shape[1:3], plan)
 
 
 def num_classes(variables: Variables) -> int:
@@ -213,7 +226,9 @@ def conv_block(x: Array, layer: dict, stats: dict, *, padding: str = 'SAME') -> 
 
 def _features(variables: Variables, images: Array, plan: Plan, block_fn: Callable) -> Array:
     """Returns the last `[B, h, w, C]` feature map; `block_fn(x, layer, stats)` convolves."""
-    x, parts = normalize(variables, images), layers(variables, plan)
+    parts = layers(variables, plan)
+    _check_images(variables, images, plan)
+    x = normalize(variables, images)
     for width in plan:
         x = max_pool(x) if width == 'M' else block_fn(x, *next(parts))
     return x
@@ -237,6 +252,9 @@ def head(variables: Variables, features: Array, dropout_fn: Callable | None = No
 def logits(variables: Variables, images: Array, *, plan: Plan = VGG11) -> Array:
     """Classifies images, each on its own: running statistics, no dropout.
 
+    Variables whose last feature map is 7×7 take images of any size, as torchvision's do: another
+    map is averaged to 7×7.
+
     Args:
         variables: from `init`, `from_torchvision` or training.
         images: `[B, H, W, C]` in [0, 1].
@@ -246,7 +264,7 @@ def logits(variables: Variables, images: Array, *, plan: Plan = VGG11) -> Array:
         `[B, K]` logits.
 
     Raises:
-        ValueError: if images, plan and variables don't fit each other.
+        ValueError: if images, plan and variables don't fit each other, or images are integers.
     """
     return head(variables, features(variables, images, plan=plan))
 
@@ -272,7 +290,7 @@ def train_logits(
         `[B, K]` logits, and the new running statistics for `Variables.batch_stats`.
 
     Raises:
-        ValueError: if images, plan and variables don't fit each other.
+        ValueError: if images, plan and variables don't fit each other, or images are integers.
     """
     batch_stats = []
 

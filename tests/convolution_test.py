@@ -131,7 +131,62 @@ class ConvolutionTest(parameterized.TestCase):
         """Rounding grows with the channels; the customary points of F(4x4) fail here."""
         images, kernel = sample((1, 28, 28, 512), (3, 3, 512, 16))
         form = jax.jit(functools.partial(convolution._winograd, pad=1, m=m))
-        self.assert_close(form(images, kernel), naive(images, kernel, 1), tolerance=5e-6)
+        self.assert_close(form(images, kernel), naive(images, kernel, 1), tolerance=8e-6)
+
+    @parameterized.product(channels=(NARROW, WIDE), padding=tuple(PADS))
+    def test_derivatives_of_any_order_and_mode_equal_xla_s(self, channels, padding):
+        shapes = [(2, 4, 5, channels), (3, 3, channels, WIDE)]
+        images, kernel, *directions = sample(*shapes, *shapes)
+
+        def derivatives(form):
+            def value(images, kernel):
+                return jnp.sum(form(images, kernel) ** 3)
+
+            first = jax.grad(value, (0, 1))
+
+            def penalty(images, kernel):
+                return sum(jnp.sum(g**2) for g in first(images, kernel))
+
+            at = (images, kernel)
+            second = jax.grad(penalty, (0, 1))
+            return (
+                jax.jvp(form, at, tuple(directions)),
+                second(*at),
+                jax.jvp(first, at, tuple(directions))[1],
+                jax.jvp(second, at, tuple(directions))[1],
+                jax.vmap(second)(*(jnp.stack([x, 2 * x]) for x in at)),
+            )
+
+        ours = functools.partial(convolution.conv3x3, padding=padding)
+        expected = derivatives(lambda x, y: convolution._direct(x, y, PADS[padding]))
+        jax.tree.map(self.assert_close, derivatives(ours), jax.tree.map(np.asarray, expected))
+
+    @parameterized.parameters(NARROW, WIDE)
+    def test_gradients_of_gradients_keep_the_fast_forms(self, channels):
+        """However often it is differentiated, what remains is the convolution and its gradients."""
+        images, kernel = sample((2, 4, 4, channels), (3, 3, channels, WIDE))
+
+        def norm(images):
+            return jnp.sum(jax.grad(lambda x: jnp.sum(convolution.conv3x3(x, kernel) ** 3))(images))
+
+        found = {e.primitive.name for e in jax.make_jaxpr(jax.grad(norm))(images).eqns}
+        self.assertIn('conv3x3', found)
+        self.assertFalse(found & {'conv_general_dilated', 'dot_general', 'scan'})
+
+    @parameterized.product(
+        images=((0, 4, 5), (2, 4, 5)), channels=((NARROW, WIDE), (WIDE, WIDE), (0, WIDE), (WIDE, 0))
+    )
+    def test_nothing_in_is_nothing_out(self, images, channels):
+        """Without images, inputs or outputs: zeros of the right shape, also of the gradients."""
+        if images[0] and 0 not in channels:
+            self.skipTest('There is something in.')
+        images, kernel = sample((*images, channels[0]), (3, 3, *channels))
+        for function in (both_ways, both_ways.__wrapped__):
+            out, *grads = function(convolution.conv3x3, images, kernel)
+            self.assertEqual(out.shape, (*images.shape[:3], channels[1]))
+            self.assertFalse(out.any())
+            self.assertEqual([g.shape for g in grads], [images.shape, kernel.shape])
+            self.assertFalse(grads[1].any())
 
     @parameterized.parameters(
         ((0, None), NARROW), ((0, None), WIDE), ((None, 0), WIDE), ((0, 0), WIDE)

@@ -77,6 +77,24 @@ class BankTest(parameterized.TestCase):
             before, after = (detector.detector_for(b, 0) for b in (bank, fitted))
             jax.tree.map(np.testing.assert_array_equal, before, after)
 
+    def test_where_padding_stands_does_not_matter(self):
+        groups, key = toy_groups([(30, 10), (8, 50)], balance='none'), jax.random.key(0)
+        bank = detector.init_bank(key, num_classes=2, grid=(4, 4))
+        spread = [
+            np.stack([np.zeros_like(field), field], axis=2).reshape(2, -1, *field.shape[2:])
+            for field in groups
+        ]
+        fitted = [detector.fit_bank(key, bank, *fields, **FIT) for fields in (groups, spread)]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *fitted)
+
+    def test_a_bank_may_have_more_than_ten_layers(self):
+        features, key = tuple(range(3, 15)), jax.random.key(0)
+        bank = detector.init_bank(key, num_classes=2, grid=(2, 2), features=features)
+        maps = np.random.default_rng(0).uniform(size=(3, 2, 2)).astype(np.float32)
+        expected = detector.MLP(features=features).apply(detector.detector_for(bank, 1), maps)
+        actual = detector.score(bank, maps, np.ones(3, int))
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+
     def test_learns_to_tell_dark_maps(self):
         counts = [(60, 60), (60, 60)]
         bank = detector.init_bank(jax.random.key(0), num_classes=2, grid=(4, 4))
@@ -156,6 +174,10 @@ class BankTest(parameterized.TestCase):
 
 
 class GroupsTest(parameterized.TestCase):
+    def test_refuses_an_unknown_balance(self):
+        with self.assertRaisesRegex(ValueError, "Expected balance to be one of .*'undersampled'"):
+            toy_groups([(3, 3)], 'undersampled')
+
     COUNTS = ((30, 10), (8, 50), (20, 0))
 
     @parameterized.parameters('undersample', 'weights', 'none')

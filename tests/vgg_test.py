@@ -172,6 +172,64 @@ class LogitsTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, r"torchvision 'vgg\*_bn'"):
             vgg.from_torchvision({'conv1.weight': np.zeros((4, 3, 7, 7))})
 
+    @parameterized.parameters(
+        (
+            (1, 16, 16, 3),
+            np.float32,
+            r'Features \(4, 4, 12\) do not fit a linear layer of 48 inputs',
+        ),
+        ((1, 4, 16, 3), np.float32, None),  # the same number of features
+        ((1, 12, 16, 3), np.float32, 'do not fit'),
+        ((1, 3, 16, 3), np.float32, '3x16 vanish in 2 pools'),
+        ((1, 8, 8, 1), np.float32, r'Expected images \[B, H, W, 3\], got \(1, 8, 8, 1\)'),
+        ((8, 8, 3), np.float32, r'Expected images \[B, H, W, 3\], got \(8, 8, 3\)'),
+        ((1, 8, 8, 3), np.uint8, 'images of uint8.* / 255'),
+        ((1, 8, 8, 3), np.int32, 'images of int32.* / 255'),
+        ((1, 8, 8, 3), bool, 'images of bool.* / 255'),
+    )
+    def test_refuses_images_of_another_kind(self, shape, dtype, message):
+        variables = vgg.init(jax.random.key(0), image_size=8, hidden=16, plan=SMALL)
+        images = np.zeros(shape, dtype)
+        functions = (
+            lambda: vgg.logits(variables, images, plan=SMALL),
+            lambda: vgg.train_logits(variables, images, key=jax.random.key(0), plan=SMALL),
+        )
+        for function in functions:
+            if message:
+                self.assertRaisesRegex(ValueError, message, function)
+            else:
+                function()
+
+    @parameterized.parameters(None, 7)
+    def test_no_images_have_no_logits(self, pooled):
+        size = 28 if pooled else 8
+        variables = vgg.init(jax.random.key(0), image_size=size, hidden=16, plan=SMALL)
+        images = jnp.zeros((0, 8, 8, 3))
+        self.assertEqual(vgg.features(variables, images, plan=SMALL).shape, (0, 2, 2, 12))
+        self.assertEqual(vgg.logits(variables, images, plan=SMALL).shape, (0, 10))
+
+    def test_hessian_times_vector_is_the_gradient_s_difference(self):
+        """The step is too small for a ReLU to change its side."""
+        with jax.enable_x64(True):
+            plan = (8, 33)
+            key = jax.random.key(0)
+            variables = vgg.init(key, image_size=4, hidden=16, plan=plan)
+            variables = jax.tree.map(lambda leaf: leaf.astype(float), variables)
+            images, vector = jax.random.uniform(jax.random.key(1), (2, 2, 4, 4, 3), float)
+
+            @jax.jit
+            def gradient(x):
+                return jax.grad(lambda x: jnp.sum(vgg.logits(variables, x, plan=plan) ** 3))(x)
+
+            step = 1e-7
+            expected = (gradient(images + step * vector) - gradient(images - step * vector)) / 2
+            expected = np.asarray(expected) / step
+            actual = jax.jvp(gradient, (images,), (vector,))[1]
+            reverse = jax.grad(lambda x: jnp.sum(gradient(x) * vector))(images)
+            self.assertGreater(np.abs(expected).max(), 1e-3)
+            for product in (actual, reverse):
+                np.testing.assert_allclose(product, expected, atol=1e-5 * np.abs(expected).max())
+
 
 class TrainLogitsTest(parameterized.TestCase):
     def test_equals_pytorch_with_its_gradient_and_statistics(self):
