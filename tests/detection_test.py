@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -68,9 +69,8 @@ def test_attacked_images_as_files_are_judged_as_in_memory(judged):
     run, folder = judged
     variables, split = stages.load_variables(run), run.dataset.test
     images, labels = data.take(split, np.arange(10)), np.asarray(split.labels[:10])
-    attacked = np.asarray(
-        attack.fgsm(lambda x: detection._logits(variables, x, plan=run.plan), images, labels, 0.3)
-    )
+    logits_fn = functools.partial(detection._logits, variables, plan=run.plan)
+    attacked = np.asarray(attack.fgsm(logits_fn, images, labels, epsilon=0.3))
     for i, image in enumerate(attacked):
         Image.fromarray(np.round(image * 255).astype(np.uint8)).save(folder / f'{i}.png')
     expected = detection._judge(run, attacked)
