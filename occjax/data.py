@@ -88,12 +88,12 @@ def load(
         and folder.exists()
         and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK))
     ):
-        raise UsageError(f'Cannot read --data_dir={folder}: no directory, or no permission.')
+        raise UsageError(f'Cannot read data_dir={folder}: no directory, or no permission.')
     if name == 'digits':
         if folder:
             raise UsageError(
-                'The digits come with scikit-learn and read no --data_dir; for a folder of images '
-                'add --config.data.name=folder, for a TFDS directory the name of the dataset.'
+                'The digits come with scikit-learn and read no data_dir; for a folder of images '
+                'set data.name=folder, for a TFDS directory the name of the dataset.'
             )
         if resplit_per_class is None:
             raise UsageError('The digits have no test split: set data.resplit_per_class.')
@@ -257,7 +257,7 @@ def _decoded(name, source, image_size, cache_dir):
     except OSError as error:
         raise UsageError(
             f'Cannot keep the decoded images in {cache} ({sources.one_line(error)}): set '
-            f'--cache_dir to a folder with room for {np.prod(shape) / 1e9:.1f} GB.'
+            f'cache_dir to a folder with room for {np.prod(shape) / 1e9:.1f} GB.'
         ) from error
 
 

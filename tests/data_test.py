@@ -166,8 +166,8 @@ class DigitsTest(parameterized.TestCase):
         ({'resplit_per_class': 174}, 'no training image of Eight, which has 174'),
         ({'train_images': 1598}, 'data.train_images=1598, but there are 1597'),
         ({'test_images': 0}, 'data.test_images=0'),
-        ({'data_dir': os.curdir}, '--config.data.name=folder'),
-        ({'data_dir': '/nowhere'}, '--config.data.name=folder'),
+        ({'data_dir': os.curdir}, 'data.name=folder'),
+        ({'data_dir': '/nowhere'}, 'data.name=folder'),
         ({'data_dir': sys.executable}, 'no directory'),
     )
     def test_mistakes(self, kwargs, message):
@@ -290,7 +290,7 @@ class FolderTest(TemporaryTest):
 
     def test_unusable_cache(self):
         self.cache.write_text('a file')
-        self.assert_usage_error('--cache_dir', self.cache)
+        self.assert_usage_error('cache_dir', self.cache)
 
     def test_default_cache(self):
         with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(self.root / 'xdg')):
