@@ -168,9 +168,11 @@ def _evade(
 
         (odds, margins), vjp, is_wrong = jax.vjp(both, x, has_aux=True)
         taken = jnp.where((taken < 0) & is_wrong & (margins <= 0), t, taken)
-        direction = direction_fn(
-            lambda a, b: jnp.nan_to_num(vjp((a, b))[0]), is_wrong, odds, margins
-        )
+
+        def pullback(a, b):
+            return jnp.nan_to_num(vjp((a.astype(odds.dtype), b.astype(margins.dtype)))[0])
+
+        direction = direction_fn(pullback, is_wrong, odds, margins)
         moved = x + step_size * jnp.sign(direction)
         moved = attack.project(moved, images, epsilon=epsilon, bounds=bounds)
         # The step after the last is there to look at what the last one reached.

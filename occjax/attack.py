@@ -228,7 +228,7 @@ def square(
         lead = logits.max(-1, where=is_label, initial=-jnp.inf)
         lead -= logits.max(-1, where=~is_label, initial=-jnp.inf)
         # Ties fall as in `outcome`: an image is misclassified if and only if this is negative.
-        return lead - (jnp.argmax(logits, -1) != labels)
+        return lead - (jnp.argmax(logits, -1) != labels).astype(lead.dtype)
 
     def step(t, state):
         new = jax.vmap(attempt, (None, 0, 0, 0, 0, 0))(t, keys, images, state[0], epsilon, steps)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from occjax.detector import Conv3x3
-from occjax.types import Array, LogitsFn
+from occjax.types import Array, LogitsFn, promoting
 
 
 def squeeze_bits(images: Array, *, bits: int) -> Array:
@@ -36,6 +36,7 @@ def squeeze_median(images: Array, *, size: int) -> Array:
     return jnp.sort(jnp.stack(shifted), axis=0)[size**2 // 2]
 
 
+@promoting
 def feature_squeezing(logits_fn: LogitsFn, images: Array, *, bits: int, size: int) -> Array:
     """Returns `[B]`, how far squeezing moves the probabilities: the largest L1 distance of two.
 
@@ -71,11 +72,13 @@ class Autoencoder(nn.Module):
         return x
 
 
+@promoting
 def init_autoencoder(key: Array, *, channels: int) -> Any:
     """Returns fresh variables of an autoencoder for images of `channels`, whatever their size."""
     return Autoencoder().init(key, jnp.zeros((1, 8, 8, channels)))
 
 
+@promoting
 @functools.partial(jax.jit, static_argnames=('steps', 'batch_size', 'side'))
 def fit_autoencoder(
     key: Array,
@@ -134,6 +137,7 @@ def fit_autoencoder(
     return variables
 
 
+@promoting
 def magnet(
     logits_fn: LogitsFn, variables: Any, images: Array, *, temperature: float
 ) -> tuple[Array, Array]:

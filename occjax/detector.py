@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from occjax import checks
 from occjax.convolution import conv3x3
-from occjax.types import Array
+from occjax.types import Array, promoting
 
 Bank = Any  # The variables of `MLP`, each leaf with a leading axis of K.
 
@@ -150,11 +151,13 @@ def stack_groups(groups: Sequence[Groups]) -> Groups:
     )
 
 
+@promoting
 def init(key: Array, *, grid: tuple[int, ...], **fields: Any) -> Any:
     """Returns the variables of one detector for maps of shape `grid`; `fields` are `MLP`'s."""
     return MLP(**fields).init(key, jnp.zeros((1, *grid)))
 
 
+@promoting
 def apply(variables: Any, maps: Array) -> Array:
     """Returns the `[M]` logits of one detector, whatever its widths."""
     # By number: what jit and vmap return is sorted by name, with Dense_10 before Dense_2.
@@ -172,6 +175,7 @@ def _layer_order(name):
     return kind, int(number)
 
 
+@promoting
 def fit(
     key: Array,
     variables: Any,
@@ -198,8 +202,12 @@ def fit(
 
     Returns:
         The fitted variables.
+
+    Raises:
+        ValueError: where values are known, for labels other than False and True or 0 and 1, weights
+            that are negative or NaN, and maps with NaN.
     """
-    maps, is_adversarial, weight = map(jnp.asarray, (maps, is_adversarial, weight))
+    maps, is_adversarial, weight = _checked(maps, is_adversarial, weight)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     count, order = jnp.sum(weight > 0), jnp.argsort(weight == 0, stable=True)
     params, rest = variables['params'], {}
@@ -221,6 +229,22 @@ def fit(
     carry = params, optimizer.init(params)
     (params, _), _ = jax.lax.scan(step, carry, jax.random.split(key, steps))
     return {'params': params} | rest
+
+
+def _checked(maps, is_adversarial, weight):
+    """Returns what detectors are fitted to as arrays, if it is what it should be."""
+    maps, is_adversarial, weight = map(jnp.asarray, (maps, is_adversarial, weight))
+    known = [np.asarray(a) if checks.is_known(a) else None for a in (maps, is_adversarial, weight)]
+    if known[0] is not None and np.isnan(known[0]).any():
+        raise ValueError('Expected maps of numbers, got NaN.')
+    if known[1] is not None and not np.isin(known[1], (0, 1)).all():
+        raise ValueError(
+            'Expected is_adversarial to be False or True, or 0 or 1, got '
+            f'{known[1].min()} to {known[1].max()}.'
+        )
+    if known[2] is not None and not (known[2] >= 0).all():
+        raise ValueError('Expected weights of 0 and more, got negative ones or NaN.')
+    return maps, is_adversarial.astype(maps.dtype), weight.astype(maps.dtype)
 
 
 def _cells(maps, weight):
@@ -281,8 +305,9 @@ def fit_bank(
         The fitted bank, equal to K separate fits.
 
     Raises:
-        ValueError: if the shapes don't belong together.
+        ValueError: if the shapes don't belong together, and as `fit`.
     """
+    maps, is_adversarial, weight = _checked(maps, is_adversarial, weight)
     num_classes = len(jax.tree.leaves(bank)[0])
     lead = (num_classes, jnp.shape(maps)[1])
     for name, array in (('is_adversarial', is_adversarial), ('weight', weight)):
@@ -303,10 +328,16 @@ def score(bank: Bank, maps: Array, predicted: Array) -> Array:
     Args:
         bank: K detectors.
         maps: `[M, h, w]` heatmaps.
-        predicted: `[M]` integer classes that the classifier names for the images.
+        predicted: `[M]` integer classes that the classifier predicts for the images.
+
+    Raises:
+        ValueError: if `predicted` is not one class for each map; where classes are not known, the
+            score of one without a detector is NaN.
     """
-    by_detector = jax.vmap(apply, in_axes=(0, None))(bank, jnp.asarray(maps))  # [K, M]
-    return jnp.take_along_axis(by_detector, jnp.asarray(predicted)[None], axis=0)[0]
+    maps, num_classes = jnp.asarray(maps), len(jax.tree.leaves(bank)[0])
+    predicted = checks.classes(predicted, maps, num_classes, name='predicted classes')
+    by_detector = jax.vmap(apply, in_axes=(0, None))(bank, maps)  # [K, M]
+    return jnp.take_along_axis(by_detector, predicted[None], axis=0)[0]
 
 
 def detector_for(bank: Bank, k: int) -> Any:

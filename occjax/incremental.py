@@ -219,14 +219,19 @@ def _cut(x, image, corner, shape):
     """Returns `[n, *shape, C]` pieces of `[B, H, W, C]`, from each one's image and corner."""
 
     def one(image, corner):
-        return jax.lax.dynamic_slice(x, (image, *corner, 0), (1, *shape, x.shape[-1]))[0]
+        start = (image, *corner, jnp.zeros_like(image))
+        return jax.lax.dynamic_slice(x, start, (1, *shape, x.shape[-1]))[0]
 
     return jax.vmap(one)(image, corner)
 
 
 def _paste(onto, x, corner):
     """Returns `onto` with `x` at each one's corner."""
-    return jax.vmap(lambda o, x, c: jax.lax.dynamic_update_slice(o, x, (*c, 0)))(onto, x, corner)
+
+    def one(onto, x, corner):
+        return jax.lax.dynamic_update_slice(onto, x, (*corner, jnp.zeros_like(corner[0])))
+
+    return jax.vmap(one)(onto, x, corner)
 
 
 def heatmaps(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from occjax import checks
-from occjax.types import Array, LogitsFn
+from occjax.types import Array, LogitsFn, promoting
 
 
 def _starts(side: int, *, size: int, stride: int, grid: str) -> list[int]:
@@ -74,6 +74,7 @@ def window_origins(
     return np.array([(row, column) for row in rows for column in columns], np.int32)
 
 
+@promoting
 def occlude(images: Array, origin: Array, *, size: int, fill: float | Array = 0.5) -> Array:
     """Covers one window of every image.
 
@@ -212,7 +213,7 @@ def map_chunks(
     chunks = math.ceil(count / chunk_size)
     size = min(chunk_size, count) if is_exact else math.ceil(count / chunks)
     # The last chunk is filled up with numbers from the start, which are cut off again.
-    numbers = (jnp.arange(chunks * size) % count).reshape(chunks, size)
+    numbers = (jnp.arange(chunks * size, dtype=jnp.int32) % count).reshape(chunks, size)
     if not is_traced:
         parts = [fn(some) for some in numbers]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *parts)

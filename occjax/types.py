@@ -5,6 +5,7 @@ windows, M heatmaps. Images are NHWC; outside of `vgg` pixels are float32 in [0,
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,21 @@ Array = jax.Array
 
 # Maps [B, H, W, C] images in [0, 1] to [B, K] logits, deterministically and image by image.
 LogitsFn = Callable[[Array], Array]
+
+
+def promoting(fn: Callable) -> Callable:
+    """Returns the same function, in which `[C]` meets `[..., C]` and integers meet floats.
+
+    Code bases may forbid either for their own (`jax_numpy_rank_promotion`,
+    `jax_numpy_dtype_promotion`); networks of ours rely on both.
+    """
+
+    @functools.wraps(fn)
+    def promoted(*args, **kwargs):
+        with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
+            return fn(*args, **kwargs)
+
+    return promoted
 
 
 class UsageError(ValueError):

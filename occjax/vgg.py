@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from occjax.convolution import conv3x3
-from occjax.types import Array
+from occjax.types import Array, promoting
 
 Plan = tuple[int | str, ...]
 
@@ -115,6 +115,7 @@ def init(
     return Variables({'conv': conv, 'linear': linear}, batch_stats, pixel_stats)
 
 
+@promoting
 def normalize(variables: Variables, images: Array) -> Array:
     """Returns `[B, H, W, C]` pixels as the first convolution wants them, in its weights' type."""
     kernel = variables.params['conv'][0]['kernel']
@@ -149,6 +150,7 @@ def thermometer(images: Array, levels: int) -> Array:
     return encoded.reshape(*images.shape[:-1], -1)
 
 
+@promoting
 def batch_norm(x: Array, layer: dict, mean: Array, var: Array) -> Array:
     """Returns `x` normalised by the given statistics, scaled and offset."""
     scale = layer['scale'] * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
@@ -216,6 +218,7 @@ def layers(variables: Variables, plan: Plan) -> Iterator[tuple[dict, dict]]:
     return zip(variables.params['conv'], variables.batch_stats, strict=True)
 
 
+@promoting
 def conv_block(x: Array, layer: dict, stats: dict, *, padding: str = 'SAME') -> Array:
     """Returns convolution, batch normalisation by running statistics, and ReLU."""
     # Fixed statistics fold into kernel and bias, once instead of at every pixel.
@@ -239,6 +242,7 @@ def features(variables: Variables, images: Array, *, plan: Plan = VGG11) -> Arra
     return _features(variables, images, plan, conv_block)
 
 
+@promoting
 def head(variables: Variables, features: Array, dropout_fn: Callable | None = None) -> Array:
     """Returns the `[B, K]` logits of `[B, h, w, C]` features: the three linear layers."""
     x = _linear_input(variables, features)
@@ -269,6 +273,7 @@ def logits(variables: Variables, images: Array, *, plan: Plan = VGG11) -> Array:
     return head(variables, features(variables, images, plan=plan))
 
 
+@promoting
 def train_logits(
     variables: Variables,
     images: Array,

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from occjax import detector
@@ -205,3 +206,46 @@ class GroupsTest(parameterized.TestCase):
             self.assertAlmostEqual(sum(sums), sum(counts), places=3)
             if balance != 'none':
                 self.assertAlmostEqual(sums[0], sums[1], places=3)
+
+
+MAPS = np.random.default_rng(0).uniform(size=(2, 6, 2, 2)).astype(np.float32)
+KINDS, WEIGHTS = np.tile([0, 1], (2, 3)).astype(bool), np.ones((2, 6), np.float32)
+
+
+@pytest.mark.parametrize(
+    ('changed', 'message'),
+    [
+        (dict(is_adversarial=2 * KINDS - 1.0), 'False or True, or 0 or 1, got -1.0 to 1.0'),
+        (dict(is_adversarial=KINDS + 1), 'got 1 to 2'),
+        (dict(weight=-WEIGHTS), 'weights of 0 and more, got negative'),
+        (dict(weight=np.where(KINDS, np.nan, WEIGHTS)), 'weights of 0 and more'),
+        (dict(maps=np.where(MAPS < 0.5, np.nan, MAPS)), 'maps of numbers, got NaN'),
+    ],
+)
+def test_what_is_no_label_weight_or_map_is_refused(changed, message):
+    bank = detector.init_bank(jax.random.key(0), num_classes=2, grid=(2, 2), features=(3,))
+    arguments = dict(maps=MAPS, is_adversarial=KINDS, weight=WEIGHTS) | changed
+    with pytest.raises(ValueError, match=message):
+        detector.fit_bank(jax.random.key(1), bank, **arguments, steps=1)
+
+
+def test_labels_of_numbers_are_those_of_booleans():
+    bank = detector.init_bank(jax.random.key(0), num_classes=2, grid=(2, 2), features=(3,))
+    fits = [
+        detector.fit_bank(jax.random.key(1), bank, MAPS, KINDS.astype(kind), WEIGHTS, steps=3)
+        for kind in (bool, int, np.float32)
+    ]
+    for fit in fits[1:]:
+        jax.tree.map(np.testing.assert_array_equal, fit, fits[0])
+
+
+@pytest.mark.parametrize('predicted', [[0, 2], [-1, 0], [0.0, 1.0], [0]])
+def test_a_class_without_a_detector_is_refused(predicted):
+    bank = detector.init_bank(jax.random.key(0), num_classes=2, grid=(2, 2), features=(3,))
+    with pytest.raises(ValueError, match='predicted classes'):
+        detector.score(bank, MAPS[0, :2], np.array(predicted))
+
+
+def test_no_maps_have_no_scores():
+    bank = detector.init_bank(jax.random.key(0), num_classes=2, grid=(2, 2), features=(3,))
+    assert detector.score(bank, MAPS[0, :0], np.zeros(0, int)).shape == (0,)
