@@ -11,6 +11,7 @@ from unittest import mock
 
 import hypothesis
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from hypothesis import strategies
 from PIL import Image
@@ -557,6 +558,7 @@ class ProgressTest(TemporaryTest):
         self.assertEqual(last, 'Decoding folder: 400 of 400 images, 0 s left')
 
 
+@pytest.mark.slow
 @absltest.skipUnless(DATA_DIR, 'OCCJAX_TEST_DATA_DIR names no prepared TFDS directory.')
 class RealDataTest(TemporaryTest):
     def test_cifar10(self):

@@ -134,6 +134,7 @@ def test_help_imports_nothing_heavy(tmp_path):
     assert not heavy & set(loaded)
 
 
+@pytest.mark.slow
 def test_a_compilation_cache_is_filled_by_its_flag(tmp_path):
     arguments = (
         '--mode=benchmark',
