@@ -96,7 +96,7 @@ def init_banks(key: jax.Array, division: Division, method: Method) -> detector.B
         convolutions=method.convolutions,
         standardize=method.standardize,
     )
-    return jax.vmap(init)(jax.random.split(key, len(division.is_fitted)))
+    return jax.jit(jax.vmap(init))(jax.random.split(key, len(division.is_fitted)))
 
 
 @functools.partial(jax.jit, static_argnames=('steps', 'batch_size'))

@@ -170,7 +170,11 @@ def share_above(scores: np.ndarray, threshold: float | np.ndarray) -> float | No
     """Returns the share of scores above thresholds; None where all are infinite, or none is there.
 
     A threshold that never calls measures nothing, so its scores do not count.
+
+    Raises:
+        ValueError: if a score is NaN.
     """
+    scores = _numbers(scores)
     finite = np.isfinite(np.broadcast_to(threshold, scores.shape))
     return float(np.mean((scores > threshold)[finite])) if finite.any() else None
 

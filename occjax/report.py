@@ -29,7 +29,7 @@ def write(
 
     Args:
         directory: where to; made if missing.
-        results: what results.json shall hold. Entries may be None, never NaN.
+        results: the content of results.json. Entries may be None, never NaN.
         rows: Table I.
         class_names: `class_names[k]` is what a person calls class `k`.
         examples: attacked images for Figures 1 and 2, the best one first; may be empty.
@@ -37,7 +37,7 @@ def write(
         config: the experiment.
 
     Raises:
-        ValueError: if `results` holds a number that JSON has not (NaN, infinity).
+        ValueError: if `results` holds NaN or infinity, for which JSON has no number.
     """
     listed = tables.build(results, rows, class_names)
     facts, summary = _facts(results, config), _summary(results, class_names)
@@ -109,7 +109,7 @@ def _summary(results, class_names):
         baselines = (detection.get('baselines') or {}).items()
         values, rivals = [], []
         for key in tables.RIVAL_RATES:
-            values.append(tables.cell((detection.get('overall') or {}).get(key)))
+            values.append(tables.measured(detection.get('overall') or {}, key))
             rated = [(b[key], n) for n, b in baselines if (b or {}).get(key) is not None]
             value, name = max(rated, default=(None, ''))
             rivals.append(

@@ -132,8 +132,8 @@ def _class_table(protocol, detection, class_names, theirs):
     def line(label, entry, rivals):
         entry = entry or {}
         label = f'{label} ({entry["note"]})' if entry.get('note') else label
-        ours = [entry.get(key) for key in _COUNTS] + [_over(entry, key) for key in _METRICS]
-        others = [_over(rival or {}, key) for rival in rivals for key in RIVAL_RATES]
+        ours = [entry.get(key) for key in _COUNTS] + [measured(entry, key) for key in _METRICS]
+        others = [measured(rival or {}, key) for rival in rivals for key in RIVAL_RATES]
         return tuple(map(cell, (label, *ours, stated(entry.get('paper_accuracy')), *others)))
 
     rivals = [(baseline or {}).get('per_class') or {} for baseline in baselines.values()]
@@ -268,10 +268,10 @@ def cell(value):
 def with_interval(entry, key):
     """Returns a rate, half its 95 % interval, and how many of all have it where not all do."""
     ends = (entry.get('interval') or {}).get(key)
-    return _over(entry, key, f' ± {(ends[1] - ends[0]) / 2:.3f}' if ends else '')
+    return measured(entry, key, f' ± {(ends[1] - ends[0]) / 2:.3f}' if ends else '')
 
 
-def _over(entry, key, reach=''):
+def measured(entry, key, reach=''):
     """Returns a rate, what follows it, and in brackets how many of all have it."""
     over = (entry.get('over') or {}).get(key)
     return cell(entry.get(key)) + reach + (' ({} of {})'.format(*over) if over else '')

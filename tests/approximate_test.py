@@ -41,6 +41,7 @@ class ThresholdTest(parameterized.TestCase):
     def test_one_is_exact_bit_for_bit(self):
         np.testing.assert_array_equal(logits(approximate, threshold=1.0), exact_logits())
 
+    @pytest.mark.slow
     def test_agreement_grows_with_the_threshold(self):
         errors = [
             np.abs(logits(approximate, threshold=threshold) - exact_logits()).mean()

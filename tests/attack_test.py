@@ -262,6 +262,7 @@ class EveryAttackTest(parameterized.TestCase):
             with self.assertRaisesRegex(ValueError, r'broadcasting.*3.*4'):
                 self.attack(name, steps=jnp.full(3, 2))
 
+    @pytest.mark.slow
     def test_a_classifier_can_be_trained_on_attacks(self):
         """The loss at attacked images has a gradient in the weights, though the search has none."""
         apply, weights = small_network(5)

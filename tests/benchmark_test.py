@@ -111,6 +111,7 @@ def test_the_numbers_follow_from_each_other(measured):
         assert row['share_of_matrix_product_rate'] == pytest.approx(share)
 
 
+@pytest.mark.slow
 def test_another_type_of_weights_is_another_network(tmp_path):
     run = make_run(tmp_path / 'run', engine='full', benchmark_dtype='bfloat16')
     benchmark.benchmark(run)
@@ -213,6 +214,7 @@ def test_a_peer_that_is_not_there_is_said_before_anything_runs(tmp_path, monkeyp
         benchmark.benchmark(make_run(tmp_path / 'run', benchmark_peer='captum'))
 
 
+@pytest.mark.slow
 def test_training_steps_are_timed(tmp_path):
     run = make_run(tmp_path / 'run')
     run.config.classifier.batch_size = 4

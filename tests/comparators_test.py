@@ -64,6 +64,7 @@ def fitted(steps):
     return variables, images.astype(np.float32) / 255
 
 
+@pytest.mark.slow
 def test_an_autoencoder_learns_its_images_and_not_others():
     (before, images), (after, _) = fitted(1), fitted(300)
     rough = np.random.default_rng(0).uniform(size=images.shape).astype(np.float32)

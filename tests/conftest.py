@@ -11,6 +11,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='occjax-tests-')
+# Tests compile the same programs again and again: each is compiled once a session.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='occjax-tests-')
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 # Four devices, so that the paths of several are the ones under test.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
     ' --xla_force_host_platform_device_count=4'

@@ -14,6 +14,7 @@ from unittest import mock
 
 import hypothesis
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from hypothesis import strategies
 from PIL import Image
@@ -872,6 +873,7 @@ class ProgressTest(TemporaryTest):
         self.assertEqual(last, 'Decoding folder: 400 of 400 images, 0 s left')
 
 
+@pytest.mark.slow
 @absltest.skipUnless(DATA_DIR, 'OCCJAX_TEST_DATA_DIR names no prepared TFDS directory.')
 class RealDataTest(TemporaryTest):
     def test_cifar10(self):

@@ -55,6 +55,7 @@ def test_half_of_a_batch_is_attacked_where_the_source_stands():
     assert (jnp.abs(mixed[:4] - IMAGES[:4]).max(axis=(1, 2, 3)) > 0.09).all()
 
 
+@pytest.mark.slow
 def test_an_ensemble_s_batches_come_from_every_member(tmp_path, monkeypatch):
     """Each static classifier and the one in training are sources, by turns of their own."""
     run = make_run(tmp_path / 'run')

@@ -104,6 +104,7 @@ class BankTest(parameterized.TestCase):
         scores = detector.score(bank, fresh.maps, fresh.predicted)
         self.assertGreater(np.mean((scores > 0) == fresh.is_adversarial), 0.95)
 
+    @pytest.mark.slow
     def test_convolutions_come_before_the_linear_layers(self):
         """A map is then an image of several channels, and the bank still K detectors."""
         widths = dict(features=(6,), convolutions=(5, 7))
@@ -147,6 +148,7 @@ class BankTest(parameterized.TestCase):
         np.testing.assert_array_equal(cells['mean'][2], 0)
         np.testing.assert_array_equal(cells['deviation'][2], 1)
 
+    @pytest.mark.slow
     def test_a_cell_that_never_changes_does_no_harm(self):
         maps, kinds, weight = toy_groups([(20, 20), (20, 20)])
         maps[..., 0, 0] = 0

@@ -5,6 +5,7 @@ import functools
 import hypothesis
 import jax
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from hypothesis import strategies as st
 
@@ -64,6 +65,7 @@ def settings(draw):
 
 
 class EnginesTest(parameterized.TestCase):
+    @pytest.mark.slow
     @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
     @hypothesis.given(settings())
     def test_agree(self, setting):

@@ -335,6 +335,7 @@ def test_a_console_without_our_signs_shows_others_and_memory_ends_in_a_line(tmp_
     assert '9 TiB' in line
 
 
+@pytest.mark.slow
 def test_a_compilation_cache_is_filled_by_its_flag(tmp_path):
     arguments = (
         '--mode=benchmark',

@@ -142,6 +142,7 @@ def measure(limit):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_process_stays_below_its_limit():
     """And without one it wouldn't, so that it is the limit that holds it."""
     limit = 700 * 2**20

@@ -162,6 +162,15 @@ class ThresholdTest(parameterized.TestCase):
             with self.assertRaisesRegex(ValueError, message):
                 metrics.threshold_at_fpr(np.array(scores), fpr)
 
+    def test_shares_count_only_where_a_threshold_may_call(self):
+        scores, levels = np.array([0.0, 1, 2, 3]), np.array([0.5, 0.5, 2, np.inf])
+        self.assertAlmostEqual(metrics.share_above(scores, levels), 1 / 3)
+        self.assertEqual(metrics.share_above(scores, 1.0), 0.5)  # Strictly above.
+        self.assertIsNone(metrics.share_above(scores, np.inf))
+        self.assertIsNone(metrics.share_above(scores[:0], 0.0))
+        with self.assertRaisesRegex(ValueError, 'NaN'):
+            metrics.share_above(np.append(scores, np.nan), 1.0)
+
     def test_best_is_the_best_of_all(self):
         rng = np.random.default_rng(0)
         for _ in range(30):

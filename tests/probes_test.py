@@ -115,7 +115,7 @@ def test_a_verdict_is_what_the_stored_maps_say(finished, method):
         np.testing.assert_allclose(margins, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('engine', ['full', 'incremental'])
+@pytest.mark.parametrize('engine', ['full', pytest.param('incremental', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('method', ['detector', 'all_logits'])
 def test_the_gradient_of_a_verdict_is_right(finished, method, engine):
     """Against central differences along random directions, through map and detector."""
@@ -165,6 +165,7 @@ def test_both_engines_have_one_gradient(finished):
     np.testing.assert_allclose(*gradients, atol=1e-4 * np.abs(gradients[0]).max())
 
 
+@pytest.mark.slow
 def test_an_attacker_who_knows_the_detector_evades_more(finished, tmp_path, one_in_two):
     """And what is stored is not attacked anew."""
     shutil.copytree(finished[0].workdir, tmp_path / 'run')

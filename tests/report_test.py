@@ -15,6 +15,7 @@ from occjax import figures, occlusion, paper, report, tables, vgg
 from occjax.types import HeatmapSet
 
 NAMES = ('Ant', 'Bee <b>&"|', 'Cow')
+COUNTS = ('n_correct', 'n_adversarial', 'n_thresholds')
 METRICS = (
     'accuracy',
     'majority_baseline',
@@ -43,7 +44,7 @@ def make_results(class_names=NAMES, nothing=False):
     theirs = paper.numbers(class_names)
 
     def entry(with_paper=None):
-        counts = {key: int(rng.integers(1000, 9999)) for key in ('n_correct', 'n_adversarial')}
+        counts = {key: int(rng.integers(1000, 9999)) for key in COUNTS}
         rates = {key: None if nothing else float(rng.random()) for key in METRICS}
         note = {'note': 'no adversarial maps'} if nothing else {}
         return counts | rates | with_paper | note if with_paper is not None else counts | rates
@@ -253,7 +254,7 @@ class TablesTest(parameterized.TestCase):
             names = [*class_names, 'Overall']
             entries, rivals = [*entries, detection['overall']], [*rivals, list(baselines)]
             for line, name, entry, others in zip(lines, names, entries, rivals, strict=True):
-                wanted = [name, f'{entry["n_correct"]:,}', f'{entry["n_adversarial"]:,}']
+                wanted = [name, *(f'{entry[key]:,}' for key in COUNTS)]
                 wanted += decimals(entry[key] for key in METRICS)
                 wanted += decimals([entry['paper_accuracy']], 2)
                 wanted += decimals(o[key] for o in others for key in ('balanced_accuracy', 'auroc'))
@@ -269,9 +270,9 @@ class TablesTest(parameterized.TestCase):
                 'Max probability': detection['baselines']['max_probability'],
                 'Map mean': detection['baselines']['map_mean'],
             }
-            n = [f'{detection["overall"][key]:,}' for key in ('n_correct', 'n_adversarial')]
             for method, entry in methods.items():
                 stated = decimals([entry.get('paper_accuracy')], 2)
+                n = [f'{entry[key]:,}' for key in COUNTS]
                 wanted = [protocol, method, *n, *decimals(entry[key] for key in METRICS), *stated]
                 self.assertEqual(lines.pop(0), wanted)
         self.assertEmpty(lines)
@@ -318,7 +319,7 @@ class WriteTest(parameterized.TestCase):
             for row in rows:
                 if title.startswith(('Tables IV/V', 'Table VI')):
                     words = 2 if title.startswith('Table VI') else 1
-                    self.assertEqual(set(row[words + 2 :]), {'–'}, title)
+                    self.assertEqual(set(row[words + len(COUNTS) :]), {'–'}, title)
         for name in ('tables.md', 'report.html', 'results.json'):
             text = re.sub(r'data:image/png;base64,[^"]*', '', self.read(name))
             self.assertNotRegex(text, r'(?i)\b(nan|none|inf)\b')
@@ -341,6 +342,13 @@ class WriteTest(parameterized.TestCase):
         write(self.directory, results)
         for name in ('tables.md', 'report.html'):
             self.assertIn('0.222 (map mean) / 0.444 (max probability)', self.read(name))
+
+    def test_summary_says_of_how_many_classes_its_means_are(self):
+        results = make_results()
+        results['detection']['held_out']['overall'] |= {'auroc': 0.321, 'over': {'auroc': [9, 50]}}
+        write(self.directory, results)
+        for name in ('tables.md', 'report.html'):
+            self.assertIn('/ 0.321 (9 of 50)', self.read(name))
 
     def test_page_is_whole_and_fetches_nothing(self):
         write(self.directory)
@@ -491,11 +499,14 @@ def test_intervals_controls_and_costs_have_their_places():
     results = make_results(NAMES)
     rates = {'n': 321, 'called': 0.125, 'called_at_5_fpr': 0.0625}
     rates['interval'] = {'called': (0.1, 0.15), 'called_at_5_fpr': None}
+    rates['over'] = {'called_at_5_fpr': [200, 321]}
     held_out = results['detection']['held_out']
     held_out['overall'] |= {
         'auroc': 0.75,
+        'tpr_at_5_fpr': 0.25,
         'interval': {'auroc': (0.7, 0.8)},
-        'controls': {'noise': rates, 'failed': rates | {'n': 54}},
+        'over': {'auroc': [49, 50], 'tpr_at_5_fpr': [42, 50]},
+        'controls': {'noise': rates, 'failed': rates | {'n': 54, 'over': {}}},
     }
     held_out['baselines']['pooled'] = dict(held_out['baselines']['map_mean'], auroc=0.625)
     results['cost'] = {
@@ -505,7 +516,8 @@ def test_intervals_controls_and_costs_have_their_places():
     listed = {table.title: table for table in tables.build(results, [], NAMES)}
     overall = listed['Table VI. Overall']
     line = next(row for row in overall.rows if row[:2] == ('held_out', 'Detector'))
-    assert '0.750 ± 0.050' in line
+    # How many classes and seeds a mean is over stands beside it where not all have it.
+    assert {'0.750 ± 0.050 (49 of 50)', '0.250 (42 of 50)'} <= set(line)
     assert any(row[:2] == ('held_out', 'Pooled') and '0.625' in row for row in overall.rows)
     per_class = next(
         t
@@ -513,13 +525,14 @@ def test_intervals_controls_and_costs_have_their_places():
         if title.endswith('protocol held_out') and 'Called' not in title
     )
     assert not any('Pooled' in cell for cell in per_class.header)
+    assert {'0.750 (49 of 50)', '0.250 (42 of 50)'} <= set(per_class.total)
     controls = listed['Called adversarial besides, protocol held_out']
     assert controls.header[:4] == ('Method', 'Noise: n', 'Noise: share', 'Noise: share at 5 % FPR')
     assert controls.rows[0] == (
         'Detector',
         '321',
         '0.125 ± 0.025',
-        '0.062',
+        '0.062 (200 of 321)',
         '54',
         '0.125 ± 0.025',
         '0.062',

@@ -353,6 +353,7 @@ def test_four_devices_are_one(finished):
     np.testing.assert_allclose(four, one, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_classifier_that_is_never_right_is_reported_too(finished, tmp_path, monkeypatch):
     """No image is correct, so there is no map of either kind: dashes, no NaN, no error."""
     run = make_run(tmp_path / 'run')
@@ -418,6 +419,7 @@ def test_evaluate_divides_once():
     assert classifier.evaluate(lambda images: next(guesses), batches) == 2 / 5
 
 
+@pytest.mark.slow
 def test_fidelity_of_exact_maps_is_perfect_and_of_others_counted(finished, tmp_path, monkeypatch):
     """What is stored is mapped again, without a difference where nothing is left out."""
     shutil.copytree(finished[0].workdir, tmp_path / 'run')
