@@ -99,6 +99,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('setting', SETTINGS)
 @pytest.mark.parametrize('name', FUNCTIONS)
 def test_a_public_function_works_under_every_setting(name, setting):
