@@ -304,9 +304,13 @@ def end_on(*signals: signal.Signals):
 
 
 def fail(line: str):
-    """Prints the one line that a person needs, and ends with exit code 2."""
-    print(f'launch.py: {line}', file=sys.stderr)
-    sys.exit(2)
+    """Prints the one line that a person needs, and ends with exit code 2.
+
+    At once: what libraries say of their own failures on the way out is for nobody.
+    """
+    sys.stdout.flush()
+    print(f'launch.py: {line}', file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 if __name__ == '__main__':

@@ -109,7 +109,7 @@ def count(name: str, value: Any) -> Any:
 
 
 def fill(fill: Any, images: Array) -> Array:
-    """Returns what covers a window, broadcast to `[B, H, W, C]` images.
+    """Returns what covers a window, broadcast to `[..., H, W, C]` images.
 
     Raises:
         ValueError: if it is not one number, `[C]` of them, an image or as many as there are; or is
@@ -117,10 +117,12 @@ def fill(fill: Any, images: Array) -> Array:
     """
     fill = jnp.asarray(fill, images.dtype)
     shape = images.shape
-    if fill.shape not in ((), (1,), shape[-1:], shape[1:], (1, *shape[1:]), shape):
+    one = shape[-3:]
+    forms = ((), (1,), one[-1:], one, (*[1] * (len(shape) - 3), *one), shape)
+    if fill.shape not in forms:
         raise ValueError(
-            f'Expected fill to be a number, [{shape[-1]}] of them (one a channel) or images '
-            f'{list(shape[1:])} or {list(shape)}, got shape {list(fill.shape)}.'
+            f'Expected fill to be a number, [{one[-1]}] of them (one a channel) or images '
+            f'{list(one)} or {list(shape)}, got shape {list(fill.shape)}.'
         )
     if is_known(fill) and np.isnan(_ends(fill)).any():
         raise ValueError('Expected fill to be numbers, got NaN.')

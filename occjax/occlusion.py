@@ -88,14 +88,16 @@ def occlude(images: Array, origin: Array, *, size: int, fill: float | Array = 0.
         The images with `fill` inside the window, untouched outside.
 
     Raises:
-        ValueError: if the images are integers, of which `fill` would be one.
+        ValueError: if the images are integers, of which `fill` would be one, or `fill` does not
+            fit them.
     """
     images = checks.floats(images)
+    fill = checks.fill(fill, images)
     height, width = images.shape[-3:-1]
     row, column = jnp.arange(height)[:, None] - origin[0], jnp.arange(width) - origin[1]
     covered = (row >= 0) & (row < size) & (column >= 0) & (column < size)
     # A select, not a scatter: with traced origins under vmap a scatter copies whole images.
-    return jnp.where(covered[..., None], jnp.asarray(fill, images.dtype), images)
+    return jnp.where(covered[..., None], fill, images)
 
 
 def default_chunk(image_shape: tuple[int, ...]) -> int:

@@ -42,9 +42,11 @@ class DamagedError(UsageError):
 
 def write_bytes(path: pathlib.Path, content: bytes):
     """Writes a file whole and to the disk, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=_PARTIAL)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        settings = dict(prefix=f'.{path.name}.', suffix=_PARTIAL)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, **settings)
         with os.fdopen(handle, 'wb') as file:
             file.write(content)
             file.flush()
@@ -52,9 +54,10 @@ def write_bytes(path: pathlib.Path, content: bytes):
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError) and not error.filename:
-            error.filename = str(path)
+        if temporary is not None:
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
         raise
     _sync(path.parent)
 

@@ -12,7 +12,7 @@ def get_config():
     config = digits.get_config()
     config.data.image_size, config.data.train_images, config.data.test_images = 16, 300, 200
     config.classifier.hidden, config.classifier.epochs = 32, 3
-    config.classifier.learning_rate = 3e-3
+    config.classifier.batch_size, config.classifier.learning_rate = 32, 3e-3
     config.attack.epsilon = 0.3
     config.occlusion.size, config.occlusion.stride = 5, 4
     config.detector.steps, config.detector.seeds = 30, 3
