@@ -206,7 +206,7 @@ def square(
         sign_key, row_key, column_key = jax.random.split(jax.random.fold_in(key, t), 3)
         # The share of pixels in a square halves at these of 10,000 steps, or in proportion.
         halvings = jnp.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000]) * steps // 10_000
-        share = 0.8 * 0.5 ** jnp.sum(t - 1 > halvings)
+        share = 0.8 * 0.5 ** jnp.sum(t - 1 > halvings).astype(image.dtype)
         side = jnp.round(jnp.sqrt(share * height * width)).astype(int)
         side = jnp.clip(side, 1, min(height, width))
 

@@ -92,8 +92,8 @@ def stop_after(save, count):
     """Returns a `save_checkpoint` that is interrupted after some."""
     saved = []
 
-    def stopping(*args):
-        save(*args)
+    def stopping(*args, **kwargs):
+        save(*args, **kwargs)
         saved.append(args)
         if len(saved) == count:
             raise KeyboardInterrupt
