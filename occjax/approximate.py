@@ -127,7 +127,7 @@ def occluded_logits(
     Raises:
         ValueError: as `incremental.occluded_logits`, and for a knob outside its range.
     """
-    images = checks.images(images)
+    images = checks.images(images, slack=checks.NEAR)
     regions, knots, (h, w) = _regions(
         images.shape[1:3],
         size=size,
@@ -149,7 +149,7 @@ def occluded_logits(
 
 def heatmaps(variables: vgg.Variables, images: Array, classes: Array, **options: Any) -> Array:
     """Returns roughly `incremental.heatmaps`, `[B, h, w]`; the options are `occluded_logits`'."""
-    images = checks.images(images)
+    images = checks.images(images, slack=checks.NEAR)
     classes = checks.classes(classes, images, vgg.num_classes(variables), name='classes')
     return occlusion.probabilities(occluded_logits(variables, images, **options), classes)
 

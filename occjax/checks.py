@@ -14,7 +14,8 @@ import numpy as np
 
 from occjax.types import Array, LogitsFn
 
-_ROUNDING = 1e-5  # by which pixels may leave their bounds
+ROUNDING = 1e-5  # by which pixels may leave their bounds
+NEAR = 0.1  # the same where only another scale would be wrong, so that finite differences may
 
 
 def is_known(value: Any) -> bool:
@@ -28,12 +29,14 @@ def _ends(array):
         return array.min().item(), array.max().item()
 
 
-def images(images: Array, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Array:
+def images(
+    images: Array, bounds: tuple[float, float] | None = (0.0, 1.0), *, slack: float = ROUNDING
+) -> Array:
     """Returns images as an array.
 
     Raises:
         ValueError: if they are not `[B, H, W, C]`, at least one, of floats; or, where values are
-            known, if one is NaN or out of `bounds` by more than rounding.
+            known, if one is NaN or out of `bounds` by more than `slack`.
     """
     images = floats(images)
     if images.ndim != 4 or not len(images):
@@ -43,7 +46,7 @@ def images(images: Array, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Ar
         if np.isnan(low) or np.isnan(high):
             raise ValueError('Expected pixels to be numbers, got NaN.')
         least, most = (-np.inf, np.inf) if bounds is None else bounds
-        if low < least - _ROUNDING or high > most + _ROUNDING:
+        if low < least - slack or high > most + slack:
             raise ValueError(
                 f'Expected pixels from {least:g} to {most:g}, got {low:g} to {high:g}: divide '
                 'images of 0 to 255 by 255, and normalize inside of logits_fn.'

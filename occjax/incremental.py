@@ -151,7 +151,7 @@ def occluded_logits(
     Raises:
         ValueError: as `occlusion.occluded_logits` and `vgg.logits`.
     """
-    images = checks.images(images)
+    images = checks.images(images, slack=checks.NEAR)
     geometry = dict(size=size, stride=stride, grid=grid)
     origins = occlusion.window_origins(images.shape[1:3], **geometry)
     regions = patches_at(images.shape[1:3], origins, size=size, plan=plan)
@@ -248,7 +248,7 @@ def heatmaps(
 ) -> Array:
     """Returns `occlusion.heatmaps` of `vgg.logits`: `[B, h, w]`; see `occluded_logits`."""
     geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
-    images = checks.images(images)
+    images = checks.images(images, slack=checks.NEAR)
     classes = checks.classes(classes, images, vgg.num_classes(variables), name='classes')
     logits = occluded_logits(variables, images, **geometry, plan=plan)
     return occlusion.probabilities(logits, classes)

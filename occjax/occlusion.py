@@ -173,7 +173,7 @@ def occluded_outputs(
         images, size, stride, fill, grid, chunk_size: see `occluded_logits`.
         is_exact: whether a call sees just `chunk_size` images, and not fewer in equal chunks.
     """
-    images = checks.images(images)
+    images = checks.images(images, slack=checks.NEAR)
     geometry = dict(size=size, stride=stride, grid=grid)
     origins = jnp.asarray(window_origins(images.shape[1:3], **geometry))
     fill = checks.fill(fill, images)
@@ -256,7 +256,7 @@ def heatmaps(
     Raises:
         ValueError: as `occluded_logits`, and if `classes` is not one class for each image.
     """
-    images = checks.images(images)
+    images = checks.images(images, slack=checks.NEAR)
     classes = checks.classes(classes, images, name='classes')
     geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
     logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
