@@ -178,16 +178,20 @@ def _pool_to(x: Array, side: int) -> Array:
     return x
 
 
-def _linear_input(variables: Variables, features: Array) -> Array:
-    """Returns `[B, h, w, C]` features as the rows that the first linear layer wants."""
-    wanted = len(variables.params['linear'][0]['kernel'])
+def _linear_input(variables: Variables, features: Array, *, pools: bool) -> Array:
+    """Returns `[B, h, w, C]` features as the rows that the first linear layer wants.
+
+    Those of another map than it was made for are averaged to that where `pools` says so.
+    """
+    wanted, channels = len(variables.params['linear'][0]['kernel']), features.shape[-1]
     if math.prod(features.shape[1:]) != wanted:
-        if wanted != POOLED_SIDE**2 * features.shape[-1]:
+        side = math.isqrt(wanted // channels)
+        if side**2 * channels != wanted or not (pools or side == POOLED_SIDE):
             raise ValueError(
                 f'Features {features.shape[1:]} do not fit a linear layer of {wanted} inputs; '
                 'were the variables made for another image_size or plan?'
             )
-        features = _pool_to(features, POOLED_SIDE)
+        features = _pool_to(features, side)
     return features.reshape(len(features), wanted)
 
 
@@ -245,7 +249,8 @@ def features(variables: Variables, images: Array, *, plan: Plan = VGG11) -> Arra
 @promoting
 def head(variables: Variables, features: Array, dropout_fn: Callable | None = None) -> Array:
     """Returns the `[B, K]` logits of `[B, h, w, C]` features: the three linear layers."""
-    x = _linear_input(variables, features)
+    # Training on shrunk images pools; elsewhere another size is a mistake.
+    x = _linear_input(variables, features, pools=dropout_fn is not None)
     *inner, last = variables.params['linear']
     for i, layer in enumerate(inner):
         x = jax.nn.relu(x @ layer['kernel'] + layer['bias'])

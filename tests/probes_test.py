@@ -46,7 +46,7 @@ def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
     shutil.copytree(finished[0].workdir / 'classifier', run.workdir / 'classifier')
     shutil.copy(finished[0].workdir / 'dataset.json', run.workdir)
     run.config.sweep.epsilons, run.config.sweep.attacks = (0.02,), ('bim',)
-    run.config.sweep.steps, run.config.sweep.images = 3, 60
+    run.config.sweep.steps, run.config.sweep.images = 3, 150
     run.config.sweep.occluders = ((4, 6, 0.0),)
     run.config.sweep.methods = ('linear_probe',)
     printed = sweep.sweep(run)
@@ -54,7 +54,7 @@ def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
     assert list(result['attacks']) == ['fgsm 0.02', 'fgsm 0.3', 'bim 0.3']
     assert set(result['transfer']['linear_probe']) == {'fgsm 0.02', 'fgsm 0.3'}
     maps, _ = evaluation.load_shards(finished[0], 'test')
-    chosen = np.isin(maps.image_id, stages.mapped_ids(run, 'test')[:60])
+    chosen = np.isin(maps.image_id, stages.mapped_ids(run, 'test')[:150])
     assert result['correct'] == np.sum(chosen & ~maps.is_adversarial)
     attacked = result['attacks']['fgsm 0.3']
     assert attacked['successful'] == np.sum(chosen & maps.is_adversarial)
@@ -308,10 +308,9 @@ def test_deployed_thresholds_keep_the_promise_of_5_percent(finished, reserved):
 def test_a_detector_without_a_threshold_never_calls(finished):
     """Where clean maps of all classes together are too few to promise anything."""
     run, _ = finished
-    maps = toy_maps([(60, 40)], grid=run.grid)
-    masks = [
-        np.broadcast_to(mask, (3, 100)) for mask in (np.arange(100) >= 30, np.arange(100) < 18)
-    ]
+    maps = toy_maps([(10, 10)] * 10, grid=run.grid)
+    part = np.tile(np.arange(20), 10)
+    masks = [np.broadcast_to(mask, (3, 200)) for mask in (part >= 5, part == 0)]
     division = judging.Division(maps, *masks)
     _, levels = detection.deployed(run, division, 'detector')
     assert (levels == np.inf).all()

@@ -226,7 +226,7 @@ class TablesTest(parameterized.TestCase):
         self.assertEqual(outcome['ε of FGSM'][0], '0.03')
         self.assertEqual(outcome['Largest change of a pixel'][0], '0.030')
         self.assertEqual(outcome['Range of attacked pixels'][0], '0.004 to 0.996')
-        self.assertEqual(outcome['Attacked pixels that are not numbers'][0], '17')
+        self.assertEqual(outcome['Attacked images that did not move'][0], '17')
         self.assertEqual(outcome['Mean of correct maps'][0], '0.765')
         self.assertEqual(outcome['Mean of adversarial maps'][0], '0.346')
 

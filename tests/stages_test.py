@@ -263,7 +263,7 @@ def test_resuming_equals_an_uninterrupted_run(finished, tmp_path, monkeypatch):
         return wrapped
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(classifier, 'train_step', kill_after(6, classifier.train_step))
+        patch.setattr(classifier, 'train_step', kill_after(12, classifier.train_step))
         run_all(interrupted)
     assert storage.latest_step(interrupted.workdir / 'classifier') == 1
     with monkeypatch.context() as patch, pytest.raises(Killed):
