@@ -300,7 +300,8 @@ def train_logits(
         `[B, K]` logits, and the new running statistics for `Variables.batch_stats`.
 
     Raises:
-        ValueError: if images, plan and variables don't fit each other, or images are integers.
+        ValueError: if plan and variables don't fit each other, or images are integers. Images of
+            another size than the variables were made for have their features averaged.
     """
     batch_stats = []
 

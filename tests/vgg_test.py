@@ -195,7 +195,8 @@ class LogitsTest(parameterized.TestCase):
             lambda: vgg.train_logits(variables, images, key=jax.random.key(0), plan=SMALL),
         )
         for function in functions:
-            if message:
+            # Training on shrunk images averages features; classifying never does so unasked.
+            if message and not ('do not fit' in message and function is functions[1]):
                 self.assertRaisesRegex(ValueError, message, function)
             else:
                 function()
