@@ -304,13 +304,9 @@ def end_on(*signals: signal.Signals):
 
 
 def fail(line: str):
-    """Prints the one line that a person needs, and ends with exit code 2.
-
-    At once: what libraries say of their own failures on the way out is for nobody.
-    """
-    sys.stdout.flush()
+    """Prints the one line that a person needs, and ends with exit code 2."""
     print(f'launch.py: {line}', file=sys.stderr, flush=True)
-    os._exit(2)
+    sys.exit(2)
 
 
 if __name__ == '__main__':
@@ -324,10 +320,13 @@ if __name__ == '__main__':
     except UsageError as error:
         fail(str(error))
     except OSError as error:  # A full disk, one that is read-only, a folder that is gone.
-        fail(
-            f'{error.strerror or error}: {error.filename or "a file"}. What is finished is kept: '
-            'mend that and run the same command again.'
-        )
+        try:
+            fail(
+                f'{error.strerror or error}: {error.filename or "a file"}. What is finished is '
+                'kept: mend that and run the same command again.'
+            )
+        finally:
+            os._exit(2)  # What Orbax says of its own failure on the way out is for nobody.
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
             raise

@@ -83,7 +83,6 @@ def refused(command, *arguments):
         (['--chunksize=1'], "Unknown command line flag 'chunksize'"),
         (['train'], "Unknown argument 'train'"),
         (['--mode=report'], 'run --mode=heatmaps first'),
-        (['--workdir=stranger'], 'stranger is no work directory'),
         (['--config.data.name=folder', '--data_dir=nowhere'], 'nowhere'),
         (['--engine=fast'], 'auto|full|incremental'),
         (['--memory_limit=much'], '--memory_limit=much: expected bytes'),
