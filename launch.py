@@ -13,6 +13,7 @@ import pathlib
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 import jax
 from absl import app, flags, logging
@@ -303,10 +304,10 @@ def end_on(*signals: signal.Signals):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def fail(line: str):
+def fail(line: str, exit_fn: Callable[[int], None] = sys.exit):
     """Prints the one line that a person needs, and ends with exit code 2."""
     print(f'launch.py: {line}', file=sys.stderr, flush=True)
-    sys.exit(2)
+    exit_fn(2)
 
 
 if __name__ == '__main__':
@@ -320,13 +321,11 @@ if __name__ == '__main__':
     except UsageError as error:
         fail(str(error))
     except OSError as error:  # A full disk, one that is read-only, a folder that is gone.
-        try:
-            fail(
-                f'{error.strerror or error}: {error.filename or "a file"}. What is finished is '
-                'kept: mend that and run the same command again.'
-            )
-        finally:
-            os._exit(2)  # What Orbax says of its own failure on the way out is for nobody.
+        fail(
+            f'{error.strerror or error}: {error.filename or "a file"}. What is finished is kept: '
+            'mend that and run the same command again.',
+            exit_fn=os._exit,  # What Orbax says of its own failure on the way out is for nobody.
+        )
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
             raise

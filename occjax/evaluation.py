@@ -29,7 +29,7 @@ from occjax import (
 from occjax.methods import METHODS
 from occjax.run import Run
 from occjax.streams import Stream
-from occjax.types import COMPARATORS, CONTROLS, HeatmapSet
+from occjax.types import CONTROLS, HeatmapSet
 
 # The split whose maps each protocol divides.
 PROTOCOLS = {'paper': 'train', 'held_out': 'test'}
@@ -124,11 +124,7 @@ def scorers(run: Run, division: judging.Division, protocol: str) -> dict[str, ju
     return {
         name: judging.networks(load_banks(run, division, protocol, name), METHODS[name])
         for name in run.config.detector.methods
-    } | {
-        name: judging.Scorer(score_fn)
-        for name, score_fn in metrics.BASELINES.items()
-        if name not in COMPARATORS or division.maps.comparators is not None
-    }
+    } | {name: judging.Scorer(score_fn) for name, score_fn in metrics.BASELINES.items()}
 
 
 def detection(run: Run, protocol: str) -> dict:
