@@ -23,6 +23,7 @@ def get_config() -> Config:
             learning_rate=5e-4,  # ours: not stated
             dropout_rate=0.5,  # ours: Table I has the layers without their rate
             normalize=True,  # ours: not stated; mean and std of the training images
+            flip=True,  # ours: not stated
         ),
         attack=Attack(
             epsilon=0.1,  # §I, Fig. 1

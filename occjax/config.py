@@ -105,8 +105,9 @@ class Data:
 class Classifier:
     """The VGG and its training (§III-B).
 
-    `resize` has the side to which images are shrunk in each of the first epochs: an epoch at 64
-    pixels costs a twelfth of one at 224 (progressive learning, https://arxiv.org/abs/2104.00298).
+    `flip` mirrors half of the training images, others in each epoch. `resize` has the side to which
+    images are shrunk in each of the first epochs: an epoch at 64 pixels costs a twelfth of one at
+    224 (progressive learning, https://arxiv.org/abs/2104.00298).
 
     The last four are defences of §II. `label_smoothing` goes from the true class to all
     (https://arxiv.org/abs/1512.00567). `adversarial_epsilon` above 0 attacks half of each batch by
@@ -123,6 +124,7 @@ class Classifier:
     learning_rate: float = number(0, 1, ends='(]')
     dropout_rate: float = number(0, 1, 0.5, ends='[)')
     normalize: bool = True
+    flip: bool = False
     resize: tuple[int, ...] = number(32, 4096, ())  # Less vanishes in five pools.
     label_smoothing: float = number(0, 1, 0.0, ends='[)')
     adversarial_epsilon: float = number(0, 1, 0.0)
@@ -319,11 +321,38 @@ def identity(tree: dict) -> dict:
     return tree | {'detector': detector}
 
 
-def digest(config: Config) -> str:
-    """Returns 16 hex digits that two configs share exactly if they are one experiment."""
-    tree = json.dumps(identity(to_json(config)))
+# The fields that each stage reads, beside those of the stages before it.
+_READS = {
+    'train': ('seed', 'precision', 'data', 'classifier'),
+    'heatmaps': ('attack', 'occlusion', 'comparators'),
+    'detectors': ('detector',),
+}
+
+
+def digest(config: Config, stage: str = 'detectors') -> str:
+    """Returns 16 hex digits that two configs share exactly if they are one experiment.
+
+    Args:
+        config: the experiment.
+        stage: the last one that is meant; a classifier does not depend on the attack.
+    """
+    stages = list(_READS)
+    names = [name for each in stages[: stages.index(stage) + 1] for name in _READS[each]]
+    tree = _chosen(config)
+    tree.get('detector', {}).pop('methods', None)
+    tree = json.dumps({name: tree[name] for name in names if tree.get(name)})
     canonical = json.dumps(json.loads(tree, parse_int=float), sort_keys=True)  # 0 is 0.0.
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _chosen(section):
+    """Returns the fields that are not at their defaults, so that a later one changes no digest."""
+    tree = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    return {
+        field.name: _chosen(value) if dataclasses.is_dataclass(value) else value
+        for field, value in zip(dataclasses.fields(section), tree.values(), strict=True)
+        if value != field.default
+    }
 
 
 def complete(stored: dict) -> dict:

@@ -174,19 +174,37 @@ def batches(split: Split, batch_size: int) -> Iterator[Batch]:
 
 
 def training_batches(
-    split: Split, batch_size: int, *, seed: int, epoch: int, classifier: int = 0
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    classifier: int = 0,
+    flip: bool = False,
 ) -> Iterator[Batch]:
-    """Yields an epoch's whole batches in an order that is a pure function of the last three.
+    """Yields an epoch's whole batches; order and flips are pure functions of the three numbers.
 
     Batch statistics want equal batches, so the remainder, another in each epoch, is left out; a
     split smaller than a batch is one batch.
+
+    Args:
+        split: the training images.
+        batch_size: B.
+        seed: the experiment's.
+        epoch: from 0.
+        classifier: 0, or an ensemble's others from 1.
+        flip: mirrors each image, left to right, with probability 1/2.
     """
     if batch_size < 1:
         raise ValueError(f'Expected batch_size >= 1, got {batch_size}.')
     order = streams.rng(seed, Stream.EPOCH_ORDER, classifier, epoch).permutation(len(split))
     count = max(len(split) // batch_size, 1)
+    flipped = streams.rng(seed, Stream.FLIP, classifier, epoch).random(len(split)) < flip / 2
     for index in order[: count * batch_size].reshape(count, -1):
-        yield _batch(split, index, np.ones(len(index), bool))
+        batch = _batch(split, index, np.ones(len(index), bool))
+        rows = np.flatnonzero(flipped[index])
+        batch.images[rows] = batch.images[rows, :, ::-1]
+        yield batch
 
 
 def _batch(split, index, is_real):

@@ -39,15 +39,15 @@ def load_metrics(run: Run) -> dict:
     """Returns the trained classifier's accuracies, `step`, and `classifier`, its digest."""
     directory = run.workdir / 'classifier'
     found = storage.read_record(directory / 'metrics.json', mode='train')
-    storage.check_origin(directory, found['made_from'], run.origin, mode='train')
+    storage.check_origin(directory, found['made_from'], run.origin('train'), mode='train')
     return found
 
 
 def classifier_origin(run: Run) -> storage.Origin:
     """Returns what heatmaps come from; without the classifier if that is there no more."""
     if not (run.workdir / 'classifier' / 'metrics.json').exists():
-        return run.origin
-    return run.origin | {'classifier': load_metrics(run)['classifier']}
+        return run.origin('heatmaps')
+    return run.origin('heatmaps') | {'classifier': load_metrics(run)['classifier']}
 
 
 def load_manifest(run: Run) -> dict:
@@ -60,7 +60,7 @@ def load_manifest(run: Run) -> dict:
 
 def heatmaps_origin(run: Run) -> storage.Origin:
     """Returns what detectors come from."""
-    return run.origin | {'heatmaps': load_manifest(run)['digest']}
+    return run.origin('detectors') | {'heatmaps': load_manifest(run)['digest']}
 
 
 def load_shards(run: Run, split_name: str) -> tuple[HeatmapSet, list[dict]]:

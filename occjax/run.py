@@ -5,6 +5,7 @@ Dimensions: B batch.
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import sys
@@ -109,11 +110,14 @@ class Run:
         found = storage.read_record(self.workdir / 'dataset.json', mode='train')
         return {name: value for name, value in found.items() if name != 'digest'}
 
-    @property
-    def origin(self) -> storage.Origin:
-        """What everything in the work directory was made from: the config and the images."""
+    def origin(self, stage: str) -> storage.Origin:
+        """Returns what a stage is made from: the images, and what it reads of the config.
+
+        So a classifier fits every attack, and may be copied, with `dataset.json`, to where another
+        one is tried.
+        """
         return {
-            'config': config_lib.digest(self.config),
+            'config': config_lib.digest(self.config, stage),
             'dataset': self.description['fingerprint'],
         }
 
@@ -231,6 +235,11 @@ class Run:
             rows = np.arange(start, start + batch_size) % count
             outputs.append(jax.device_get(fn(*(self.divide(array[rows]) for array in arrays))))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
+
+    def log(self, **values: Any):
+        """Adds a line to `metrics.jsonl`, by which a run of hours can be watched and plotted."""
+        with open(self.workdir / 'metrics.jsonl', 'a') as file:
+            file.write(json.dumps({'time': round(time.time(), 1)} | values) + '\n')
 
     def rng(self, stream: Stream, *index: int) -> np.random.Generator:
         """Returns `streams.rng` of the config's seed."""

@@ -88,13 +88,17 @@ def train(run: Run):
     }
     say('classifier: ' + ', '.join(f'{name} {value:.4f}' for name, value in accuracies.items()))
     made = storage.checkpoint_metadata(directory, mode='train', step=settings.epochs)
-    found = {'step': settings.epochs, 'classifier': made['digest'], 'made_from': run.origin}
+    found = {
+        'step': settings.epochs,
+        'classifier': made['digest'],
+        'made_from': run.origin('train'),
+    }
     storage.write_record(directory / 'metrics.json', accuracies | found)
 
 
 def _trained(run, directory, split, number, images_fn=None):
     """Returns the variables of a classifier after all epochs; continues after the last stored."""
-    settings, origin = run.config.classifier, run.origin
+    settings, origin = run.config.classifier, run.origin('train')
     state = classifier.init_state(init_variables(run, number))
     done = storage.latest_step(directory) or 0
     if done:
@@ -105,11 +109,18 @@ def _trained(run, directory, split, number, images_fn=None):
     steps = len(split) // batch_size * settings.epochs
     # Ours: the paper names no schedule; a falling rate needs less tuning than a constant one.
     schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
+    sides = [run.config.data.image_size] * settings.epochs
+    sides[: len(settings.resize)] = settings.resize
     for epoch in range(done, settings.epochs):
         progress = Progress(len(split), f'epoch {epoch + 1}/{settings.epochs}, images')
-        side = dict(enumerate(settings.resize)).get(epoch, run.config.data.image_size)
+        began, side = time.monotonic(), sides[epoch]
         batches = data.training_batches(
-            split, batch_size, seed=run.config.seed, epoch=epoch, classifier=number
+            split,
+            batch_size,
+            seed=run.config.seed,
+            epoch=epoch,
+            classifier=number,
+            flip=settings.flip,
         )
         state, values = classifier.fit_epoch(
             state,
@@ -125,16 +136,29 @@ def _trained(run, directory, split, number, images_fn=None):
             images_fn=images_fn,
             on_batch=progress,
         )
+        seconds = time.monotonic() - began
         if not np.isfinite(values['loss']):
             raise UsageError(
                 f'Training diverged in epoch {epoch + 1}: try a lower '
                 f'--config.classifier.learning_rate than {settings.learning_rate:g}.'
             )
+        left = seconds * sum((later / side) ** 2 for later in sides[epoch + 1 :])
         say(
             f'epoch {epoch + 1}/{settings.epochs}: loss {values["loss"]:.4f}, '
-            f'accuracy {values["accuracy"]:.4f}, {progress.rate:.0f} images/s'
+            f'accuracy {values["accuracy"]:.4f}, {progress.rate:.0f} images/s, '
+            f'{left / 60:.1f} min left'
         )
         storage.save_checkpoint(directory, epoch + 1, state, made_from=origin)
+        run.log(
+            stage='train',
+            classifier=number,
+            epoch=epoch + 1,
+            step=int(state.step),
+            learning_rate=float(schedule(int(state.step) - 1)),
+            **values,
+            images_per_second=progress.rate,
+            seconds=seconds,
+        )
     return state.variables
 
 
@@ -147,7 +171,7 @@ def load_variables(run: Run) -> vgg.Variables:
     known = dict(mode='train', step=metrics['step'])
     made = {'classifier': storage.checkpoint_metadata(directory, **known)['digest']}
     storage.check_origin(directory / 'metrics.json', metrics, made, mode='train')
-    state = storage.restore_checkpoint(directory, like, made_from=run.origin, **known)
+    state = storage.restore_checkpoint(directory, like, made_from=run.origin('train'), **known)
     return run.replicate(state.variables)
 
 
@@ -163,7 +187,7 @@ def load_autoencoder(run: Run) -> Any:
     split, wanted, directory = run.dataset.train, run.config.comparators, run.workdir / 'magnet'
     init_key, key = run.key(Stream.AUTOENCODER_INIT), run.key(Stream.AUTOENCODER_FIT)
     variables = comparators.init_autoencoder(init_key, channels=split.images.shape[-1])
-    known = dict(made_from=run.origin)
+    known = dict(made_from=run.origin('heatmaps'))
     if storage.latest_step(directory) is not None:
         return storage.restore_checkpoint(directory, variables, mode='heatmaps', **known)
     say("comparators: fitting MagNet's autoencoder")
@@ -200,9 +224,12 @@ def heatmaps(run: Run):
             ids,
             controls=split is run.dataset.test,
         )
-        there = path.exists()
+        there, began = path.exists(), time.monotonic()
         storage.cached(path, make_fn, mode='heatmaps', made_from=made_from)
         progress(len(ids), was_there=there)
+        if not there:
+            seconds = time.monotonic() - began
+            run.log(stage='heatmaps', shard=path.name, images=len(ids), seconds=seconds)
     digests = {path.name: storage.file_digest(path) for path, *_ in shards}
     storage.write_record(directory / 'manifest.json', {'shards': digests, 'made_from': made_from})
 

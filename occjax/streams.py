@@ -33,6 +33,7 @@ class Stream(enum.IntEnum):
     BANK_FIT = 15
     SWEEP_ATTACK = 16  # image
     BENCHMARK = 17
+    FLIP = 18  # classifier, epoch
 
 
 def rng(seed: int, stream: Stream, *index: int) -> np.random.Generator:

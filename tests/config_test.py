@@ -145,6 +145,34 @@ def test_a_whole_number_is_the_number_that_it_is():
     assert config.digest(whole) != config.digest(changed('occlusion.fill', (0.1,)))
 
 
+def test_a_stage_does_not_depend_on_what_it_does_not_read():
+    wanted = digits.get_config()
+    stages = ('train', 'heatmaps', 'detectors')
+    for field, value, first in [
+        ('classifier.flip', True, 0),
+        ('attack.epsilon', 0.2, 1),
+        ('occlusion.stride', 4, 1),
+        ('detector.steps', 7, 2),
+        ('detector.methods', ('detector',), 3),
+        ('sweep.images', 7, 3),
+    ]:
+        other = changed(field, value)
+        differ = [config.digest(other, at) != config.digest(wanted, at) for at in stages]
+        assert differ == [number >= first for number in range(3)], field
+
+
+def test_a_field_that_comes_later_changes_no_digest_at_its_default():
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Attack(config.Attack):
+        restarts: int = 1
+
+    now, later = digits.get_config(), digits.get_config()
+    later.attack = Attack(epsilon=now.attack.epsilon, clip=now.attack.clip)
+    assert config.digest(later) == config.digest(now)
+    later.attack.restarts = 2
+    assert config.digest(later) != config.digest(now)
+
+
 def test_precision_is_part_of_an_experiment_and_was_float32():
     other = changed('precision', 'bfloat16')
     assert config.digest(other) != config.digest(digits.get_config())

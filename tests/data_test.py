@@ -84,6 +84,25 @@ class BatchesTest(parameterized.TestCase):
         orders = {order(seed=s, epoch=e, classifier=c) for s, e, c in chosen}
         self.assertLen(orders, 8)
 
+    def test_half_of_the_images_are_mirrored_and_others_in_each_epoch(self):
+        images = np.random.default_rng(0).integers(0, 256, (400, 2, 3, 1), np.uint8)
+        split = Split(images, np.zeros(400, np.int32))
+
+        def mirrored(**stream):
+            result = np.zeros(400, bool)
+            for batch in data.training_batches(split, 50, seed=1, **stream):
+                plain = data.take(split, batch.index)
+                is_plain = (batch.images == plain).all((1, 2, 3))
+                is_mirrored = (batch.images == plain[:, :, ::-1]).all((1, 2, 3))
+                assert (is_plain | is_mirrored).all()
+                result[batch.index] = is_mirrored
+            return result
+
+        assert not mirrored(epoch=0).any()
+        first, second = mirrored(epoch=0, flip=True), mirrored(epoch=1, flip=True)
+        assert 0.4 < first.mean() < 0.6 and 0.4 < (first == second).mean() < 0.6
+        np.testing.assert_array_equal(first, mirrored(epoch=0, flip=True))
+
     def test_pixels_are_a_255th_exactly(self):
         images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
         split = Split(images, np.zeros(1, np.int32))

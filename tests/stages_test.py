@@ -372,6 +372,33 @@ def test_a_classifier_that_is_never_right_is_reported_too(finished, tmp_path, mo
     assert results['detection']['paper']['overall']['auroc'] is None
 
 
+def test_a_classifier_is_taken_along_to_another_attack(finished, tmp_path, monkeypatch):
+    run, _ = finished
+    shutil.copytree(run.workdir / 'classifier', tmp_path / 'run' / 'classifier')
+    other = make_run(tmp_path / 'run')
+    other.config.attack.epsilon = 0.2
+    monkeypatch.setattr(classifier, 'train_step', None)
+    run_all(other)
+    found = evaluation.load_metrics(other)
+    assert found['classifier'] == evaluation.load_metrics(run)['classifier']
+    other.config.classifier.dropout_rate = 0.1
+    with pytest.raises(UsageError, match='classifier was made from another config'):
+        stages.train(other)
+
+
+def test_a_run_keeps_a_line_of_every_epoch_and_shard(finished):
+    run, _ = finished
+    text = (run.workdir / 'metrics.jsonl').read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    epochs = [line for line in lines if line['stage'] == 'train']
+    assert [line['epoch'] for line in epochs] == [1, 2, 3]
+    assert [line['step'] for line in epochs] == [300 // 32 * epoch for epoch in (1, 2, 3)]
+    assert epochs[0]['learning_rate'] > epochs[1]['learning_rate'] > epochs[2]['learning_rate'] > 0
+    assert epochs[0]['loss'] > epochs[2]['loss'] and epochs[0]['accuracy'] < epochs[2]['accuracy']
+    shards = {line['shard'] for line in lines if line['stage'] == 'heatmaps'}
+    assert shards == set(evaluation.load_manifest(run)['shards'])
+
+
 def test_other_images_are_refused(finished):
     run, _ = finished
     other = make_run(run.workdir)
