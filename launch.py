@@ -15,7 +15,11 @@ import sys
 import threading
 from collections.abc import Callable
 
-import jax
+try:
+    import jax
+except ValueError as unreadable:  # JAX reads its environment before anyone can ask it to.
+    print(f'launch.py: {unreadable}: mend it, or leave it out.', file=sys.stderr)
+    sys.exit(2)
 from absl import app, flags, logging
 from ml_collections import config_flags
 

@@ -14,7 +14,7 @@ IMAGES = jax.random.uniform(jax.random.key(0), (5, 7, 6, 3))
 
 def logits_fn(images):
     weights = jax.random.normal(jax.random.key(1), (7 * 6 * 3, 4))
-    return images.reshape(len(images), -1) @ weights
+    return images.reshape(len(images), len(weights)) @ weights
 
 
 @pytest.mark.parametrize('bits', [1, 3, 8])
@@ -50,6 +50,13 @@ def test_feature_squeezing_takes_the_larger_distance():
         jax.nn.softmax(logits_fn(x)) for x in (IMAGES, comparators.squeeze_bits(IMAGES, bits=2))
     )
     np.testing.assert_allclose(bits, np.abs(p - q).sum(-1), atol=1e-5)
+
+
+def test_no_images_have_no_scores():
+    none, autoencoder = IMAGES[:0], comparators.init_autoencoder(jax.random.key(0), channels=3)
+    assert comparators.feature_squeezing(logits_fn, none, bits=4, size=3).shape == (0,)
+    for scores in comparators.magnet(logits_fn, autoencoder, none, temperature=10.0):
+        assert scores.shape == (0,)
 
 
 def fitted(steps):

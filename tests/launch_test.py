@@ -201,6 +201,17 @@ def test_products_have_the_precision_of_the_config(command, monkeypatch, precisi
 
 
 @pytest.mark.parametrize(
+    ('name', 'value'), [('JAX_NUM_CPU_DEVICES', 'x'), ('JAX_ENABLE_X64', 'maybe')]
+)
+def test_a_variable_that_jax_cannot_read_is_named(tmp_path, name, value):
+    done = launch('--mode=report', cwd=tmp_path, **{name: value})
+    assert (done.returncode, done.stdout) == (2, '')
+    (line,) = done.stderr.splitlines()
+    assert name in line.upper() and value in line
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
     ('name', 'value'),
     [
         ('jax_enable_x64', True),
