@@ -20,6 +20,15 @@ os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
 )
 
 
+@pytest.fixture(autouse=True, scope='module')
+def forgets_compiled_programs():
+    """Each is some memory maps, of which Linux gives a process 65,530; with more, JAX crashes."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture
 def small_plan(monkeypatch):
     """Makes `vgg11` a VGG of two layers."""
