@@ -164,8 +164,8 @@ _FIDELITY_THRESHOLDS = flags.DEFINE_list(
 
 def main(_):
     """Opens the work directory and runs the stages that the mode names."""
-    from occjax import memory, storage
-    from occjax.run import PLANS, Run
+    from occjax.experiment import memory, storage
+    from occjax.experiment.run import PLANS, Run
 
     config = flags.FLAGS.config
     config.validate()
@@ -196,9 +196,11 @@ def main(_):
         images=_IMAGES.value,
     )
     # Seconds of import, which no mistake of the above has to wait for.
-    from occjax import benchmark, benchmark_training, detection, evasion, fidelity, stages, sweep
+    from occjax.benchmark import engines, fidelity, training
+    from occjax.experiment import stages
+    from occjax.probes import detection, evasion, sweep
 
-    timed = benchmark_training if _BENCHMARK_TRAINING.value else benchmark
+    timed = training if _BENCHMARK_TRAINING.value else engines
     modes = stages.STAGES | {
         'detect': detection.detect,
         'benchmark': timed.benchmark,

@@ -11,8 +11,8 @@ import pytest
 import occjax
 
 MODULES = [
-    importlib.import_module(f'occjax.{module.name}')
-    for module in pkgutil.iter_modules(occjax.__path__)
+    importlib.import_module(module.name)
+    for module in pkgutil.walk_packages(occjax.__path__, 'occjax.')
 ]
 FUNCTIONS = [
     pytest.param(function, id=f'{module.__name__}.{name}')

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from occjax import attack, classifier, incremental, occlusion, stages, storage, vgg
+from occjax import attack, classifier, incremental, occlusion, vgg
+from occjax.experiment import stages, storage
 from occjax.types import UsageError
 from tests.small_run import SMALL, make_run
 

@@ -16,7 +16,8 @@ import time
 import numpy as np
 import pytest
 
-from occjax import evasion, stages, sweep
+from occjax.experiment import stages
+from occjax.probes import evasion, sweep
 from occjax.types import UsageError
 from tests import small_launch, small_run
 from tests.small_run import make_run, run_all

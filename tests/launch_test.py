@@ -9,7 +9,9 @@ import pytest
 from absl.testing import flagsaver
 
 import launch as launch_lib
-from occjax import engine, peer, stages
+from occjax import engine
+from occjax.benchmark import peer
+from occjax.experiment import stages
 from occjax.types import UsageError
 from tests.conftest import ROOT
 

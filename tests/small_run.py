@@ -1,8 +1,8 @@
 """The whole experiment on a small VGG and a handful of digits, for the tests of several modules."""
 
 from configs import digits
-from occjax import run as run_lib
-from occjax import stages, storage
+from occjax.experiment import run as run_lib
+from occjax.experiment import stages, storage
 
 SMALL = (8, 'M', 16, 'M')
 

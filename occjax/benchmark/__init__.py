@@ -1,0 +1,1 @@
+"""How fast, beside whom, and what approximation costs."""

@@ -1,0 +1,242 @@
+"""Heat maps a second, and how far that is from what the device can do.
+
+Every engine maps the same images with the same weights: the trained classifier and test images
+of the work directory where there are any, else random ones. Compiling is timed apart, and a
+warm-up is not timed. What an engine is compared with is `occlusion.occluded_logits` of
+`vgg.logits`, the definition, on the first batch of images.
+
+Dimensions: B batch, H W C image, K classes, h w heatmap grid, P = h * w windows.
+"""
+
+import functools
+import importlib.metadata
+import math
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from occjax import approximate, data, occlusion, vgg
+from occjax import engine as engine_lib
+from occjax.benchmark import peer
+from occjax.experiment import shard, stages, storage
+from occjax.experiment.run import Run, say
+from occjax.report import benchmark as benchmark_report
+from occjax.streams import Stream
+
+NUM_CLASSES = 10  # of an untrained classifier
+
+
+def benchmark(run: Run) -> str:
+    """Times the engines, writes `benchmark.json` and `benchmark.png`, and returns a table.
+
+    `--engine` names the one to be timed; 'auto' stands for all of them.
+
+    Raises:
+        UsageError: if a peer is asked for that is not installed, or memory is too small.
+    """
+    names = (*engine_lib.ENGINES, 'approximate') if run.engine == 'auto' else (run.engine,)
+    if run.benchmark_peer:
+        peer.check(run.benchmark_peer, levels=run.config.classifier.thermometer)
+    for name in names:
+        run.mapping(NUM_CLASSES, name)  # Before anything is computed: is there memory?
+    variables, images, weights = _subject(run)
+    dtype = jnp.dtype(run.benchmark_dtype)
+    types = ('float32', dtype.name) if jax.default_backend() == 'cpu' else ('float32', 'bfloat16')
+    rates = {name: matrix_rate(name) for name in dict.fromkeys(types)}
+    expected = plain_maps(run, variables, images)
+    result = {
+        'device': jax.devices()[0].device_kind,
+        'backend': jax.default_backend(),
+        'devices': jax.device_count(),
+        'versions': {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib')},
+        'weights': weights,
+        'plan': run.config.classifier.plan,
+        'image_size': run.config.data.image_size,
+        **{name: getattr(run.config.occlusion, name) for name in ('size', 'stride', 'grid')},
+        'windows_per_map': math.prod(run.grid),
+        'images': len(images),
+        'repeats': run.benchmark_repeats,
+        'dtype': dtype.name,
+        'matrix_product_flops_per_second': rates,
+        'engines': {},
+    }
+    for name in names:
+        say(f'benchmark: {name}')
+        knobs = {}
+        if name == 'approximate':
+            given = dict(threshold=run.benchmark_threshold, every=run.benchmark_every)
+            knobs = run.knobs or given
+        result['engines'][name] = measure(run, name, variables, images, expected, **knobs)
+        share = result['engines'][name]['flops_per_second'] / rates[dtype.name]
+        # CPU devices are parts of one machine, which `matrix_rate` had to itself.
+        share /= 1 if jax.default_backend() == 'cpu' else jax.device_count()
+        result['engines'][name]['share_of_matrix_product_rate'] = share
+    result['peak_memory_bytes'] = peak_memory()
+    if run.benchmark_peer:
+        say(f'benchmark: {run.benchmark_peer}')
+        theirs = peer.measure(run, variables, images)
+        result['peer'] = theirs
+        for ours in result['engines'].values():
+            ours['times_peer'] = ours['windows_per_second'] / theirs['windows_per_second']
+    storage.write_record(run.workdir / 'benchmark.json', result)
+    storage.write_bytes(run.workdir / 'benchmark.png', benchmark_report.plot(result))
+    return (
+        benchmark_report.table(result)
+        + f'\nWritten: {run.workdir / "benchmark.json"}, benchmark.png\n'
+    )
+
+
+def matrix_rate(dtype: str) -> float:
+    """Returns the operations a second of one device's product of two square matrices."""
+    # Large enough to keep the device busy for milliseconds at least.
+    side = 2048 if jax.default_backend() == 'cpu' else 8192
+    x = jnp.ones((side, side), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    seconds = []
+    while len(seconds) < 3 or sum(seconds) < 1:
+        seconds.append(seconds_of(lambda: product(x, x).block_until_ready()))
+    return 2 * side**3 / min(seconds)
+
+
+def peak_memory() -> int:
+    """Returns the most bytes so far: of the device where it tells, else of the process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and 'peak_bytes_in_use' in stats:
+        return stats['peak_bytes_in_use']
+    status = pathlib.Path('/proc/self/status')
+    if status.exists():  # The next best would count what the parent took when it started us.
+        return 1024 * int(status.read_text().split('VmHWM:')[1].split()[0])
+    import resource  # Not on Windows.
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else 1024 * peak
+
+
+def seconds_of(fn: Callable[[], object]) -> float:
+    """Returns how long a call takes."""
+    began = time.perf_counter()
+    fn()
+    return time.perf_counter() - began
+
+
+def _subject(run):
+    """Returns variables, `[B, H, W, C]` images, and where they are from."""
+    count, rng = run.benchmark_images, run.rng(Stream.BENCHMARK)
+    if (run.workdir / 'classifier' / 'metrics.json').exists():
+        split = run.dataset.test
+        return (
+            stages.load_variables(run),
+            data.take(split, np.arange(count) % len(split)),
+            'trained',
+        )
+    images = rng.uniform(size=(count, *run.image_shape, 3)).astype(np.float32)
+    return run.replicate(random_variables(run)), images, 'random'
+
+
+def random_variables(run: Run) -> vgg.Variables:
+    """Returns an untrained classifier, of `NUM_CLASSES`."""
+    # Compiled as one, or each random number's way to its value would be kept in memory.
+    init = functools.partial(
+        vgg.init,
+        image_size=run.config.data.image_size,
+        num_classes=NUM_CLASSES,
+        **run.widths,
+        plan=run.plan,
+    )
+    return jax.jit(init)(run.key(Stream.CLASSIFIER_INIT))
+
+
+def _maps(logits, unoccluded):
+    """Returns the `[B, h, w]` probabilities of the classes named for the unoccluded images."""
+    return np.asarray(occlusion.probabilities(logits, jnp.argmax(unoccluded, axis=-1)))
+
+
+def plain_maps(
+    run: Run, variables: vgg.Variables, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first images' `[B, K]` logits, and their `[B, h, w]` maps by definition."""
+    mapping = run.mapping(vgg.num_classes(variables), 'full')
+    images = images[: mapping.batch_size // jax.device_count()]
+
+    @jax.jit
+    def plain(variables, images, fill):
+        logits_fn = functools.partial(vgg.logits, variables, plan=run.plan)
+        settings = dict(fill=fill, chunk_size=mapping.chunk_size, **run.geometry)
+        return logits_fn(images), occlusion.occluded_logits(logits_fn, images, **settings)
+
+    unoccluded, logits = jax.device_get(plain(variables, images, shard.fill_of(run, variables)))
+    return unoccluded, _maps(logits, unoccluded)
+
+
+def measure(
+    run: Run,
+    name: str,
+    variables: vgg.Variables,
+    images: np.ndarray,
+    expected: tuple[np.ndarray, np.ndarray],
+    **knobs: float,
+) -> dict:
+    """Returns one engine's numbers.
+
+    Args:
+        run: the experiment, and how many repeats in which number type.
+        name: of the engine.
+        variables: of the classifier.
+        images: `[B, H, W, C]` in [0, 1].
+        expected: `plain_maps` of them.
+        **knobs: of the approximate engine.
+    """
+    mapping = run.mapping(vgg.num_classes(variables), name)
+    devices = jax.device_count()
+    batch_size = min(mapping.batch_size, math.ceil(len(images) / devices) * devices)
+    fill, dtype = shard.fill_of(run, variables), jnp.dtype(run.benchmark_dtype)
+    # Pixels and their normalisation stay float32: it costs nothing.
+    cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
+    cast = cast._replace(pixel_stats=variables.pixel_stats)
+    settings = dict(mesh=run.mesh, plan=run.plan, engine=name, chunk_size=mapping.chunk_size)
+    began = time.perf_counter()
+    batch = run.divide(images[np.arange(batch_size) % len(images)])
+    program = shard.map_batch.lower(cast, batch, fill, **settings, **run.geometry, **knobs)
+    program = program.compile()
+    compile_seconds = time.perf_counter() - began
+
+    def compute(images):
+        def map_fn(images):
+            return program(cast, images, fill)
+
+        return run.in_batches(map_fn, images, batch_size=batch_size)
+
+    unoccluded, maps = expected
+    logits = compute(images[: len(maps)]).astype(np.float32)  # The warm-up.
+    seconds = [seconds_of(lambda: compute(images)) for _ in range(run.benchmark_repeats)]
+    median, windows = statistics.median(seconds), maps[0].size * len(images)
+    head = dict(num_classes=vgg.num_classes(variables), **run.widths)
+    network = dict(image_shape=run.image_shape, plan=run.plan, **head, **run.geometry)
+    flops = engine_lib.flops_per_map(name, **network, **knobs)
+    ours = _maps(logits, unoccluded)
+    return {
+        'maps_per_second': len(images) / median,
+        'windows_per_second': windows / median,
+        'seconds': seconds,
+        'seconds_median': median,
+        'seconds_spread': [min(seconds), max(seconds)],
+        'compile_seconds': compile_seconds,
+        'flops_per_map': flops,
+        'flops_per_map_in_full': engine_lib.flops_per_map('full', **network),
+        'flops_per_second': flops * len(images) / median,
+        'chunk_size': mapping.chunk_size,
+        'batch_size': batch_size,
+        'estimated_bytes': mapping.estimated_bytes,
+        'temporary_bytes': program.memory_analysis().temp_size_in_bytes,
+        'largest_difference': float(np.max(np.abs(ours - maps))),
+        'ssim': float(np.mean(approximate.ssim(ours, maps))),
+        'how': run.provenance(name, **knobs) | {'dtype': dtype.name},
+        **knobs,
+    }

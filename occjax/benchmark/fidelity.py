@@ -1,0 +1,209 @@
+"""What approximate maps keep of the exact ones, and what that costs detection.
+
+The exact maps of the test images and their attacks are stored already. Each setting maps the same
+images anew; then the detectors are fitted and judged on those maps like on the exact ones, with
+the same divisions and seeds, so that differences are paired.
+
+Dimensions: S seeds, M maps, h w heatmap grid, K classes.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from sklearn import metrics as sklearn_metrics
+
+from occjax import approximate, data, metrics
+from occjax.benchmark import engines, peer
+from occjax.experiment import judging, shard, stages, storage, store
+from occjax.experiment import results as results_lib
+from occjax.experiment.run import Progress, Run, say
+from occjax.methods import METHODS
+from occjax.report import figures, tables
+from occjax.types import UsageError
+
+EVERY = (1, 2)
+# The paper's, the best, and a score that nothing is fitted for.
+JUDGES = ('detector', 'all_logits', 'map_mean')
+_PROTOCOL = 'held_out'
+
+
+def fidelity(run: Run) -> str:
+    """Judges approximate maps, writes `fidelity.json` and `fidelity.png`, and returns a table.
+
+    Raises:
+        UsageError: if the stored maps are approximate themselves, a stage is missing, or a peer is
+            asked for that is not installed.
+    """
+    if run.knobs:
+        raise UsageError(
+            f'--mode=fidelity compares with exact maps, but config.occlusion has {run.knobs}: '
+            'set both to 1.'
+        )
+    if run.benchmark_peer:
+        peer.check(run.benchmark_peer, levels=run.config.classifier.thermometer)
+    variables, division = stages.load_variables(run), store.divide(run, _PROTOCOL)
+    exact, rows, images = division.maps, [], _images(run, variables, division.maps)
+    judges = [name for name in JUDGES if name in (*run.config.detector.methods, *metrics.BASELINES)]
+    reference = None
+    for threshold in (1.0, *run.fidelity_thresholds):
+        for every in EVERY:
+            knobs = dict(threshold=threshold, every=every)
+            logits = _logits(run, variables, images, exact, **knobs)
+            maps = dataclasses.replace(exact, logits=logits)
+            aurocs = {name: _aurocs(run, division._replace(maps=maps), name) for name in judges}
+            reference = reference or aurocs  # The exact maps come first.
+            rows.append(
+                knobs
+                | {
+                    'ssim': float(np.mean(approximate.ssim(maps.maps, exact.maps))),
+                    'spearman': float(np.nanmean(approximate.spearman(maps.maps, exact.maps))),
+                    'judges': {
+                        name: _compared(division, aurocs[name], reference[name]) for name in judges
+                    },
+                }
+            )
+    result = {
+        'manifest': results_lib.manifest(run),
+        'protocol': _PROTOCOL,
+        'maps': len(exact),
+        'adversarial_maps': int(exact.is_adversarial.sum()),
+        'settings': _timed(run, variables, images, rows),
+    }
+    if run.benchmark_peer:
+        say(f'benchmark: {run.benchmark_peer}')
+        few = images[: run.benchmark_images]
+        result['peer'] = theirs = peer.measure(run, variables, few)
+        for row in rows:
+            row['times_peer'] = row['windows_per_second'] / theirs['windows_per_second']
+    storage.write_json(run.workdir / 'fidelity.json', result)
+    storage.write_bytes(run.workdir / 'fidelity.png', plot(result))
+    written = f'\nWritten: {run.workdir / "fidelity.json"}, fidelity.png\n'
+    return tables.to_markdown([build(result)]) + written
+
+
+def _images(run, variables, maps):
+    """Returns the `[M, H, W, C]` images that were mapped, attacked again where they had been."""
+    split = run.dataset.test
+    images, labels = data.take(split, maps.image_id), split.labels[maps.image_id]
+    adversarial = shard.attacked_parts(run, variables, images, labels)['adversarial'].images
+    return np.where(maps.is_adversarial[:, None, None, None], adversarial, images)
+
+
+def _logits(run, variables, images, exact, *, threshold, every):
+    """Returns `[M, h, w, K]` logits at a setting, from the store as far as they are there."""
+    if threshold == every == 1:
+        return exact.logits
+    knobs, parts, size = dict(threshold=threshold, every=every), [], run.shard_size
+    name = f'threshold-{threshold:g}-every-{every}'
+    progress = Progress(len(images), f'fidelity, {name}: maps')
+    made_from = store.heatmaps_origin(run)
+    for start in range(0, len(images), size):
+        path = run.workdir / 'fidelity' / f'{name}-{start:07d}.npz'
+        part = images[start : start + size]
+
+        def explain(part=part):
+            return {'logits': shard.map_images(run, variables, part, knobs=knobs)}
+
+        there = path.exists()
+        found = storage.cached(path, explain, mode='fidelity', made_from=made_from)
+        parts.append(found['logits'])
+        progress(len(part), was_there=there)
+    return np.concatenate(parts)
+
+
+def _aurocs(run, division, name):
+    """Returns every seed's AUROC of one judge, over the maps of all classes at once."""
+    if name in METHODS:
+        banks = store.fit_banks(run, division, name)
+        scores = judging.score_banks(banks, METHODS[name], division.maps)
+    else:
+        scores = np.tile(metrics.BASELINES[name](division.maps), (len(division.is_fitted), 1))
+    kinds = division.maps.is_adversarial
+    if any(len(set(kinds[judged])) < 2 for judged in division.is_judged):
+        raise UsageError('No maps of both kinds to judge by: map more test images.')
+    return [
+        sklearn_metrics.roc_auc_score(kinds[judged], values[judged])
+        for judged, values in zip(division.is_judged, scores, strict=True)
+    ]
+
+
+def _compared(division, aurocs, reference):
+    """Returns the mean AUROC, and the interval of what it differs by from the exact maps'."""
+    lost = np.subtract(aurocs, reference)
+    ratio = division.judged_over_fitted
+    return {
+        'auroc': float(np.mean(aurocs)),
+        'difference': float(np.mean(lost)),
+        'interval': metrics.interval(lost, judged_over_fitted=ratio),
+    }
+
+
+def _timed(run, variables, images, rows):
+    """Returns the rows with their speed: each setting maps a few images, as `benchmark` does."""
+    few = images[: run.benchmark_images]
+    expected = engines.plain_maps(run, variables, few)
+    for row in rows:
+        say(f'fidelity: timing threshold {row["threshold"]:g}, every {row["every"]}')
+        exact = row['threshold'] == row['every'] == 1
+        engine = 'incremental' if exact else 'approximate'
+        knobs = {} if exact else {name: row[name] for name in ('threshold', 'every')}
+        found = engines.measure(run, engine, variables, few, expected, **knobs)
+        row['windows_per_second'] = found['windows_per_second']
+        row['seconds_per_map'] = 1 / found['maps_per_second']
+        row['flop_ratio'] = found['flops_per_map_in_full'] / found['flops_per_map']
+    return rows
+
+
+def build(result: dict) -> tables.Table:
+    """Returns what `fidelity.json` holds as a table."""
+    theirs, judges = result.get('peer'), list(result['settings'][0]['judges'])
+    header = ('Threshold', 'Every', 'Seconds a map', 'FLOPs saved', 'SSIM', 'Spearman')
+    lines = []
+    for row in result['settings']:
+        numbers = [row[key] for key in ('seconds_per_map', 'flop_ratio', 'ssim', 'spearman')]
+        line = [f'{row["threshold"]:g}', f'{row["every"]}', *map(tables.cell, numbers)]
+        for name in judges:
+            found = row['judges'][name]
+            low, high = found['interval'] or (math.nan, math.nan)
+            line.append(f'{found["auroc"]:.3f} ({low:+.3f} to {high:+.3f})')
+        lines.append((*line, *([f'{row["times_peer"]:.1f}'] if theirs else [])))
+    header += tuple(f'AUROC, {tables.words(name).lower()}' for name in judges)
+    return tables.Table(
+        'What approximation keeps, and what it costs detection',
+        header + ((f'Times {theirs["name"]}',) if theirs else ()),
+        lines,
+        note=f'{result["maps"]} maps of test images, {result["adversarial_maps"]} of them '
+        'adversarial. AUROC over all classes, mean over the seeds, each refitted to the maps of '
+        'its row; in brackets the 95 % interval of its difference to exact maps, paired by seed.',
+    )
+
+
+def plot(result: dict) -> bytes:
+    """Returns a PNG: what each setting costs each judge, against how much faster it is."""
+    from matplotlib.figure import Figure  # Half a second of import that other modes need not pay.
+
+    rows = result['settings']
+    judges, base = list(rows[0]['judges']), rows[0]['seconds_per_map']
+    figure = Figure(figsize=(4.2 * len(judges), 4), layout='constrained', dpi=150)
+    panels = figure.subplots(1, len(judges), squeeze=False)[0]
+    for axes, name in zip(panels, judges, strict=True):
+        axes.axhline(0, color='#888', linewidth=0.8)
+        for every, marker in zip(EVERY, 'os', strict=True):
+            chosen = [row for row in rows if row['every'] == every]
+            speed = [base / row['seconds_per_map'] for row in chosen]
+            found = [row['judges'][name] for row in chosen]
+            lost = [entry['difference'] for entry in found]
+            ends = [entry['interval'] or 2 * [entry['difference']] for entry in found]
+            label = 'every window' if every == 1 else f'one window in {every} a side'
+            reach = np.abs(np.transpose(ends) - lost)
+            axes.errorbar(speed, lost, reach, fmt=marker, elinewidth=0.8, label=label)
+            for row, x, y in zip(chosen, speed, lost, strict=True):
+                text = f'{row["threshold"]:g}'
+                axes.annotate(text, (x, y), textcoords='offset points', xytext=(5, 4), fontsize=8)
+        axes.set_title(f'{tables.words(name)}, AUROC {rows[0]["judges"][name]["auroc"]:.3f}')
+        axes.set_xlabel('times faster than the exact map')
+        axes.spines[['top', 'right']].set_visible(False)
+    panels[0].set_ylabel('AUROC, difference to exact maps')
+    panels[0].legend(fontsize=8, frameon=False)
+    return figures.png(figure)

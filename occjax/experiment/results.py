@@ -1,0 +1,202 @@
+"""From stored maps to results: no classifier, no images, so that every number can be made again.
+
+Dimensions: M maps, K classes.
+"""
+
+import collections
+import importlib.metadata
+import json
+import math
+import platform
+
+import jax
+import numpy as np
+
+from occjax import comparators, config, engine, metrics, vgg
+from occjax.experiment import judging, storage, store
+from occjax.experiment.run import Run
+from occjax.methods import METHODS
+from occjax.report import figures, page, paper, tables
+from occjax.types import HeatmapSet
+
+
+def scorers(run: Run, division: judging.Division, protocol: str) -> dict[str, judging.Scorer]:
+    """Returns all that scores a protocol's maps, by name: the config's methods, then baselines."""
+    return {
+        name: judging.networks(store.load_banks(run, division, protocol, name), METHODS[name])
+        for name in run.config.detector.methods
+    } | {name: judging.Scorer(score_fn) for name, score_fn in metrics.BASELINES.items()}
+
+
+def detection(run: Run, protocol: str) -> dict:
+    """Returns how the paper's detectors and all their rivals do under one protocol."""
+    division, class_names = store.divide(run, protocol), run.description['class_names']
+    published = paper.numbers(class_names)
+    controls = store.load_controls(run) if protocol == 'held_out' else {}
+    entries = {}
+    for name, scorer in scorers(run, division, protocol).items():
+        scores = scorer.score_fn(division.maps)
+        entry = judging.judge(scorer, scores, division, class_names=class_names)
+        entries[name] = entry['overall'] | {'per_class': entry['per_class']}
+        entries[name]['controls'] = {
+            kind: judging.control_rates(scorer, scores, division, maps)
+            for kind, maps in controls.items()
+            if len(maps)
+        }
+    overall = entries.pop('detector')
+    per_class = overall.pop('per_class')
+    for name, entry in per_class.items():
+        entry['paper_accuracy'] = published.accuracy[name] if published else None
+    overall['paper_accuracy'] = published.overall if published else None
+    return {'per_class': per_class, 'overall': overall, 'baselines': entries}
+
+
+def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:
+    """Returns what results.json holds, from the training images' maps and all that is stored."""
+    metrics = store.load_metrics(run)
+    accuracies = {f'{name}_accuracy': metrics[f'{name}_accuracy'] for name in ('train', 'test')}
+    class_names = run.description['class_names']
+    published = paper.numbers(class_names)
+    correct, adversarial = (maps.select(maps.is_adversarial == kind) for kind in (False, True))
+    counts = [np.bincount(m.predicted, minlength=len(class_names)) for m in (correct, adversarial)]
+    attempted = int(sum(shard['attempted'] for shard in shards))
+    return {
+        'manifest': manifest(run) | {'heatmaps': provenance(shards)},
+        'classifier': accuracies
+        | {'paper_test_accuracy': published.test_accuracy if published else None},
+        'attack': {
+            'epsilon': run.config.attack.epsilon,
+            'attempted': attempted,
+            'successful': len(adversarial),
+            'success_rate': len(adversarial) / attempted if attempted else None,
+            'max_perturbation': float(max(shard['max_perturbation'] for shard in shards)),
+            'unmoved': int(sum(shard['unmoved'] for shard in shards)),
+            'min_pixel': float(min(shard['pixel_range'][0] for shard in shards)),
+            'max_pixel': float(max(shard['pixel_range'][1] for shard in shards)),
+        },
+        'heatmaps': {
+            name: {
+                'correct': int(counts[0][k]),
+                'adversarial': int(counts[1][k]),
+                'paper_correct': published.counts[name][0] if published else None,
+                'paper_adversarial': published.counts[name][1] if published else None,
+            }
+            for k, name in enumerate(class_names)
+        },
+        'map_mean': {
+            kind: float(m.maps.mean()) if len(m) else None
+            for kind, m in (('correct', correct), ('adversarial', adversarial))
+        },
+        'detection': {protocol: detection(run, protocol) for protocol in store.PROTOCOLS},
+        'cost': cost(run, shards),
+        'adaptive': store.load_adaptive(run),
+    }
+
+
+def provenance(shards: list[dict]) -> dict:
+    """Returns how most of the shards' maps were computed, see `Run.provenance`."""
+    counted = collections.Counter(str(shard['how']) for shard in shards)
+    return json.loads(counted.most_common(1)[0][0])
+
+
+def cost(run: Run, shards: list[dict]) -> dict:
+    """Returns forward passes, FLOPs and milliseconds a verdict of every method (P9).
+
+    They are those of the engine, knobs, device and precision that made the stored maps, the
+    milliseconds from a benchmark of just these, if one is there.
+    """
+    num_classes = len(run.description['class_names'])
+    head = dict(num_classes=num_classes, plan=run.plan, **run.widths)
+    how = provenance(shards)
+    name = how['engine']
+    network = dict(image_shape=run.image_shape, **head, **run.geometry)
+    windows, flops = math.prod(run.grid), engine.flops_per_map(name, **network, **run.knobs)
+    once = engine.flops_per_map('full', **network) / windows
+    path, milliseconds = run.workdir / 'benchmark.json', None
+    if path.exists():
+        timed = storage.read_record(path, mode='benchmark')['engines'].get(name)
+        if timed and timed['how'] == how:
+            milliseconds = 1000 / timed['maps_per_second']
+    alone = {'forward_passes': 1, 'gflop': once / 1e9, 'milliseconds': None}
+    again = comparators.autoencoder_flops(run.image_shape)
+    work = {
+        'feature_squeezing': (3, 0),
+        'magnet_error': (1, again),
+        'magnet_divergence': (2, again),
+    }
+    compared = {
+        name: alone | {'forward_passes': passes, 'gflop': (passes * once + beside) / 1e9}
+        for name, (passes, beside) in work.items()
+    }
+    mapped = {
+        'forward_passes': 1 + windows,
+        'gflop': (flops + (once if name == 'full' else 0)) / 1e9,
+        'milliseconds': milliseconds,
+    }
+    return (
+        {
+            name: mapped if name not in METHODS or METHODS[name].windows else alone
+            for name in (*run.config.detector.methods, *metrics.BASELINES)
+        }
+        | {'max_probability': alone}
+        | compared
+    )
+
+
+def make_report(run: Run) -> str:
+    """Writes the report from what is stored, without classifier or images; returns its tables."""
+    maps, shards = store.load_shards(run, 'train')
+    results = gather(run, maps, shards)
+    class_names = run.description['class_names']
+    rows = vgg.summary(
+        image_size=run.config.data.image_size,
+        num_classes=len(class_names),
+        plan=run.plan,
+        **run.widths,
+    )
+    files = page.build(
+        results,
+        rows=rows,
+        class_names=class_names,
+        examples=examples(shards),
+        maps=maps,
+        config=run.config,
+    )
+    for name, content in files.items():
+        storage.write_bytes(run.workdir / 'report' / name, content)
+    return tables.to_markdown(tables.build(results, rows, class_names))
+
+
+def examples(shards: list[dict]) -> list[figures.Example]:
+    """Returns an attacked image from every shard that has one, with both its maps."""
+    found = []
+    for shard in shards:
+        if len(shard['example_id']):
+            maps = store.as_maps([shard])
+            here = maps.image_id == shard['example_id'][0]
+            clean, attacked = (maps.select(here & (maps.is_adversarial == a)) for a in (0, 1))
+            found.append(
+                figures.Example(
+                    clean=shard['example_clean'][0],
+                    adversarial=shard['example_adversarial'][0],
+                    label=int(attacked.label[0]),
+                    predicted=int(attacked.predicted[0]),
+                    clean_map=clean.maps[0],
+                    adversarial_map=attacked.maps[0],
+                )
+            )
+    return found
+
+
+def manifest(run: Run) -> dict:
+    """Returns what a reader needs to make the same numbers again."""
+    packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'scikit-learn')
+    return {
+        'config': config.to_json(run.config),
+        'config_hash': config.digest(run.config),
+        'seeds': {'config': run.config.seed, 'detectors': list(range(run.config.detector.seeds))},
+        'versions': {'python': platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in packages},
+        'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        'dataset': run.description,
+    }

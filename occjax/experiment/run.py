@@ -1,0 +1,280 @@
+"""What a stage runs with: the experiment, its images, the devices, and a voice.
+
+Dimensions: B batch.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from occjax import config as config_lib
+from occjax import data, occlusion, streams, vgg
+from occjax import engine as engine_lib
+from occjax.config import Config
+from occjax.experiment import memory, storage
+from occjax.streams import Stream
+from occjax.types import Dataset, UsageError
+
+PLANS = {'vgg11': vgg.VGG11, 'vgg13': vgg.VGG13, 'vgg16': vgg.VGG16, 'vgg19': vgg.VGG19}
+
+
+class Mapping(NamedTuple):
+    """How heatmaps are computed: by which engine, and how many windows and images at once."""
+
+    engine: str
+    chunk_size: int
+    batch_size: int
+    estimated_bytes: int  # of one device, an upper bound
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One experiment: what (`config`), where (`workdir`), and how fast (the rest)."""
+
+    config: Config
+    workdir: pathlib.Path
+    data_dir: str | None = None
+    cache_dir: str | None = None
+    chunk_size: int | None = None
+    eval_batch_size: int | None = None
+    engine: str = 'auto'
+    memory_limit: int | None = None
+    benchmark_images: int = 4
+    benchmark_repeats: int = 5
+    benchmark_peer: str | None = None
+    benchmark_dtype: str = 'float32'
+    benchmark_threshold: float = 0.4
+    benchmark_every: int = 2
+    fidelity_thresholds: tuple[float, ...] = (0.5, 0.4, 0.3)
+    images: str | None = None
+
+    @property
+    def plan(self) -> vgg.Plan:
+        """The classifier's layers."""
+        return PLANS[self.config.classifier.plan]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """What else is to be known of the classifier's layers, see `vgg.init`."""
+        wanted = self.config.classifier
+        return dict(hidden=wanted.hidden, levels=wanted.thermometer)
+
+    @property
+    def batch_size(self) -> int:
+        """How many images the classifier takes at once outside of training, 128 of 32×32 pixels."""
+        wanted = self.eval_batch_size or max(8, 2**17 // self.config.data.image_size**2)
+        return math.ceil(wanted / jax.device_count()) * jax.device_count()
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The images, read once, and the same ones for as long as the work directory lives."""
+        wanted = self.config.data
+        dataset = data.load(
+            wanted.name,
+            image_size=wanted.image_size,
+            data_dir=self.data_dir,
+            cache_dir=self.cache_dir,
+            resplit_per_class=wanted.resplit_per_class,
+            seed=self.config.seed,
+            train_images=wanted.train_images or None,
+            test_images=wanted.test_images or None,
+        )
+        path = self.workdir / 'dataset.json'
+        description = {
+            'name': dataset.name,
+            'fingerprint': data.fingerprint(dataset),
+            'class_names': list(dataset.class_names),
+            'train_images': len(dataset.train),
+            'test_images': len(dataset.test),
+        }
+        if not path.exists():
+            storage.write_record(path, description)
+        elif self.description != description:
+            raise UsageError(
+                f'{self.workdir} was made from other images than --data_dir={self.data_dir} now '
+                'holds: choose another --workdir, or delete that one.'
+            )
+        return dataset
+
+    @property
+    def description(self) -> dict:
+        """What `dataset` was when it was first read, for stages that need no images."""
+        found = storage.read_record(self.workdir / 'dataset.json', mode='train')
+        return {name: value for name, value in found.items() if name != 'digest'}
+
+    def origin(self, stage: str) -> storage.Origin:
+        """Returns what a stage is made from: the images, and what it reads of the config.
+
+        So a classifier fits every attack, and may be copied, with `dataset.json`, to where another
+        one is tried.
+        """
+        return {
+            'config': config_lib.digest(self.config, stage),
+            'dataset': self.description['fingerprint'],
+        }
+
+    def with_occlusion(self, occlusion: config_lib.Occlusion) -> 'Run':
+        """Returns the same run with other windows, and the images that it has read."""
+        other = dataclasses.replace(
+            self, config=dataclasses.replace(self.config, occlusion=occlusion)
+        )
+        if 'dataset' in vars(self):
+            vars(other)['dataset'] = self.dataset
+        return other
+
+    @property
+    def map_batch_size(self) -> int:
+        """How many images are mapped at once; few, as each is many forward passes."""
+        return math.ceil(self.batch_size / 4 / jax.device_count()) * jax.device_count()
+
+    @property
+    def shard_size(self) -> int:
+        """Source images a stored shard, 512 of 32×32 pixels; no flag may change it in mid-run."""
+        return max(32, 2**19 // self.config.data.image_size**2)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """The shape `(H, W)` of the images."""
+        return (self.config.data.image_size,) * 2
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Where the windows are: size, stride and grid."""
+        wanted = self.config.occlusion
+        return dict(size=wanted.size, stride=wanted.stride, grid=wanted.grid)
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """What makes maps approximate; empty where they are exact."""
+        wanted = self.config.occlusion
+        exact = not wanted.is_approximate
+        return {} if exact else dict(threshold=wanted.threshold, every=wanted.every)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The shape of a heatmap."""
+        return occlusion.grid_shape(self.image_shape, **self.geometry)
+
+    def mapping(self, num_classes: int, engine: str | None = None) -> Mapping:
+        """Returns the engine, the chosen or the given one, and how much of it memory allows.
+
+        Raises:
+            UsageError: if the memory limit is too small for one window, or the engine makes other
+                maps than the config asks for.
+        """
+        where = dict(plan=self.plan, **self.geometry)
+        if engine is None and self.knobs and self.engine not in ('auto', 'approximate'):
+            raise UsageError(
+                f'--engine={self.engine} makes exact maps, but config.occlusion has '
+                f'{self.knobs}: leave --engine=auto, or set both to 1.'
+            )
+        if engine is None and self.engine == 'approximate' and not self.knobs:
+            raise UsageError(
+                '--engine=approximate changes results, so its setting belongs to the config: add '
+                '--config.occlusion.threshold=0.5, or --config.occlusion.every=2.'
+            )
+        wanted = 'approximate' if self.knobs else self.engine
+        engine = engine or engine_lib.choose(wanted, self.image_shape, **where)
+        head = dict(num_classes=num_classes, **self.widths)
+        needs = memory.needs(engine, self.image_shape, **where, **head)
+        images, windows = needs.fit(
+            self.memory_limit or memory.available(),
+            images=self.map_batch_size // jax.device_count(),
+            windows=self.chunk_size or occlusion.default_chunk((*self.image_shape, 3)),
+            devices=memory.sharers(),
+        )
+        estimate = needs.total(images, windows)
+        return Mapping(engine, windows, images * jax.device_count(), estimate)
+
+    def provenance(self, engine: str, **knobs: float) -> dict[str, Any]:
+        """Returns how an engine computes heatmaps here and now: what may move their last bits."""
+        return {
+            'engine': engine,
+            **knobs,
+            'dtype': 'float32',
+            'precision': jax.config.jax_default_matmul_precision or 'default',
+            'device': jax.devices()[0].device_kind,
+            'devices': jax.device_count(),
+            'jax': jax.__version__,
+        }
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """All devices along one axis, over which batches are divided."""
+        axis_types = (jax.sharding.AxisType.Auto,)
+        return jax.make_mesh((jax.device_count(),), ('data',), axis_types=axis_types)
+
+    def divide(self, array: np.ndarray) -> jax.Array:
+        """Puts a batch on the devices, a part on each where it divides."""
+        parts = jax.P('data') if len(array) % jax.device_count() == 0 else jax.P()
+        return jax.device_put(array, jax.NamedSharding(self.mesh, parts))
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts the whole of a pytree on every device."""
+        return jax.device_put(tree, jax.NamedSharding(self.mesh, jax.P()))
+
+    def in_batches(self, fn: Callable, *arrays: np.ndarray, batch_size: int) -> Any:
+        """Returns `fn(*arrays)` on the host, computed in padded batches of one size.
+
+        Args:
+            fn: maps arrays of leading axis B to a pytree of such.
+            *arrays: of one length, at least 1.
+            batch_size: B.
+        """
+        outputs, count = [], len(arrays[0])
+        for start in range(0, count, batch_size):
+            # Past the end come images from the start again, which are cut off below.
+            rows = np.arange(start, start + batch_size) % count
+            outputs.append(jax.device_get(fn(*(self.divide(array[rows]) for array in arrays))))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
+
+    def log(self, **values: Any):
+        """Adds a line to `metrics.jsonl`, by which a run of hours can be watched and plotted."""
+        with open(self.workdir / 'metrics.jsonl', 'a') as file:
+            file.write(json.dumps({'time': round(time.time(), 1)} | values) + '\n')
+
+    def rng(self, stream: Stream, *index: int) -> np.random.Generator:
+        """Returns `streams.rng` of the config's seed."""
+        return streams.rng(self.config.seed, stream, *index)
+
+    def key(self, stream: Stream, *index: int) -> jax.Array:
+        """Returns `streams.key` of the config's seed."""
+        return streams.key(self.config.seed, stream, *index)
+
+
+class Progress:
+    """Tells on stderr, every few seconds, how far a loop is, how fast, and what is left."""
+
+    def __init__(self, total: int, what: str, *, every: float = 10.0):
+        self.total, self.what, self.every = total, what, every
+        self.done, self.began, self.told = 0, time.monotonic(), time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        """How many are done in a second."""
+        return self.done / (time.monotonic() - self.began)
+
+    def __call__(self, count: int, *, was_there: bool = False):
+        """Counts `count` more as done; those that were there before say nothing of the rate."""
+        if was_there:
+            self.total -= count
+            return
+        self.done += count
+        if time.monotonic() - self.told >= self.every:
+            self.told = time.monotonic()
+            minutes = (self.total - self.done) / self.rate / 60
+            say(f'{self.what}: {self.done}/{self.total}, {self.rate:.1f}/s, {minutes:.1f} min left')
+
+
+def say(line: str):
+    """Prints progress; stdout is for results."""
+    print(line, file=sys.stderr, flush=True)

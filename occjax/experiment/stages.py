@@ -1,0 +1,263 @@
+"""The stages of the experiment: composition and the jit boundary.
+
+    train -> heatmaps -> detectors -> report
+
+Each reads what the one before left in the work directory, and picks up where it stopped. A stage
+is done if its record is whole, everything that the record names is there, and both were made from
+what is there today; else it makes what is missing, or says what no longer fits.
+"""
+
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from occjax import classifier, comparators, data, vgg
+from occjax.experiment import results as results_lib
+from occjax.experiment import shard, storage, store
+from occjax.experiment.run import Progress, Run, say
+from occjax.streams import Stream
+from occjax.types import UsageError
+
+SPLITS = ('train', 'test')
+
+
+@functools.partial(jax.jit, static_argnames='plan')
+def predict(variables, images, *, plan):
+    """Returns the `[B]` classes that the classifier names."""
+    return jnp.argmax(vgg.logits(variables, images, plan=plan), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames='side')
+def shrink(images, *, side):
+    """Returns `[B, side, side, C]` images, each pixel an average of those that it stands for."""
+    return jax.image.resize(images, (len(images), side, side, images.shape[-1]), 'linear')
+
+
+def init_variables(run: Run, number: int = 0) -> vgg.Variables:
+    """Returns the untrained classifier, which normalises by the training images' statistics.
+
+    Args:
+        run: the experiment.
+        number: 0, or above it for the others of an ensemble.
+    """
+    stats = {}
+    if run.config.classifier.normalize:
+        stats = dict(zip(('mean', 'std'), data.pixel_statistics(run.dataset.train), strict=True))
+    return _init(run, number, len(run.dataset.class_names), **stats)
+
+
+def _init(run, number, num_classes, **stats):
+    """Returns an untrained classifier."""
+    key = run.key(Stream.CLASSIFIER_INIT, number)
+    shape = dict(image_size=run.config.data.image_size, num_classes=num_classes)
+    return vgg.init(key, plan=run.plan, **shape, **run.widths, **stats)
+
+
+def train(run: Run):
+    """Trains the classifier, a checkpoint an epoch, and evaluates it on both splits."""
+    settings, directory = run.config.classifier, run.workdir / 'classifier'
+    split = run.dataset.train  # Opened first: what follows is made from it.
+    if (directory / 'metrics.json').exists():
+        step = store.load_metrics(run)['step']
+        if (directory / str(step)).is_dir():
+            return
+    adversaries = []
+    for i in range(settings.ensemble):
+        say(f'classifier: adversary {i + 1}/{settings.ensemble}, trained on clean images')
+        adversaries.append(_trained(run, run.workdir / f'adversary-{i}', split, i + 1))
+
+    def attacked(variables, images, step):
+        sources = [variables, *adversaries]
+        source = sources[run.rng(Stream.ATTACK_SOURCE, step).integers(len(sources))]
+        return classifier.attack_half(
+            source, images, epsilon=settings.adversarial_epsilon, plan=run.plan
+        )
+
+    images_fn = attacked if settings.adversarial_epsilon else None
+    variables = _trained(run, directory, split, 0, images_fn)
+    predict_fn = functools.partial(predict, variables, plan=run.plan)
+    accuracies = {
+        f'{name}_accuracy': classifier.evaluate(
+            lambda images: predict_fn(run.divide(images)),
+            data.batches(getattr(run.dataset, name), run.batch_size),
+        )
+        for name in SPLITS
+    }
+    say('classifier: ' + ', '.join(f'{name} {value:.4f}' for name, value in accuracies.items()))
+    made = storage.checkpoint_metadata(directory, mode='train', step=settings.epochs)
+    found = {
+        'step': settings.epochs,
+        'classifier': made['digest'],
+        'made_from': run.origin('train'),
+    }
+    storage.write_record(directory / 'metrics.json', accuracies | found)
+
+
+def _trained(run, directory, split, number, images_fn=None):
+    """Returns the variables of a classifier after all epochs; continues after the last stored."""
+    settings, origin = run.config.classifier, run.origin('train')
+    state = classifier.init_state(init_variables(run, number))
+    done = storage.latest_step(directory) or 0
+    if done:
+        state = storage.restore_checkpoint(directory, state, mode='train', made_from=origin)
+        say(f'classifier: continuing after epoch {done}')
+    state = run.replicate(state)
+    batch_size = min(settings.batch_size, len(split))
+    steps = len(split) // batch_size * settings.epochs
+    # Ours: the paper names no schedule; a falling rate needs less tuning than a constant one.
+    schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
+    sides = [run.config.data.image_size] * settings.epochs
+    sides[: len(settings.resize)] = settings.resize
+    for epoch in range(done, settings.epochs):
+        progress = Progress(len(split), f'epoch {epoch + 1}/{settings.epochs}, images')
+        began, side = time.monotonic(), sides[epoch]
+        batches = data.training_batches(
+            split,
+            batch_size,
+            seed=run.config.seed,
+            epoch=epoch,
+            classifier=number,
+            flip=settings.flip,
+        )
+        state, values = classifier.fit_epoch(
+            state,
+            (
+                batch._replace(images=shrink(run.divide(batch.images), side=side))
+                for batch in batches
+            ),
+            key=run.key(Stream.DROPOUT, number),
+            schedule=schedule,
+            dropout_rate=settings.dropout_rate,
+            label_smoothing=settings.label_smoothing,
+            plan=run.plan,
+            images_fn=images_fn,
+            on_batch=progress,
+        )
+        seconds = time.monotonic() - began
+        if not np.isfinite(values['loss']):
+            raise UsageError(
+                f'Training diverged in epoch {epoch + 1}: try a lower '
+                f'--config.classifier.learning_rate than {settings.learning_rate:g}.'
+            )
+        left = seconds * sum((later / side) ** 2 for later in sides[epoch + 1 :])
+        say(
+            f'epoch {epoch + 1}/{settings.epochs}: loss {values["loss"]:.4f}, '
+            f'accuracy {values["accuracy"]:.4f}, {progress.rate:.0f} images/s, '
+            f'{left / 60:.1f} min left'
+        )
+        storage.save_checkpoint(directory, epoch + 1, state, made_from=origin)
+        run.log(
+            stage='train',
+            classifier=number,
+            epoch=epoch + 1,
+            step=int(state.step),
+            learning_rate=float(schedule(int(state.step) - 1)),
+            **values,
+            images_per_second=progress.rate,
+            seconds=seconds,
+        )
+    return state.variables
+
+
+def load_variables(run: Run) -> vgg.Variables:
+    """Returns the trained classifier."""
+    directory, metrics = run.workdir / 'classifier', store.load_metrics(run)
+    # From the description, so that no image is read for the shapes.
+    num_classes = len(run.description['class_names'])
+    like = jax.eval_shape(lambda: classifier.init_state(_init(run, 0, num_classes)))
+    known = dict(mode='train', step=metrics['step'])
+    made = {'classifier': storage.checkpoint_metadata(directory, **known)['digest']}
+    storage.check_origin(directory / 'metrics.json', metrics, made, mode='train')
+    state = storage.restore_checkpoint(directory, like, made_from=run.origin('train'), **known)
+    return run.replicate(state.variables)
+
+
+def mapped_ids(run: Run, name: str) -> np.ndarray:
+    """Returns which images of a split are mapped, in the order of their maps."""
+    count = len(getattr(run.dataset, name))
+    limit = getattr(run.config.occlusion, f'{name}_images') or count
+    return run.rng(Stream.EXPLAINED_IMAGES, SPLITS.index(name)).permutation(count)[:limit]
+
+
+def load_autoencoder(run: Run) -> Any:
+    """Returns MagNet's autoencoder, fitted to training images the first time."""
+    split, wanted, directory = run.dataset.train, run.config.comparators, run.workdir / 'magnet'
+    init_key, key = run.key(Stream.AUTOENCODER_INIT), run.key(Stream.AUTOENCODER_FIT)
+    variables = comparators.init_autoencoder(init_key, channels=split.images.shape[-1])
+    known = dict(made_from=run.origin('heatmaps'))
+    if storage.latest_step(directory) is not None:
+        return storage.restore_checkpoint(directory, variables, mode='heatmaps', **known)
+    say("comparators: fitting MagNet's autoencoder")
+    order = run.rng(Stream.AUTOENCODER_IMAGES).permutation(len(split))
+    images = np.asarray(split.images[np.sort(order[: wanted.images])])
+    variables = comparators.fit_autoencoder(key, variables, images, steps=wanted.steps)
+    storage.save_checkpoint(directory, wanted.steps, variables, **known)
+    return variables
+
+
+def heatmaps(run: Run):
+    """Attacks both splits and stores the maps, shard by shard; what is stored stays."""
+    directory = run.workdir / 'heatmaps'
+    if (directory / 'manifest.json').exists():
+        names = store.load_manifest(run)['shards']
+        if all((directory / name).exists() for name in names):
+            return
+    variables, autoencoder, shards = load_variables(run), load_autoencoder(run), []
+    digest = storage.checkpoint_metadata(run.workdir / 'magnet', mode='heatmaps')['digest']
+    made_from = store.classifier_origin(run) | {'autoencoder': digest}
+    for name in SPLITS:
+        split, ids = getattr(run.dataset, name), mapped_ids(run, name)
+        for start in range(0, len(ids), run.shard_size):
+            path = directory / f'{name}-{start:07d}.npz'
+            shards.append((path, split, ids[start : start + run.shard_size]))
+    progress = Progress(sum(len(ids) for *_, ids in shards), 'heatmaps, images')
+    for path, split, ids in shards:
+        make_fn = functools.partial(
+            shard.collect,
+            run,
+            variables,
+            autoencoder,
+            split,
+            ids,
+            controls=split is run.dataset.test,
+        )
+        there, began = path.exists(), time.monotonic()
+        storage.cached(path, make_fn, mode='heatmaps', made_from=made_from)
+        progress(len(ids), was_there=there)
+        if not there:
+            seconds = time.monotonic() - began
+            run.log(stage='heatmaps', shard=path.name, images=len(ids), seconds=seconds)
+    digests = {path.name: storage.file_digest(path) for path, *_ in shards}
+    storage.write_record(directory / 'manifest.json', {'shards': digests, 'made_from': made_from})
+
+
+def detectors(run: Run):
+    """Fits the banks of every protocol, method and seed."""
+    made_from = store.heatmaps_origin(run)
+    for protocol in store.PROTOCOLS:
+        division = store.divide(run, protocol)
+        for name in run.config.detector.methods:
+            directory = run.workdir / 'detectors' / protocol / name
+            if storage.latest_step(directory) is not None:
+                found = storage.checkpoint_metadata(directory, mode='detectors')['made_from']
+                storage.check_origin(directory, found, made_from, mode='detectors')
+                continue
+            began = time.monotonic()
+            banks = store.fit_banks(run, division, name)
+            storage.save_checkpoint(
+                directory, run.config.detector.steps, banks, made_from=made_from
+            )
+            say(f'detectors ({protocol}, {name}): fitted in {time.monotonic() - began:.0f} s')
+
+
+STAGES = {
+    'train': train,
+    'heatmaps': heatmaps,
+    'detectors': detectors,
+    'report': results_lib.make_report,
+}

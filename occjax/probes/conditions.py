@@ -1,0 +1,103 @@
+"""Test images, attacked in one way and mapped with one kind of window, from the store or anew.
+
+Dimensions: B batch, K classes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from occjax import attack, data, vgg
+from occjax.config import Occlusion
+from occjax.experiment import shard, stages, storage, store
+from occjax.experiment.run import Progress, Run
+from occjax.streams import Stream
+from occjax.types import HeatmapSet
+
+# Each is called with a key of its image's own; those that are deterministic leave it.
+ATTACKS = {
+    'none': lambda fn, x, y, *, key, epsilon, steps, **kw: x,
+    'fgsm': lambda fn, x, y, *, key, epsilon, steps, **kw: attack.fgsm(
+        fn, x, y, epsilon=epsilon, **kw
+    ),
+    'targeted_fgsm': lambda fn, x, y, *, key, epsilon, steps, **kw: attack.targeted_fgsm(
+        fn, x, jnp.argmin(fn(x), axis=-1), epsilon=epsilon, **kw
+    ),
+    'bim': lambda fn, x, y, *, key, **kw: attack.bim(fn, x, y, **kw),
+    'pgd': attack.pgd,
+    'mi_fgsm': lambda fn, x, y, *, key, **kw: attack.mi_fgsm(fn, x, y, **kw),
+    'square': attack.square,
+}
+
+
+@functools.partial(jax.jit, static_argnames=('name', 'steps', 'clip', 'plan'))
+def attack_batch(variables, images, labels, ids, *, name, epsilon, steps, key, clip, plan):
+    """Returns attacked images, and `[B, K]` logits before and after; no image sees its batch."""
+    logits_fn = functools.partial(vgg.logits, variables, plan=plan)
+    bounds = attack.PIXELS if clip else None
+    settings = dict(epsilon=epsilon, steps=steps, bounds=bounds)
+
+    def one(image, label, image_id):
+        own = jax.random.fold_in(key, image_id)
+        return ATTACKS[name](logits_fn, image[None], label[None], key=own, **settings)[0]
+
+    adversarial = jax.vmap(one)(images, labels, ids)
+    return adversarial, logits_fn(images), logits_fn(adversarial)
+
+
+def mapped(
+    run: Run,
+    variables: vgg.Variables,
+    name: str,
+    epsilon: float = 0.0,
+    windows: Occlusion | None = None,
+) -> HeatmapSet:
+    """Returns the maps of the attacks that succeed, or of all correct images if name is `none`.
+
+    They are under the config's windows, or under others.
+    """
+    split, wanted, arrays = run.dataset.test, run.config.sweep, []
+    ids = stages.mapped_ids(run, 'test')[: wanted.images]
+    attack_fn = functools.partial(
+        attack_batch,
+        variables,
+        name=name,
+        epsilon=epsilon,
+        steps=wanted.steps,
+        key=run.key(Stream.SWEEP_ATTACK),
+        clip=run.config.attack.clip,
+        plan=run.plan,
+    )
+    windows = windows or run.config.occlusion
+    known = dict(mode='sweep', made_from=store.classifier_origin(run))
+    run = run.with_occlusion(windows)
+    fill = ','.join(f'{value:g}' for value in windows.fill) or 'mean'
+    directory = run.workdir / 'sweep' / f'{windows.size}-{windows.stride}-{fill}'
+    iterated = '' if name in ('none', 'fgsm', 'targeted_fgsm') else f'-{wanted.steps}'
+    progress = Progress(len(ids), f'sweep, {name} {epsilon:.3g}, {directory.name}: images')
+
+    def part(here):
+        labels = split.labels[here]
+        adversarial, before, after = run.in_batches(
+            attack_fn, data.take(split, here), labels, here, batch_size=run.batch_size
+        )
+        correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))
+        chosen = correct if name == 'none' else successful
+        return {
+            'logits': shard.map_images(run, variables, adversarial[chosen]),
+            'unoccluded': after[chosen],
+            'label': labels[chosen],
+            'image_id': here[chosen],
+            'is_adversarial': np.full(chosen.sum(), name != 'none'),
+        }
+
+    for start in range(0, len(ids), run.shard_size):
+        here = ids[start : start + run.shard_size]
+        # All that makes the part stands in its name, so that other settings make other parts.
+        path = directory / f'{name}{iterated}-{epsilon:.6g}-{start:07d}-{start + len(here):07d}.npz'
+        there = path.exists()
+        arrays.append(HeatmapSet(**storage.cached(path, functools.partial(part, here), **known)))
+        progress(len(here), was_there=there)
+    return HeatmapSet.concatenate(arrays)

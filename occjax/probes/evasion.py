@@ -1,0 +1,221 @@
+"""How well the detectors stand up to an attacker who knows them (`--mode=adaptive`).
+
+The detectors are those that `detection` deploys, the attacked images are correctly classified test
+images that they were not fitted on.
+
+Dimensions: B batch, N images, K classes.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from occjax import adaptive, attack, data, verdict, vgg
+from occjax.experiment import results as results_lib
+from occjax.experiment import shard, stages, storage, store
+from occjax.experiment.run import Run, say
+from occjax.methods import METHODS
+from occjax.probes import detection
+from occjax.report import figures, tables
+from occjax.types import UsageError
+
+ATTACKS = {
+    'joint': adaptive.joint_pgd,
+    'selective': adaptive.selective_pgd,
+    'orthogonal': adaptive.orthogonal_pgd,
+}
+_STATIC = ('name', 'method', 'steps', 'weight', 'clip', 'mesh', 'plan', *shard.WINDOWS)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def attack_batch(
+    variables, bank, thresholds, fill, images, labels, *, name, epsilon, mesh, **settings
+):
+    """Returns whether each `[B]` image is classified wrongly, evades, and after how many steps.
+
+    Attack `fgsm` doesn't know of the detector, `none` leaves the images. Each device attacks its
+    own images.
+    """
+    whole, by_image = jax.P(), jax.P('data')
+    return jax.shard_map(
+        functools.partial(_attacked, name=name, **settings),
+        mesh=mesh,
+        in_specs=(whole, whole, whole, whole, whole, by_image, by_image),
+        out_specs=by_image,
+        check_vma=False,
+    )(variables, bank, thresholds, fill, epsilon, images, labels)
+
+
+def _attacked(
+    variables,
+    bank,
+    thresholds,
+    fill,
+    epsilon,
+    images,
+    labels,
+    *,
+    name,
+    method,
+    steps,
+    weight,
+    clip,
+    plan,
+    **settings,
+):
+    """Does what `attack_batch` says on one device."""
+    logits_fn = functools.partial(vgg.logits, variables, plan=plan)
+    settings = dict(method=METHODS[method], plan=plan, fill=fill, **settings)
+    margin_fn = functools.partial(verdict.margins, variables, bank, thresholds, **settings)
+    ball = dict(epsilon=epsilon, bounds=attack.PIXELS if clip else None)
+    if name in ATTACKS:
+        ball |= {'weight': weight} if name == 'joint' else {}
+        images, taken = ATTACKS[name](logits_fn, margin_fn, images, labels, steps=steps, **ball)
+        return jnp.argmax(logits_fn(images), -1) != labels, taken >= 0, taken
+    if name == 'fgsm':
+        images = attack.fgsm(logits_fn, images, labels, **ball)
+    is_wrong = jnp.argmax(logits_fn(images), -1) != labels
+    is_silent = margin_fn(images) <= 0
+    # An untouched image can't evade: what is asked of it is whether it rings.
+    return is_wrong, is_silent & (is_wrong | (name == 'none')), jnp.zeros(len(images), int)
+
+
+def evade(run: Run) -> str:
+    """Attacks every detector in every way; writes adaptive.json and .png, returns a table.
+
+    Raises:
+        UsageError: if a detector is attacked that isn't fitted, or no image is left to attack.
+    """
+    wanted, variables = run.config.adaptive, stages.load_variables(run)
+    missing = set(wanted.methods) - set(run.config.detector.methods)
+    if missing:
+        raise UsageError(
+            f'config.adaptive.methods has {sorted(missing)}, which config.detector.methods lacks: '
+            'take them out of the one, or add them to the other and run --mode=detectors.'
+        )
+    division, made_from = store.divide(run, 'held_out'), store.heatmaps_origin(run)
+    maps, judged = division.maps, division.is_judged[0]
+    ids = maps.image_id[judged & ~maps.is_adversarial][: wanted.images]
+    images = data.take(run.dataset.test, ids)
+    rows, alarms = [], {}
+    if not len(ids):
+        raise UsageError('No test image is left that no detector was fitted on: map more of them.')
+    for method in dict.fromkeys(wanted.methods):
+        detector = detection.deployed(run, division, method)
+        labels = run.dataset.test.labels[ids]
+        measure = functools.partial(
+            _measured, run, variables, detector, images, labels, made_from, method
+        )
+        alarms[method] = 1 - measure('none', 0.0)['evasion']
+        for name in dict.fromkeys(('fgsm', *wanted.attacks)):
+            rows += [measure(name, epsilon) for epsilon in dict.fromkeys(wanted.epsilons)]
+    result = {
+        'manifest': results_lib.manifest(run),
+        'made_from': made_from,
+        'images': len(ids),
+        'settings': dataclasses.asdict(wanted),
+        'false_alarms': alarms,
+        'rows': rows,
+    }
+    storage.write_record(run.workdir / 'adaptive.json', result)
+    storage.write_bytes(run.workdir / 'adaptive.png', plot(result))
+    written = f'\nWritten: {run.workdir / "adaptive.json"}, adaptive.png; --mode=report shows it.\n'
+    return tables.to_markdown([tables.adaptive_table(result)]) + written
+
+
+def _measured(run, variables, detector, images, labels, made_from, method, name, epsilon):
+    """Returns what one attack at one epsilon does to one detector, from the store if it's there."""
+    wanted = run.config.adaptive
+    settings = f'{len(images)}x{wanted.steps}-{wanted.weight:g}-{epsilon:.6g}'
+    path = run.workdir / 'adaptive' / f'{method}-{name}-{settings}.npz'
+
+    def part():
+        say(f'adaptive: {name} at {epsilon:.3g} on {method}')
+        mapping = run.mapping(vgg.num_classes(variables))
+        attack_fn = functools.partial(
+            attack_batch,
+            variables,
+            *detector,
+            shard.fill_of(run, variables),
+            name=name,
+            method=method,
+            epsilon=epsilon,
+            steps=wanted.steps,
+            weight=wanted.weight,
+            clip=run.config.attack.clip,
+            mesh=run.mesh,
+            plan=run.plan,
+            engine=mapping.engine,
+            chunk_size=mapping.chunk_size,
+            **run.geometry,
+            **run.knobs,
+        )
+        # Few images at once: those that evade wait for the slowest of their batch.
+        batch_size = min(mapping.batch_size, 8 * jax.device_count())
+        found = run.in_batches(attack_fn, images, labels, batch_size=batch_size)
+        return dict(zip(('wrong', 'evades', 'steps'), found, strict=True))
+
+    found = storage.cached(path, part, mode='adaptive', made_from=made_from)
+    evades, taken = found['evades'], found['steps']
+    ends = stats.binomtest(int(evades.sum()), len(evades)).proportion_ci(method='wilson')
+    by_step = [float(np.mean(evades & (taken <= t))) for t in range(wanted.steps + 1)]
+    return {
+        'method': method,
+        'attack': name,
+        'epsilon': epsilon,
+        'wrong': float(found['wrong'].mean()),
+        'evasion': float(evades.mean()),
+        'interval': [float(ends.low), float(ends.high)],
+        'by_step': by_step if name in ATTACKS else None,
+    }
+
+
+def plot(result: dict) -> bytes:
+    """Returns a PNG: evasion against epsilon, and against the number of steps."""
+    from matplotlib.figure import Figure  # Half a second of import that other modes need not pay.
+
+    rows, methods = result['rows'], list(result['false_alarms'])
+    figure = Figure(figsize=(5.2 * (1 + len(methods)), 4.2), layout='constrained', dpi=150)
+    axes, *panels = figure.subplots(1, 1 + len(methods), sharey=True)
+    names = dict.fromkeys(row['attack'] for row in rows)
+    colours = {method: f'C{i}' for i, method in enumerate(methods)}
+    markers = dict(zip(names, 'xos^', strict=False))
+    for method in methods:
+        for name in names:
+            found = [r for r in rows if (r['method'], r['attack']) == (method, name)]
+            axes.plot(
+                [row['epsilon'] for row in found],
+                [row['evasion'] for row in found],
+                ':' if name == 'fgsm' else '-',
+                color=colours[method],
+                marker=markers[name],
+                markersize=5,
+                label=f'{name} on {method}',
+            )
+    axes.set_xscale('log')
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel('ε')
+    axes.set_ylabel('share of images that evade')
+    for panel, method in zip(panels, methods, strict=True):
+        panel.set_title(method, fontsize=10)
+        panel.set_xlabel('steps')
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        steps = [row for row in rows if row['method'] == method and row['by_step']]
+        for number, epsilon in enumerate(dict.fromkeys(row['epsilon'] for row in steps)):
+            for row in steps:
+                if row['epsilon'] == epsilon:
+                    panel.plot(
+                        row['by_step'],
+                        color=f'C{number}',
+                        linestyle={'joint': '-', 'selective': '--'}.get(row['attack'], ':'),
+                        label=f'{row["attack"]}, ε = {epsilon:.3g}',
+                    )
+    for panel in (axes, *panels):
+        if panel.lines:
+            panel.legend(fontsize=7, frameon=False)
+        panel.spines[['top', 'right']].set_visible(False)
+    return figures.png(figure)

@@ -1,0 +1,152 @@
+"""How detectors do against other attacks than they were fitted on, and with other windows.
+
+Some test images are attacked in every way that the config's `sweep` names; what succeeds is mapped
+and stored, so that a sweep goes on where it was stopped. Then detectors are fitted on FGSM at each
+epsilon and judged by every attack, on images that they were not fitted on; and detectors of maps
+with other windows are fitted and judged on FGSM at the config's epsilon.
+
+Dimensions: M maps, h w heatmap grid, K classes.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from occjax import metrics
+from occjax.experiment import judging, stages, storage, store
+from occjax.experiment import results as results_lib
+from occjax.experiment.run import Run
+from occjax.methods import METHODS
+from occjax.probes import conditions
+from occjax.report import sweep as sweep_report
+from occjax.report import tables
+from occjax.types import HeatmapSet
+
+
+def attacks(run: Run) -> dict[str, tuple[str, float]]:
+    """Returns the attacks by name: FGSM at every epsilon, the others at the config's own."""
+    wanted = run.config.sweep
+    epsilons = sorted({*wanted.epsilons, run.config.attack.epsilon})
+    found = {f'fgsm {epsilon:.4g}': ('fgsm', epsilon) for epsilon in epsilons}
+    own = run.config.attack.epsilon
+    return found | {f'{name} {own:.4g}': (name, own) for name in wanted.attacks}
+
+
+def occluders(run: Run) -> list[tuple[int, int, tuple[float, ...]]]:
+    """Returns (size, stride, fill) of the windows to try, the config's own first.
+
+    By default each of the three is moved once down and once up, the others left.
+    """
+    own, largest = run.config.occlusion, run.config.data.image_size - 1
+    here = (own.size, own.stride, own.fill)
+    if run.config.sweep.occluders:
+        others = [(size, stride, (fill,)) for size, stride, fill in run.config.sweep.occluders]
+    else:
+        sizes = max(1, own.size // 2), min(largest, own.size * 3 // 2)
+        strides = max(1, own.stride // 2), 2 * own.stride
+        others = [
+            *((size, own.stride, own.fill) for size in sizes),
+            *((own.size, stride, own.fill) for stride in strides),
+            *((own.size, own.stride, fill) for fill in ((0.0,), (1.0,))),
+        ]
+    return list(dict.fromkeys([here, *others]))
+
+
+def sweep(run: Run) -> str:
+    """Attacks, maps, fits and judges; writes `sweep.json` and `sweep.png`, and returns a table."""
+    variables, found = stages.load_variables(run), attacks(run)
+    clean = conditions.mapped(run, variables, 'none')
+    parts = {
+        name: _of(clean, conditions.mapped(run, variables, *how)) for name, how in found.items()
+    }
+    result = {
+        'manifest': results_lib.manifest(run),
+        'images': min(run.config.sweep.images, len(stages.mapped_ids(run, 'test'))),
+        'correct': len(clean),
+        'attacks': {
+            name: {
+                'attack': found[name][0],
+                'epsilon': found[name][1],
+                'successful': len(part),
+                'success_rate': len(part) / max(1, len(clean)),
+            }
+            for name, part in parts.items()
+        },
+        'transfer': {},
+        'occluders': _occluders(run, variables),
+    }
+    divisions = {name: _divided(run, clean, part) for name, part in parts.items()}
+    for method in run.config.sweep.methods:
+        result['transfer'][method] = {
+            fitted: _aurocs(run, method, divisions[fitted], divisions)
+            for fitted, (name, _) in found.items()
+            if name == 'fgsm'
+        }
+    storage.write_json(run.workdir / 'sweep.json', result)
+    storage.write_bytes(run.workdir / 'sweep.png', sweep_report.plot(result))
+    written = f'\nWritten: {run.workdir / "sweep.json"}, sweep.png\n'
+    return tables.to_markdown(sweep_report.build(result)) + written
+
+
+def _occluders(run, variables):
+    """Returns forward passes and AUROC of every kind of window, and of all of them together."""
+    own, epsilon = run.config.occlusion, run.config.attack.epsilon
+    rows, sets = [], []
+    for size, stride, fill in occluders(run):
+        windows = dataclasses.replace(own, size=size, stride=stride, fill=fill)
+        clean = conditions.mapped(run, variables, 'none', windows=windows)
+        attacked = conditions.mapped(run, variables, 'fgsm', epsilon, windows)
+        parts = clean, _of(clean, attacked)
+        sets.append(parts)
+        label = f'{size} px, every {stride}, fill {",".join(map("{:g}".format, fill)) or "mean"}'
+        rows.append(_occluder(run, label, *parts))
+    return [*rows, _occluder(run, 'all together', *map(_side_by_side, zip(*sets, strict=True)))]
+
+
+def _occluder(run, label, clean, attacked):
+    """Returns what `_occluders` does of one kind of window."""
+    division = _divided(run, clean, attacked)
+    aurocs = {
+        method: _aurocs(run, method, division, {'own': division})['own']
+        for method in run.config.sweep.methods
+    }
+    passes = 1 + math.prod(clean.logits.shape[1:3])
+    return {'windows': label, 'forward_passes': passes, 'auroc': aurocs}
+
+
+def _side_by_side(sets):
+    """Returns maps of the same images under several kinds of windows as one row of cells each."""
+    rows = [maps.logits.reshape(len(maps), 1, -1, maps.logits.shape[-1]) for maps in sets]
+    return dataclasses.replace(sets[0], logits=np.concatenate(rows, axis=2))
+
+
+def _of(clean, attacked):
+    """Returns the attacks on images that have clean maps, so that all divide the same images.
+
+    Programs of different attacks may differ in a last bit, and so on a borderline image.
+    """
+    return attacked.select(np.isin(attacked.image_id, clean.image_id))
+
+
+def _divided(run, clean, attacked):
+    """Returns clean and attacked maps, divided by image for every seed."""
+    maps = HeatmapSet.concatenate([clean, attacked])
+    return judging.divide(maps, 'held_out', run.config.detector, run.config.seed)
+
+
+def _aurocs(run, method, fitted, divisions):
+    """Returns the AUROC, on every division, of detectors that were fitted on one."""
+    scorer = judging.networks(store.fit_banks(run, fitted, method), METHODS[method])
+    class_names, rates = run.description['class_names'], {}
+    for name, division in divisions.items():
+        scores = scorer.score_fn(division.maps)
+        seeds = judging.by_seed(scorer, scores, division, class_names=class_names)
+        ratio = division.judged_over_fitted
+        mean = metrics.over_seeds([overall for _, overall in seeds], judged_over_fitted=ratio)
+        rates[name] = {
+            'auroc': mean['auroc'],
+            'interval': mean['interval']['auroc'],
+            'over': mean['over'].get('auroc'),
+        }
+    return rates

@@ -1,0 +1,130 @@
+"""What `--mode=sweep` found, as tables and as a picture."""
+
+import numpy as np
+
+from occjax.report import figures, tables
+
+
+def build(result: dict) -> list[tables.Table]:
+    """Returns what `sweep.json` holds: success, a transfer matrix for each method, windows."""
+    found, cell = result['attacks'], tables.cell
+    listed = [
+        tables.Table(
+            'Attacks',
+            ('Attack, ε', 'Successful', 'Rate'),
+            [
+                (name, cell(row['successful']), cell(row['success_rate']))
+                for name, row in found.items()
+            ],
+            note=f'Of {cell(result["correct"])} correctly classified test images, among '
+            f'{cell(result["images"])}.',
+        )
+    ]
+    for method, rows in result['transfer'].items():
+        listed.append(
+            tables.Table(
+                f'AUROC, {tables.words(method).lower()}: fitted on the row, judged by the column',
+                ('Fitted on', *found),
+                [(name, *(_auroc(row[k]) for k in found)) for name, row in rows.items()],
+                note='Class means on images that were not fitted on, means over the seeds; in '
+                'brackets: how many classes and seeds have maps of both kinds, where not all do.',
+            )
+        )
+    methods = list(result['transfer'])
+    lines = [
+        (
+            row['windows'],
+            cell(row['forward_passes']),
+            *(_auroc(row['auroc'][m], row['auroc'][m]['interval']) for m in methods),
+        )
+        for row in result['occluders']
+    ]
+    header = ('Windows', 'Forward passes', *(f'AUROC, {tables.words(m).lower()}' for m in methods))
+    note = 'FGSM, fitted and judged at the same ε; ± is a 95 % interval.'
+    return [*listed, tables.Table('Windows', header, lines, note=note)]
+
+
+def _auroc(found, interval=None):
+    """Returns one AUROC as a reader sees it, with half its interval if that is given."""
+    named = {'auroc': found['auroc'], 'interval': {'auroc': interval}}
+    return tables.with_interval(named | {'over': {'auroc': found.get('over')}}, 'auroc')
+
+
+def plot(result: dict) -> bytes:
+    """Returns a PNG: what epsilon does, what forward passes buy, and what transfers."""
+    from matplotlib.figure import Figure  # Half a second of import that other modes need not pay.
+
+    methods = result['transfer']
+    figure = Figure(figsize=(9.5 + 5.5 * len(methods), 4.8), layout='constrained', dpi=150)
+    widths = [1, 1] + [1.3] * len(methods)
+    against_epsilon, against_passes, *matrices = figure.subplots(
+        1, len(widths), gridspec_kw={'width_ratios': widths}
+    )
+    _plot_epsilons(against_epsilon, result)
+    _plot_passes(against_passes, result)
+    for panel, (method, rows) in zip(matrices, methods.items(), strict=True):
+        _plot_matrix(panel, method, rows, list(result['attacks']))
+    for panel in (against_epsilon, against_passes):
+        panel.axhline(0.5, color='#888', linewidth=0.8)
+        panel.set_xscale('log')
+        panel.legend(fontsize=8, frameon=False)
+        panel.spines[['top', 'right']].set_visible(False)
+    return figures.png(figure)
+
+
+def _number(value):
+    """Returns a number that matplotlib leaves out where there is none."""
+    return np.nan if value is None else value
+
+
+def _plot_epsilons(axes, result):
+    """Draws success and AUROC against epsilon."""
+    fgsm = {name: row for name, row in result['attacks'].items() if row['attack'] == 'fgsm'}
+    epsilons = [row['epsilon'] for row in fgsm.values()]
+    rates = [row['success_rate'] for row in fgsm.values()]
+    axes.plot(epsilons, rates, 'k--o', markersize=4, label='attacks that succeed')
+    for method, rows in result['transfer'].items():
+        own = [rows[name][name] for name in fgsm]
+        values = [_number(row['auroc']) for row in own]
+        (line,) = axes.plot(epsilons, values, '-o', markersize=4, label=f'AUROC, {method}')
+        ends = [row['interval'] or (np.nan, np.nan) for row in own]
+        axes.fill_between(epsilons, *np.transpose(ends), color=line.get_color(), alpha=0.15)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel('ε of FGSM, fitted and judged')
+
+
+def _plot_passes(axes, result):
+    """Draws AUROC against forward passes, each kind of window with its interval."""
+    for number, method in enumerate(result['transfer']):
+        found = [row['auroc'][method] for row in result['occluders']]
+        passes = [row['forward_passes'] for row in result['occluders']]
+        values = np.array([_number(row['auroc']) for row in found])
+        ends = np.transpose([row['interval'] or (np.nan, np.nan) for row in found])
+        axes.errorbar(
+            passes,
+            values,
+            np.abs(ends - values),
+            fmt='o',
+            color=f'C{number}',
+            markersize=4,
+            elinewidth=0.8,
+            label=f'AUROC, {method}',
+        )
+    axes.set_xlim(min(passes) / 1.2, 1.2 * max(passes))  # Also where no AUROC could be computed.
+    axes.set_xlabel('forward passes an image')
+
+
+def _plot_matrix(axes, method, rows, names):
+    """Draws what was fitted on against what judges."""
+    values = np.array([[_number(row[name]['auroc']) for name in names] for row in rows.values()])
+    axes.imshow(values, vmin=0.5, vmax=1, cmap='viridis', aspect='auto')
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = 'black' if value > 0.8 else 'white'
+            text = f'{value:.2f}'.lstrip('0')
+            axes.text(j, i, text, ha='center', va='center', fontsize=7, color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(rows)), rows, fontsize=7)
+    axes.set_xlabel('judged by')
+    axes.set_ylabel('fitted on')
+    axes.set_title(f'AUROC, {method}', fontsize=10)

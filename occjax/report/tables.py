@@ -1,0 +1,310 @@
+"""The paper's tables and ours: numbers to strings, once, for Markdown and the page alike.
+
+What is None (the paper doesn't say, a class without adversarial maps) prints as an en dash.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from occjax import vgg
+from occjax.report import paper
+
+_COUNTS = {
+    'n_correct': 'n correct',
+    'n_adversarial': 'n adversarial',
+    'n_thresholds': 'n for FPR',
+}
+_METRICS = {
+    'accuracy': 'Accuracy (raw)',
+    'majority_baseline': 'Majority baseline',
+    'balanced_accuracy': 'Balanced accuracy',
+    'auroc': 'AUROC',
+    'tpr_at_5_fpr': 'TPR at 5 % FPR',
+    'tpr_at_1_fpr': 'TPR at 1 % FPR',
+    'fpr_at_5_fpr': 'FPR met at 5 %',
+}
+RIVALS = ('max_probability', 'map_mean')  # the baselines in the per-class tables
+RIVAL_RATES = ('balanced_accuracy', 'auroc')  # their columns there
+_CALLED = {'called': 'share', 'called_at_5_fpr': 'share at 5 % FPR'}
+_NEEDED = (
+    'n for FPR counts the clean maps that set the thresholds at a false positive rate. A promise '
+    'that fresh maps keep takes 19 of them for 5 % and 99 for 1 %: classes with fewer share one '
+    'threshold, which keeps it for all of them together. And no network may have been fitted on '
+    'them (under protocol paper all were).'
+)
+
+
+class Table(NamedTuple):
+    """A table as strings; the first `text_columns` are words, the others numbers."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    total: tuple[str, ...] = ()  # a last row that sums up the others
+    note: str = ''
+    text_columns: int = 1
+
+
+def build(results: dict, rows: list[vgg.Row], class_names: Sequence[str]) -> list[Table]:
+    """Returns the tables in the paper's order, after one of the classifier and the attack."""
+    theirs = paper.numbers(class_names)
+    return [
+        _outcome_table(results, theirs),
+        _layer_table(rows),
+        _heatmap_table(results['heatmaps'], class_names, theirs),
+        *(
+            _class_table(protocol, detection, class_names, theirs)
+            for protocol, detection in results['detection'].items()
+        ),
+        _overall_table(results['detection'], theirs),
+        *(
+            _control_table(protocol, detection)
+            for protocol, detection in results['detection'].items()
+            if (detection.get('overall') or {}).get('controls')
+        ),
+        *([_cost_table(results['cost'])] if results.get('cost') else []),
+        adaptive_table(results.get('adaptive')),
+    ]
+
+
+def _outcome_table(results, theirs):
+    """The classifier and the attack, beside what the paper says or implies."""
+    classifier, attack = results['classifier'], results['attack']
+    map_mean, low_high = results.get('map_mean') or {}, ('min_pixel', 'max_pixel')
+    lines = [
+        (
+            'Test accuracy',
+            classifier['test_accuracy'],
+            stated(classifier.get('paper_test_accuracy')),
+        ),
+        ('Training accuracy', classifier['train_accuracy'], theirs and theirs.train_accuracy),
+        (
+            'ε of FGSM',
+            f'{attack["epsilon"]:g}',
+            theirs and theirs.epsilon and f'{theirs.epsilon:g}',
+        ),
+        ('Images attacked', attack['attempted'], theirs and theirs.correct),
+        ('Successful attacks', attack['successful'], theirs and theirs.adversarial),
+        ('Attack success rate', attack['success_rate'], theirs and theirs.attack_success),
+        ('Largest change of a pixel', attack['max_perturbation'], None),
+        ('Range of attacked pixels', ' to '.join(cell(attack.get(k)) for k in low_high), None),
+        ('Attacked images that did not move', attack.get('unmoved'), None),
+        ('Mean of correct maps', map_mean.get('correct'), None),
+        ('Mean of adversarial maps', map_mean.get('adversarial'), None),
+    ]
+    return Table(
+        'Classifier and attack',
+        ('Quantity', 'Ours', 'Paper'),
+        [tuple(map(cell, line)) for line in lines],
+        note='The paper states its test accuracy (§III-B) and one ε (Figure 1); its training '
+        'accuracy and attack numbers are computed from Tables II and III.',
+    )
+
+
+def _layer_table(rows):
+    """Table I."""
+    lines = [(row.layer, str(list(row.output_shape)), cell(row.parameters)) for row in rows]
+    total = ('Total', '', cell(sum(row.parameters for row in rows)))
+    note = f"The paper's Table I, for images of 224 pixels, sums to {paper.PARAMETERS:,}."
+    header = ('Layer', 'Output shape', 'Parameters')
+    return Table('Table I. The classifier', header, lines, total, note, text_columns=2)
+
+
+def _heatmap_table(heatmaps, class_names, theirs):
+    """Tables II and III."""
+    keys = ('correct', 'adversarial', 'paper_correct', 'paper_adversarial')
+    columns = [[(heatmaps.get(name) or {}).get(key) for name in class_names] for key in keys]
+    sums = [None if None in column else sum(column) for column in columns]
+    return Table(
+        f'{theirs.counts_table if theirs else "Tables II/III"}. Heatmaps of training images',
+        ('Class', 'Correct', 'Adversarial', "Paper's correct", "Paper's adversarial"),
+        [tuple(map(cell, line)) for line in zip(class_names, *columns, strict=True)],
+        ('Sum', *map(cell, sums)),
+        'Adversarial maps count for the class that the attacked image is taken for.',
+    )
+
+
+def _class_table(protocol, detection, class_names, theirs):
+    """Table IV or V under one protocol, with the baselines beside the detector."""
+    baselines = {
+        name: entry for name, entry in (detection.get('baselines') or {}).items() if name in RIVALS
+    }
+
+    def line(label, entry, rivals):
+        entry = entry or {}
+        label = f'{label} ({entry["note"]})' if entry.get('note') else label
+        ours = [entry.get(key) for key in _COUNTS] + [measured(entry, key) for key in _METRICS]
+        others = [measured(rival or {}, key) for rival in rivals for key in RIVAL_RATES]
+        return tuple(map(cell, (label, *ours, stated(entry.get('paper_accuracy')), *others)))
+
+    rivals = [(baseline or {}).get('per_class') or {} for baseline in baselines.values()]
+    note = (
+        'Raw accuracy is over all maps scored; the majority baseline always names the larger kind. '
+        f'{_NEEDED} Overall is the unweighted mean of the classes, and the sum of n. In brackets: '
+        'how many classes and seeds have the number, where not all do.'
+    )
+    if theirs:
+        note += (
+            " Some of the paper's accuracies lie below the majority baseline of its own counts, so "
+            'its sets were probably balanced: they compare with balanced accuracy.'
+        )
+    others = tuple(f'{words(name)}: {_METRICS[key]}' for name in baselines for key in RIVAL_RATES)
+    return Table(
+        f'{theirs.accuracy_table if theirs else "Tables IV/V"}. Detection by predicted class, '
+        f'protocol {protocol}',
+        ('Class', *_COUNTS.values(), *_METRICS.values(), "Paper's accuracy", *others),
+        [
+            line(name, detection['per_class'].get(name), [rival.get(name) for rival in rivals])
+            for name in class_names
+        ],
+        line('Overall', detection.get('overall'), baselines.values()),
+        note,
+    )
+
+
+def _overall_table(detections, theirs):
+    """Table VI: the detectors and every baseline, under every protocol."""
+    lines = []
+    for protocol, detection in detections.items():
+        overall = detection.get('overall') or {}
+        baselines = (detection.get('baselines') or {}).items()
+        for method, entry in [('Detector', overall), *((words(n), b or {}) for n, b in baselines)]:
+            counts = [entry.get(key) for key in _COUNTS]
+            numbers = [*counts, *(with_interval(entry, key) for key in _METRICS)]
+            printed = stated(overall.get('paper_accuracy')) if method == 'Detector' else None
+            lines.append(tuple(map(cell, (protocol, method, *numbers, printed))))
+    return Table(
+        f'Table VI. Overall{", " + theirs.dataset if theirs else ""}',
+        ('Protocol', 'Method', *_COUNTS.values(), *_METRICS.values(), "Paper's accuracy"),
+        lines,
+        note='Unweighted means over the classes; n are sums. Means over several seeds, each with '
+        'its own division, initial weights and undersampling; ± is a 95 % interval (Nadeau and '
+        "Bengio's, for divisions that share maps), n the mean of the seeds. "
+        f'{_NEEDED} In brackets: how many classes and seeds have the number, where not all do.',
+        text_columns=2,
+    )
+
+
+def _control_table(protocol, detection):
+    """P4 and P5: what detectors say of maps that neither fit nor judge them."""
+    methods = {'detector': detection['overall']} | (detection.get('baselines') or {})
+    kinds = list(detection['overall']['controls'])
+    lines = []
+    for name, entry in methods.items():
+        line = [words(name)]
+        for kind in kinds:
+            rates = (entry.get('controls') or {}).get(kind) or {}
+            line += [rates.get('n'), *(with_interval(rates, key) for key in _CALLED)]
+        lines.append(tuple(map(cell, line)))
+    header = [f'{words(kind)}: {what}' for kind in kinds for what in ('n', *_CALLED.values())]
+    return Table(
+        f'Called adversarial besides, protocol {protocol}',
+        ('Method', *header),
+        lines,
+        note='Shares, means over the seeds. Noise: random signs of the same ε, still classified '
+        'correctly; a detector that calls it adversarial sees noise, not attacks. Misclassified: '
+        'clean images that the classifier gets wrong. Failed: attacked images that it still gets '
+        'right. All of test images on which no detector was fitted. In brackets: how many of n are '
+        'of classes with a threshold of 5 % FPR, where not all are.',
+    )
+
+
+def _cost_table(cost):
+    """P9: what a verdict costs."""
+    lines = [
+        (words(name), entry['forward_passes'], entry['gflop'], entry['milliseconds'])
+        for name, entry in cost.items()
+    ]
+    return Table(
+        'What a verdict costs',
+        ('Method', 'Forward passes', 'GFLOP', 'Milliseconds'),
+        [tuple(map(cell, line)) for line in lines],
+        note='GFLOP are those of the engine that made the maps, from shapes; milliseconds an image '
+        'are those of --mode=benchmark in this work directory, on its device, where it was run.',
+    )
+
+
+def adaptive_table(found: dict | None) -> Table:
+    """P8: what the detectors do not do; `found` is what adaptive.json holds, if it was made."""
+    title = 'What the detectors do not do: stop an attacker who knows them'
+    claim = (
+        'The claim of these detectors is that they find FGSM images made by someone who does not '
+        'know of them, and no more.'
+    )
+    if not found:
+        note = f'Not measured in this work directory: --mode=adaptive does. {claim}'
+        return Table(title, ('Detector', 'Attack', 'Share that evades'), [], note=note)
+    rows, epsilons = found['rows'], dict.fromkeys(row['epsilon'] for row in found['rows'])
+    evading = {(row['method'], row['attack']): [] for row in rows}
+    for row in rows:
+        low, high = row['interval']
+        text = f'{row["evasion"]:.3f} ({low:.2f} to {high:.2f})'
+        evading[row['method'], row['attack']].append(text)
+    alarms = ', '.join(f'{words(k)} {cell(v)}' for k, v in found['false_alarms'].items())
+    return Table(
+        title,
+        ('Detector', 'Attack', *(f'ε = {epsilon:.3g}' for epsilon in epsilons)),
+        [
+            (words(method), 'FGSM' if name == 'fgsm' else words(name), *cells)
+            for (method, name), cells in evading.items()
+        ],
+        note=f'Shares of {cell(found["images"])} correctly classified test images that are '
+        'classified wrongly and not called adversarial, at the thresholds of 5 % false positives, '
+        "with Wilson's 95 % intervals. FGSM does not know of the detector, the others follow its "
+        f'gradient for up to {found["settings"]["steps"]} steps. False alarms on the same images, '
+        f'unattacked: {alarms}. {claim}',
+        text_columns=2,
+    )
+
+
+def cell(value):
+    """Returns what a reader sees: an en dash for nothing, 12,345 for counts, 0.123 for others."""
+    if value is None or value != value or value == '':
+        return '–'
+    if isinstance(value, str):
+        return value
+    return f'{value:,}' if isinstance(value, int) else f'{value:.3f}'
+
+
+def with_interval(entry, key):
+    """Returns a rate, half its 95 % interval, and how many of all have it where not all do."""
+    ends = (entry.get('interval') or {}).get(key)
+    return measured(entry, key, f' ± {(ends[1] - ends[0]) / 2:.3f}' if ends else '')
+
+
+def measured(entry, key, reach=''):
+    """Returns a rate, what follows it, and in brackets how many of all have it."""
+    over = (entry.get('over') or {}).get(key)
+    return cell(entry.get(key)) + reach + (' ({} of {})'.format(*over) if over else '')
+
+
+def stated(value):
+    """Returns a number of the paper's with the two decimals that it has there."""
+    return None if value is None else f'{value:.2f}'
+
+
+def words(name):
+    """Returns a baseline's name as a reader sees it."""
+    return name.replace('_', ' ').capitalize()
+
+
+def escape(text):
+    """Returns text that Markdown takes literally, on one line."""
+    for special in '\\|<':
+        text = text.replace(special, f'\\{special}')
+    return ' '.join(text.split())
+
+
+def markdown(table):
+    """Renders a table as Markdown."""
+    left = table.text_columns
+    lines = [table.header, (':--',) * left + ('--:',) * (len(table.header) - left)]
+    lines += [tuple(map(escape, row)) for row in table.rows]
+    lines += [tuple(cell and f'**{escape(cell)}**' for cell in table.total)] if table.total else []
+    note = f'\n\n{table.note}' if table.note else ''
+    return f'## {table.title}\n\n' + '\n'.join(f'| {" | ".join(row)} |' for row in lines) + note
+
+
+def to_markdown(listed: list[Table]) -> str:
+    """Renders all tables as Markdown."""
+    return '\n\n'.join(map(markdown, listed)) + '\n'

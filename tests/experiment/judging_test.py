@@ -1,0 +1,196 @@
+"""Laws of judging: who may be fitted on, and what is counted where."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from occjax import metrics, streams
+from occjax.config import Detector
+from occjax.experiment import judging
+from occjax.experiment.judging import Scorer
+from occjax.methods import METHODS
+from tests.detector_test import toy_maps
+
+NETWORKS = Scorer(None, threshold=0.0, learns=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 30), min_size=2, max_size=60),
+    fraction=st.floats(0.05, 0.95),
+    share=st.floats(0, 0.99),
+    seeds=st.integers(1, 4),
+)
+def test_an_image_and_its_twin_never_straddle_a_split(ids, fraction, share, seeds):
+    maps = toy_maps([(len(ids), 0)])
+    maps = dataclasses.replace(maps, image_id=np.array(ids))
+    reserved = share * (1 - fraction)
+    wanted = Detector(
+        held_out_fit_fraction=fraction, held_out_threshold_fraction=reserved, seeds=seeds
+    )
+    division = judging.divide(maps, 'held_out', wanted, 0)
+    parts = division.is_fitted, division.is_reserved, division.is_judged
+    count = len(set(ids))
+    for masks in zip(*parts, strict=True):
+        assert np.sum(masks, axis=0).tolist() == [1] * len(ids)
+        fitted, kept, judged = (set(maps.image_id[mask]) for mask in masks)
+        assert not (fitted & kept or fitted & judged or kept & judged)
+        assert len(fitted) == round(fraction * count)
+        assert len(kept) == round((fraction + reserved) * count) - len(fitted)
+    assert len(division.is_judged) == seeds
+
+
+def test_seeds_divide_differently_and_again_the_same():
+    maps, wanted = toy_maps([(40, 40), (20, 20)]), Detector()
+    one, two = (judging.divide(maps, 'paper', wanted, 0).is_fitted for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    other = judging.divide(maps, 'paper', wanted, 1).is_fitted
+    assert len({tuple(fitted) for fitted in (*one, *other)}) == 2 * wanted.seeds
+    division = judging.divide(maps, 'paper', wanted, 0)
+    assert division.judged_over_fitted == pytest.approx(24 / 96)
+
+
+@pytest.mark.parametrize('protocol', ['paper', 'held_out'])
+def test_every_division_has_a_stream_of_its_own(protocol):
+    """The table's, so that no other purpose of any seed draws the same."""
+    maps, wanted = toy_maps([(60, 0)]), Detector(seeds=3)
+    divided = judging.divide(maps, protocol, wanted, 7).is_fitted
+    for seed, fitted in enumerate(divided):
+        index = ['paper', 'held_out'].index(protocol), seed
+        drawn = streams.rng(7, streams.Stream.DIVISION, *index).permutation(60)
+        assert set(np.flatnonzero(fitted)) == set(drawn[: fitted.sum()])
+
+
+def test_perfect_scores_are_perfect_and_constant_ones_are_a_coin():
+    maps = toy_maps([(40, 40), (20, 20)])
+    division = judging.divide(maps, 'paper', Detector(), 0)
+    judge = functools.partial(judging.judge, NETWORKS, division=division, class_names=('a', 'b'))
+    perfect = judge(maps.is_adversarial * 2.0 - 1)['overall']
+    assert (perfect['auroc'], perfect['balanced_accuracy']) == (1, 1)
+    assert perfect['interval']['auroc'] == (1, 1)
+    constant = judge(np.ones(len(maps)))['overall']
+    assert (constant['auroc'], constant['balanced_accuracy']) == (0.5, 0.5)
+
+
+def test_scores_of_a_seed_are_judged_with_that_seed_s_maps():
+    """A seed whose scores are the label, beside one whose scores are its opposite."""
+    maps = toy_maps([(40, 40)])
+    division = judging.divide(maps, 'paper', Detector(seeds=2), 0)
+    scores = np.stack([maps.is_adversarial * 1.0, -1.0 * maps.is_adversarial])
+    scorer = Scorer(None, threshold=0.5)
+    entry = judging.judge(scorer, scores, division, class_names=('a',))['overall']
+    assert entry['auroc'] == pytest.approx(0.5)
+    low, high = entry['interval']['auroc']
+    assert low < 0 < 1 < high
+
+
+def test_controls_count_by_hand():
+    """Three classes; the second has no adversarial map, so that nobody judges its controls.
+
+    The third has too few clean ones for a threshold of 5 %.
+    """
+    maps = toy_maps([(40, 20), (10, 0), (30, 20)])
+    maps = dataclasses.replace(maps, image_id=np.arange(len(maps)))
+    is_fitted = np.zeros((1, len(maps)), bool)
+    is_fitted[0, [*range(19), 40, 60, 61, *range(70, 88), 100]] = True
+    division = judging.Division(maps, is_fitted, np.zeros_like(is_fitted))
+    controls = maps.select([0, 24, 25, 26, 27, 62, 63, 90, 91, 92])  # The first was fitted on.
+    known = np.zeros((1, len(maps)))
+    known[0, :19] = np.linspace(0, 0.3, 19)  # Clean: at 5 % of 19 the largest is the threshold.
+    scores = np.array([9, 0.25, 0.35, -1, 0.9, 9, 9.0, 9, 9, 0])
+    scorer = Scorer(lambda _: scores, threshold=0.5, learns=True)
+    rates = judging.control_rates(scorer, known, division, controls)
+    assert rates['n'] == 7
+    assert rates['called'] == 3 / 7
+    assert rates['called_at_5_fpr'] == 2 / 4
+    assert rates['over'] == {'called_at_5_fpr': [4, 7]}
+    assert rates['interval'] == {'called': None, 'called_at_5_fpr': None}
+
+
+def learnt_scores(maps, division):
+    """Returns fresh normal scores for every seed, far lower where they were fitted."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=division.is_fitted.shape) + maps.is_adversarial
+    return np.where(division.is_fitted, scores - 9, scores)
+
+
+def few_reserved(classes, seeds):
+    """Returns a division with 28 clean maps to set thresholds by in each class, as our tables'."""
+    maps = toy_maps([(100, 30)] * classes, grid=(1, 1))
+    parts = np.concatenate([np.arange(100), 40 + np.arange(30)] * classes)
+    is_fitted = np.broadcast_to(parts >= 68, (seeds, len(maps)))
+    return judging.Division(maps, is_fitted, np.broadcast_to(parts < 28, is_fitted.shape))
+
+
+def test_reserved_maps_alone_set_a_network_s_thresholds():
+    """Of 28 the largest: a fresh one exceeds it once in 29; the fitted ones' would always ring."""
+    division = few_reserved(classes=25, seeds=8)
+    scores = learnt_scores(division.maps, division)
+    names = tuple(map(str, range(25)))
+    judge = functools.partial(judging.judge, class_names=names)
+    overall = judge(NETWORKS, scores, division)['overall']
+    assert overall['n_thresholds'] == 25 * 28
+    assert overall['fpr_at_5_fpr'] == pytest.approx(1 / 29, abs=0.01)
+    assert overall['tpr_at_1_fpr'] < overall['tpr_at_5_fpr']
+    careless = division._replace(is_reserved=np.zeros_like(division.is_reserved))
+    assert judge(NETWORKS, scores, careless)['overall']['fpr_at_5_fpr'] == 1
+
+
+def test_who_sets_thresholds_is_said_by_the_scorer():
+    """Not by its having one: what learns nothing may use all that is known, with 0 as without."""
+    division = few_reserved(classes=1, seeds=1)
+    scores = np.random.default_rng(0).normal(size=len(division.maps))
+    clean = ~division.maps.is_adversarial
+    all_known, reserved = clean & ~division.is_judged[0], clean & division.is_reserved[0]
+    known, found = division.known(0, scores), {}
+    for learns, sets in ((False, all_known), (True, reserved)):
+        level = metrics.threshold_at_fpr(scores[sets], 0.05)
+        for threshold in (0.0, None):
+            rule = dict(threshold=threshold, learns=learns)
+            assert metrics.thresholds(**known, num_classes=1, **rule).at_5 == level
+            scorer = Scorer(None, **rule)
+            found[learns] = judging.judge(scorer, scores, division, class_names=('a',))
+            assert found[learns]['overall']['n_thresholds'] == sets.sum()
+    assert found[True] != found[False]
+    scorer = judging.networks(None, METHODS['detector'])
+    assert (scorer.threshold, scorer.learns) == (0.0, True)
+
+
+@pytest.mark.parametrize('lacks', ['fitted', 'reserved'])
+def test_a_class_loses_what_needs_the_maps_it_lacks(lacks):
+    """Without maps to fit by it is not judged; without reserved ones only its thresholds go."""
+    division = few_reserved(classes=2, seeds=1)
+    maps, fitted, reserved = (*division[:1], *(mask[0].copy() for mask in division[1:]))
+    gone = (maps.predicted == 1) & ~maps.is_adversarial
+    (fitted if lacks == 'fitted' else reserved)[gone] = False
+    division = judging.Division(maps, fitted[None], reserved[None])
+    known = division.known(0, np.zeros(len(maps)))
+    levels = metrics.thresholds(**known, num_classes=2, threshold=0.0, learns=True)
+    nan = lacks == 'fitted'
+    np.testing.assert_array_equal(levels.threshold, [0, np.nan if nan else 0])
+    np.testing.assert_array_equal(levels.at_5, [0, np.nan if nan else np.inf])
+    entry = judging.judge(NETWORKS, np.zeros(len(maps)), division, class_names=('a', 'b'))
+    found = {name: entry['per_class'][name] for name in ('a', 'b')}
+    expected = [None, None] if nan else [0.5, 0.5]
+    assert [found['a'][rate] for rate in ('auroc', 'balanced_accuracy')] == [0.5, 0.5]
+    assert [found['b'][rate] for rate in ('auroc', 'balanced_accuracy')] == expected
+    assert (found['a']['fpr_at_5_fpr'], found['b']['fpr_at_5_fpr']) == (0, None)
+    assert found['b']['n_thresholds'] == 0
+    assert entry['overall']['over']['fpr_at_5_fpr'] == [1, 2]
+    assert entry['overall']['over'].get('auroc') == ([1, 2] if nan else None)
+
+
+def test_all_scorers_are_judged_by_the_same_classes():
+    """Class means compare: a class that networks cannot learn counts for no baseline either."""
+    division = few_reserved(classes=3, seeds=1)
+    unfitted = (division.maps.predicted == 1) & division.maps.is_adversarial
+    division = division._replace(is_fitted=division.is_fitted & ~unfitted)
+    for scorer in (NETWORKS, Scorer(None), Scorer(None, threshold=0.0)):
+        entry = judging.judge(
+            scorer, np.zeros(len(division.maps)), division, class_names=('a', 'b', 'c')
+        )
+        assert [e['auroc'] for e in entry['per_class'].values()] == [0.5, None, 0.5]

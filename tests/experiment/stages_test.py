@@ -1,0 +1,480 @@
+"""Laws of the whole experiment, on a small VGG and a handful of digits."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from configs import digits
+from occjax import attack, classifier, data, detector, metrics, occlusion, vgg
+from occjax.benchmark import engines, fidelity
+from occjax.experiment import judging, shard, stages, storage, store
+from occjax.experiment import run as run_lib
+from occjax.streams import Stream
+from occjax.types import Batch, HeatmapSet, UsageError
+from tests.small_run import SMALL, make_run, run_all
+
+pytestmark = pytest.mark.usefixtures('small_plan')
+
+
+def test_every_artifact_of_a_run_exists(finished):
+    run, tables = finished
+    report = run.workdir / 'report'
+    for name in ('results.json', 'tables.md', 'report.html', 'fig1.png', 'fig2.png', 'fig3.png'):
+        assert (report / name).stat().st_size > 0, name
+    assert 'Table I' in tables
+    results = json.loads((report / 'results.json').read_text())
+    stored = json.loads((run.workdir / 'config.json').read_text())
+    assert results['manifest']['config'] | {'digest': stored['digest']} == stored
+    assert set(results['detection']) == {'paper', 'held_out'}
+    assert 'nan' not in (report / 'tables.md').read_text().lower().split()
+
+
+def test_stored_maps_are_the_classifier_s(finished):
+    """Every stored number again, from the weights and the images, one image at a time."""
+    run, _ = finished
+    variables = jax.device_get(stages.load_variables(run))
+    maps, _ = store.load_shards(run, 'test')
+    assert maps.is_adversarial.any()
+    assert not maps.is_adversarial.all()
+    split, geometry = run.dataset.test, run.config.occlusion
+
+    def logits_fn(images):
+        return vgg.logits(variables, images, plan=SMALL)
+
+    for m in (0, len(maps) // 2, len(maps) - 1):
+        image = data.take(split, maps.image_id[m : m + 1])
+        label = split.labels[maps.image_id[m : m + 1]]
+        assert maps.label[m] == label
+        assert logits_fn(image).argmax() == label, 'only correct images have maps'
+        if maps.is_adversarial[m]:
+            image = attack.fgsm(logits_fn, image, label, epsilon=run.config.attack.epsilon)
+            assert logits_fn(image).argmax() != label, 'and only successful attacks'
+        np.testing.assert_allclose(maps.unoccluded[m], logits_fn(image)[0], atol=1e-4)
+        expected = occlusion.heatmaps(
+            logits_fn,
+            image,
+            np.array([maps.predicted[m]]),
+            size=geometry.size,
+            stride=geometry.stride,
+        )
+        np.testing.assert_allclose(maps.maps[m], expected[0], atol=1e-4)
+
+
+def test_every_image_is_counted_once(finished):
+    """Maps of correct images are exactly the accuracy's numerator, and ids don't repeat."""
+    run, _ = finished
+    accuracies = store.load_metrics(run)
+    for name in stages.SPLITS:
+        maps, shards = store.load_shards(run, name)
+        correct = maps.select(~maps.is_adversarial)
+        assert len(np.unique(correct.image_id)) == len(correct)
+        assert len(correct) == sum(shard['attempted'] for shard in shards)
+        split = getattr(run.dataset, name)
+        assert accuracies[f'{name}_accuracy'] == pytest.approx(len(correct) / len(split))
+
+
+def test_results_are_the_stored_maps_counted_by_hand(finished):
+    run, _ = finished
+    results = json.loads((run.workdir / 'report' / 'results.json').read_text())
+    maps, _ = store.load_shards(run, 'train')
+    for k, name in enumerate(run.dataset.class_names):
+        counted = results['heatmaps'][name]
+        for kind, flag in (('correct', False), ('adversarial', True)):
+            here = (maps.predicted == k) & (maps.is_adversarial == flag)
+            assert counted[kind] == here.sum()
+    attacked = results['attack']
+    assert attacked['successful'] == maps.is_adversarial.sum()
+    assert attacked['success_rate'] == pytest.approx(
+        maps.is_adversarial.sum() / (~maps.is_adversarial).sum()
+    )
+    assert 0 < attacked['max_perturbation'] <= 0.3 + 2**-23
+    for protocol in store.PROTOCOLS:
+        division = store.divide(run, protocol)
+        detection = results['detection'][protocol]
+        rivals = {'linear_probe', 'all_logits', *metrics.BASELINES}
+        assert set(detection['baselines']) == rivals
+        judged = [division.maps.select(judged) for judged in division.is_judged]
+        for k, name in enumerate(run.dataset.class_names):
+            counted = [np.sum(maps.is_adversarial & (maps.predicted == k)) for maps in judged]
+            assert detection['per_class'][name]['n_adversarial'] == round(np.mean(counted))
+
+
+def test_controls_are_what_they_are_called(finished):
+    """Again from weights and images: the label, the class named, and how far from the image."""
+    run, _ = finished
+    variables, split = jax.device_get(stages.load_variables(run)), run.dataset.test
+    controls = store.load_controls(run)
+    maps, _ = store.load_shards(run, 'test')
+    correct = set(maps.image_id[~maps.is_adversarial])
+    attacked = set(maps.image_id[maps.is_adversarial])
+    everything = set(range(len(split)))
+    assert set(controls['misclassified'].image_id) == everything - correct
+    assert set(controls['failed'].image_id) == correct - attacked
+    assert set(controls['noise'].image_id) <= correct
+    assert len(controls['noise']) > 10
+    for kind, part in controls.items():
+        assert np.array_equal(part.label, split.labels[part.image_id])
+        assert np.array_equal(part.predicted == part.label, [kind != 'misclassified'] * len(part))
+        assert set(part.is_adversarial) <= {kind == 'failed'}
+    part = controls['noise']
+    epsilon, key = run.config.attack.epsilon, run.key(Stream.NOISE)
+    for m in (0, len(part) - 1):
+        image = data.take(split, part.image_id[m : m + 1])
+        noisy = attack.sign_noise(
+            image, key=jax.random.fold_in(key, part.image_id[m]), epsilon=epsilon
+        )
+        logits = vgg.logits(variables, noisy, plan=SMALL)
+        # The key's noise is drawn for one image alone, whatever stands beside it.
+        np.testing.assert_allclose(part.unoccluded[m], logits[0], atol=1e-4)
+
+
+def test_controls_are_judged_where_nothing_was_fitted(finished):
+    run, _ = finished
+    results = json.loads((run.workdir / 'report' / 'results.json').read_text())
+    division, controls = store.divide(run, 'held_out'), store.load_controls(run)
+    entries = results['detection']['held_out']['overall']['controls']
+    for kind, part in controls.items():
+        counts = []
+        for seed, judged in enumerate(division.is_judged):
+            known = division.known(seed, np.zeros(len(judged)))
+            unfitted = np.isnan(metrics.thresholds(**known, num_classes=10, threshold=0.0)[0])
+            seen = np.isin(part.image_id, division.maps.image_id[~judged])
+            counts.append(np.sum(~seen & ~unfitted[part.predicted]))
+        assert entries[kind]['n'] == round(np.mean(counts))
+    # The paper's protocol judges maps of training images: test images are no controls of it.
+    assert results['detection']['paper']['overall']['controls'] == {}
+
+
+def test_every_seed_is_a_fit_of_its_own(finished):
+    """The program of all seeds gives what a bank fitted alone on that seed's maps gives."""
+    run, _ = finished
+    division, settings = store.divide(run, 'held_out'), run.config.detector
+    banks = store.load_banks(run, division, 'held_out', 'detector')
+    untrained = store.init_banks(run, division, 'detector')
+    keys = jax.random.split(run.key(Stream.BANK_FIT), settings.seeds)
+    for seed in (0, settings.seeds - 1):
+        maps = division.maps.select(division.is_fitted[seed])
+        groups = detector.group_by_class(
+            maps.maps,
+            maps.predicted,
+            maps.is_adversarial,
+            num_classes=10,
+            balance='undersample',
+            rng=run.rng(Stream.UNDERSAMPLING, seed),
+        )
+        alone = detector.fit_bank(
+            keys[seed],
+            jax.tree.map(lambda leaf, seed=seed: leaf[seed], untrained),
+            *groups,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+        )
+        jax.tree.map(
+            lambda one, all_, seed=seed: np.testing.assert_allclose(one, all_[seed], atol=1e-4),
+            alone,
+            banks,
+        )
+    first, last = (division.is_fitted[seed] for seed in (0, -1))
+    assert not np.array_equal(first, last)
+    leaves = [jax.tree.leaves(untrained)[1][seed] for seed in (0, -1)]
+    assert not np.array_equal(*leaves)
+
+
+def test_an_image_and_its_twin_stand_on_one_side(finished):
+    run, _ = finished
+    division = store.divide(run, 'held_out')
+    for masks in zip(division.is_fitted, division.is_reserved, division.is_judged, strict=True):
+        ids = [set(division.maps.image_id[mask]) for mask in masks]
+        assert all(ids)
+        assert sum(map(len, ids)) == len(set.union(*ids))
+
+
+def test_the_paper_s_split_is_80_to_20_of_all_maps(finished):
+    division = store.divide(finished[0], 'paper')
+    count = len(division.maps)
+    assert set(division.is_fitted.sum(axis=1)) == {round(0.8 * count)}
+
+
+def test_a_finished_run_computes_nothing_again(finished, monkeypatch):
+    run, tables = finished
+    for module, name in ((shard, 'attack_batch'), (shard, 'map_batch'), (stages, 'predict')):
+        monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr(judging, 'fit_banks', None)
+    assert run_all(make_run(run.workdir)) == tables
+
+
+def test_shrunk_images_are_averages_and_train_the_same_network(tmp_path):
+    images = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
+    np.testing.assert_array_equal(stages.shrink(images, side=8), images)
+    flat = np.full((1, 9, 9, 3), 0.3, np.float32)
+    np.testing.assert_allclose(stages.shrink(flat, side=4), 0.3, rtol=1e-6)
+    # Antialiased: the mean of the whole stays, up to the edges' part.
+    assert abs(stages.shrink(images, side=4).mean() - images.mean()) < 0.02
+    run, sides, shrink = make_run(tmp_path / 'run'), [], stages.shrink
+    run.config.classifier.resize = (8, 12)
+
+    def watched(images, *, side):
+        sides.append(side)
+        return shrink(images, side=side)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, 'shrink', watched)
+        stages.train(run)
+    assert list(dict.fromkeys(sides)) == [8, 12, 16]
+    assert len(sides) % 3 == 0
+
+
+def test_resuming_equals_an_uninterrupted_run(finished, tmp_path, monkeypatch):
+    """Killed in the second epoch, then after the first shard, then going on with other flags."""
+    run, tables = finished
+    interrupted = make_run(tmp_path / 'run')
+
+    class Killed(Exception):
+        pass
+
+    def kill_after(count, fn):
+        calls = []
+
+        def wrapped(*args, **kwargs):
+            calls.append(1)
+            if len(calls) > count:
+                raise Killed
+            return fn(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(classifier, 'train_step', kill_after(12, classifier.train_step))
+        run_all(interrupted)
+    assert storage.latest_step(interrupted.workdir / 'classifier') == 1
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shard, 'collect', kill_after(1, shard.collect))
+        run_all(make_run(interrupted.workdir))
+    assert len(list((interrupted.workdir / 'heatmaps').glob('*.npz'))) == 1
+    run_all(make_run(interrupted.workdir, eval_batch_size=12, chunk_size=7))
+    for name in stages.SPLITS:
+        ours, theirs = (store.load_shards(r, name)[0] for r in (interrupted, run))
+        for field in dataclasses.fields(HeatmapSet):
+            ours_field, theirs_field = getattr(ours, field.name), getattr(theirs, field.name)
+            np.testing.assert_allclose(ours_field, theirs_field, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        dict(chunk_size=5),
+        dict(eval_batch_size=12),
+        dict(engine='incremental'),
+        dict(engine='full', memory_limit=2**30),
+    ],
+)
+def test_how_fast_changes_no_number(finished, tmp_path, flags):
+    run, _ = finished
+    other = make_run(tmp_path / 'run', **flags)
+    variables, autoencoder = stages.load_variables(run), stages.load_autoencoder(run)
+    ids = np.arange(20)
+    ours, theirs = (
+        shard.collect(r, variables, autoencoder, run.dataset.test, ids) for r in (other, run)
+    )
+    assert ours.keys() == theirs.keys()
+    for name in ours.keys() - {'how'}:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4)
+
+
+def test_the_memory_limit_and_the_engine_reach_the_maps(finished, tmp_path, monkeypatch):
+    run, _ = finished
+    seen, map_batch = {}, shard.map_batch
+    monkeypatch.setattr(
+        shard,
+        'map_batch',
+        lambda *args, **kwargs: seen.update(kwargs) or map_batch(*args, **kwargs),
+    )
+    variables, ids = stages.load_variables(run), np.arange(8)
+    autoencoder = stages.load_autoencoder(run)
+    for name in ('full', 'incremental'):
+        # So many windows that they, and not the weights, take the memory.
+        flags = dict(engine=name, chunk_size=700)
+        free = make_run(tmp_path / 'run', **flags).mapping(10)
+        limit = int(0.97 * jax.device_count() * free.estimated_bytes)
+        other = make_run(tmp_path / 'run', memory_limit=limit, **flags)
+        mapping = other.mapping(10)
+        assert mapping.estimated_bytes * jax.device_count() <= limit
+        assert mapping.chunk_size < free.chunk_size
+        shard.collect(other, variables, autoencoder, run.dataset.test, ids)
+        assert (seen['engine'], seen['chunk_size']) == (name, mapping.chunk_size)
+    with pytest.raises(UsageError, match='--memory_limit='):
+        too_small = make_run(tmp_path / 'run', memory_limit=2**20)
+        shard.collect(too_small, variables, autoencoder, run.dataset.test, ids)
+
+
+def test_the_benchmark_takes_what_is_trained(finished, tmp_path):
+    run, _ = finished
+    shutil.copytree(run.workdir, tmp_path / 'run')
+    engines.benchmark(
+        make_run(tmp_path / 'run', engine='full', benchmark_images=2, benchmark_repeats=1)
+    )
+    result = json.loads((tmp_path / 'run' / 'benchmark.json').read_text())
+    assert result['weights'] == 'trained'
+
+
+def test_four_devices_are_one(finished):
+    """Batches divide over the four devices of the tests; one of them gives the same numbers."""
+    run, _ = finished
+    assert len(run.mesh.devices) == 4
+    variables = jax.device_get(stages.load_variables(run))
+    images = data.take(run.dataset.test, np.arange(4))
+    geometry = dict(size=5, stride=4, grid='paper', chunk_size=None, plan=SMALL)
+    fill = np.array([0.5], np.float32)
+    four = shard.map_batch(
+        run.replicate(variables), run.divide(images), fill, mesh=run.mesh, **geometry
+    )
+    assert len(four.sharding.device_set) == 4
+    alone = jax.make_mesh((1,), ('data',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    one = shard.map_batch(variables, images, fill, mesh=alone, **geometry)
+    np.testing.assert_allclose(four, one, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_classifier_that_is_never_right_is_reported_too(finished, tmp_path, monkeypatch):
+    """No image is correct, so there is no map of either kind: dashes, no NaN, no error."""
+    run = make_run(tmp_path / 'run')
+    shutil.copytree(finished[0].workdir / 'classifier', run.workdir / 'classifier')
+    shutil.copy(finished[0].workdir / 'dataset.json', run.workdir)
+
+    def never_right(before, after, labels):
+        nothing = np.zeros(len(labels), bool)
+        return attack.Outcome(nothing, nothing, after.argmax(-1))
+
+    monkeypatch.setattr(attack, 'outcome', never_right)
+    tables = run_all(run)
+    assert 'no correct or adversarial maps' in tables
+    results = json.loads((run.workdir / 'report' / 'results.json').read_text())
+    assert results['attack']['success_rate'] is None
+    assert results['detection']['paper']['overall']['auroc'] is None
+
+
+def test_a_classifier_is_taken_along_to_another_attack(finished, tmp_path, monkeypatch):
+    run, _ = finished
+    shutil.copytree(run.workdir / 'classifier', tmp_path / 'run' / 'classifier')
+    other = make_run(tmp_path / 'run')
+    other.config.attack.epsilon = 0.2
+    monkeypatch.setattr(classifier, 'train_step', None)
+    run_all(other)
+    found = store.load_metrics(other)
+    assert found['classifier'] == store.load_metrics(run)['classifier']
+    other.config.classifier.dropout_rate = 0.1
+    with pytest.raises(UsageError, match='classifier was made from another config'):
+        stages.train(other)
+
+
+def test_a_run_keeps_a_line_of_every_epoch_and_shard(finished):
+    run, _ = finished
+    text = (run.workdir / 'metrics.jsonl').read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    epochs = [line for line in lines if line['stage'] == 'train']
+    assert [line['epoch'] for line in epochs] == [1, 2, 3]
+    assert [line['step'] for line in epochs] == [300 // 32 * epoch for epoch in (1, 2, 3)]
+    assert epochs[0]['learning_rate'] > epochs[1]['learning_rate'] > epochs[2]['learning_rate'] > 0
+    assert epochs[0]['loss'] > epochs[2]['loss'] and epochs[0]['accuracy'] < epochs[2]['accuracy']
+    shards = {line['shard'] for line in lines if line['stage'] == 'heatmaps'}
+    assert shards == set(store.load_manifest(run)['shards'])
+
+
+def test_other_images_are_refused(finished):
+    run, _ = finished
+    other = make_run(run.workdir)
+    digits_load = data.load
+
+    def load(*args, **kwargs):
+        dataset = digits_load(*args, **kwargs)
+        return dataset._replace(class_names=dataset.class_names[::-1])
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError, match='other images'):
+        patch.setattr(data, 'load', load)
+        _ = other.dataset
+    assert run.description['class_names'] == list(run.dataset.class_names)
+
+
+@pytest.mark.parametrize('mode', ['heatmaps', 'detectors', 'report'])
+def test_a_stage_without_its_input_says_which_mode_makes_it(tmp_path, mode):
+    with pytest.raises(UsageError, match=r'does not exist: run --mode=\w+ first'):
+        stages.STAGES[mode](make_run(tmp_path / 'run'))
+
+
+def test_in_batches_pads_and_cuts():
+    run = run_lib.Run(config=digits.get_config(), workdir=None)
+    seen = []
+
+    def fn(x):
+        seen.append(len(x))
+        return {'twice': 2 * x}
+
+    array = np.arange(11.0, dtype=np.float32)
+    for batch_size in (4, 8, 12, 20):
+        seen.clear()
+        np.testing.assert_array_equal(
+            run.in_batches(fn, array, batch_size=batch_size)['twice'], 2 * array
+        )
+        assert set(seen) == {batch_size}
+
+
+def test_evaluate_divides_once():
+    """Five images in batches of two; batch averages would give 2/3 for one hit in the last."""
+    labels = np.zeros(2, np.int32)
+    real = [np.array([True, True]), np.array([True, True]), np.array([True, False])]
+    guesses = iter([np.array([1, 1]), np.array([1, 0]), np.array([0, 0])])
+    batches = [Batch(np.zeros((2, 1, 1, 1)), labels, labels, is_real) for is_real in real]
+    assert classifier.evaluate(lambda images: next(guesses), batches) == 2 / 5
+
+
+@pytest.mark.slow
+def test_fidelity_of_exact_maps_is_perfect_and_of_others_counted(finished, tmp_path, monkeypatch):
+    """What is stored is mapped again, without a difference where nothing is left out."""
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    few = dict(benchmark_images=1, benchmark_repeats=1)
+    run = make_run(tmp_path / 'run', fidelity_thresholds=(0.999, 0.4), **few)
+    printed = fidelity.fidelity(run)
+    result = json.loads((run.workdir / 'fidelity.json').read_text())
+    rows = {(row['threshold'], row['every']): row for row in result['settings']}
+    assert len(rows) == 6
+    # Images of 16 pixels have no side of which 0.999 leaves less than the whole patch.
+    for key in ((1.0, 1), (0.999, 1)):
+        assert rows[key]['ssim'] == pytest.approx(1, abs=1e-3)
+        assert rows[key]['spearman'] == pytest.approx(1, abs=1e-2)
+    assert set(rows[1.0, 1]['judges']) == {'detector', 'all_logits', 'map_mean'}
+    for entry in rows[1.0, 1]['judges'].values():
+        assert (entry['difference'], entry['interval']) == (0, [0, 0])
+    assert rows[0.4, 1]['ssim'] < 0.999
+    assert rows[0.4, 2]['ssim'] < 1
+    maps, _ = store.load_shards(run, 'test')
+    judged = store.divide(run, 'held_out').is_judged
+    expected = [roc_auc_score(maps.is_adversarial[j], -maps.maps[j].mean((1, 2))) for j in judged]
+    found = rows[1.0, 1]['judges']['map_mean']['auroc']
+    assert found == pytest.approx(np.mean(expected))
+    assert f'{found:.3f} (' in printed
+    assert (run.workdir / 'fidelity.png').read_bytes().startswith(b'\x89PNG')
+    assert result['adversarial_maps'] == maps.is_adversarial.sum()
+
+
+def test_approximate_maps_are_asked_for_by_the_config(finished, tmp_path):
+    run = finished[0]
+    approximate = make_run(tmp_path / 'run')
+    approximate.config.occlusion.threshold = 0.4
+    assert approximate.mapping(10).engine == 'approximate'
+    variables, ids = stages.load_variables(run), np.arange(8)
+    autoencoder = stages.load_autoencoder(run)
+    ours, exact = (
+        shard.collect(r, variables, autoencoder, run.dataset.test, ids)['logits']
+        for r in (approximate, run)
+    )
+    assert np.abs(ours - exact).max() > 1e-3
+    for engine, config in (('full', approximate.config), ('approximate', run.config)):
+        wrong = dataclasses.replace(run, config=config, engine=engine)
+        with pytest.raises(UsageError, match='config.occlusion'):
+            wrong.mapping(10)

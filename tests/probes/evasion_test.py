@@ -1,0 +1,112 @@
+"""Laws of attacks on the detectors themselves."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from occjax import config as config_lib
+from occjax.experiment import results as results_lib
+from occjax.experiment import run as run_lib
+from occjax.experiment import storage
+from occjax.probes import evasion
+from occjax.types import UsageError
+from tests.small_run import make_run
+from tests.verdict_test import seed_0
+
+pytestmark = pytest.mark.usefixtures('small_plan')
+
+
+@pytest.mark.slow
+def test_an_attacker_who_knows_the_detector_evades_more(finished, tmp_path, one_in_two):
+    """And what is stored is not attacked anew."""
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    run = make_run(tmp_path / 'run')
+    settings = run.config.adaptive
+    settings.epsilons, settings.steps, settings.images = (0.05, 0.3), 6, 12
+    settings.methods = ('detector',)
+    printed = evasion.evade(run)
+    result = json.loads((run.workdir / 'adaptive.json').read_text())
+    assert result['images'] == 12
+    rows = {(r['method'], r['attack'], r['epsilon']): r for r in result['rows']}
+    assert len(rows) == 4 * 2
+    for row in result['rows']:
+        low, high = row['interval']
+        assert 0 <= low <= row['evasion'] <= high <= 1
+        assert row['evasion'] <= row['wrong']
+        if row['by_step']:
+            assert len(row['by_step']) == 7
+            assert row['by_step'] == sorted(row['by_step'])
+            assert row['by_step'][-1] == row['evasion']
+    knowing = [rows['detector', name, 0.3]['evasion'] for name in evasion.ATTACKS]
+    assert max(knowing) > rows['detector', 'fgsm', 0.3]['evasion']
+    assert (run.workdir / 'adaptive.png').read_bytes().startswith(b'\x89PNG')
+    assert 'What the detectors do not do' in printed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_lib.Run, 'in_batches', None)
+        assert evasion.evade(run) == printed
+    # The report shows it, in the words of the mode itself.
+    title = 'What the detectors do not do'
+    assert printed.split(title)[1].split('\n\nWritten')[0].strip() in results_lib.make_report(run)
+    assert title in (run.workdir / 'report' / 'report.html').read_text()
+
+
+def test_a_false_alarm_is_a_clean_image_above_its_threshold(finished, tmp_path, one_in_two):
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    run = make_run(tmp_path / 'run')
+    settings = run.config.adaptive
+    settings.epsilons, settings.attacks, settings.images = (0.3,), (), 40
+    settings.methods = ('detector',)
+    evasion.evade(run)
+    result = json.loads((run.workdir / 'adaptive.json').read_text())
+    _, levels, maps, scores = seed_0(run, 'detector')
+    clean = np.flatnonzero(~maps.is_adversarial)[:40]
+    expected = np.mean(scores[clean] > levels[maps.predicted[clean]])
+    borderline = np.sum(np.abs(scores[clean] - levels[maps.predicted[clean]]) < 1e-3)
+    assert expected > 0
+    assert result['false_alarms']['detector'] == pytest.approx(
+        expected, abs=(borderline + 0.1) / len(clean)
+    )
+
+
+def test_other_probes_are_no_other_experiment(finished, tmp_path):
+    """A work directory opens with other sweeps and attackers, and with nothing else changed."""
+    config = make_run(tmp_path / 'run').config
+    config.sweep.images, config.adaptive.steps = 7, 3
+    config.detector.methods = ('detector', 'pooled')
+    storage.open_workdir(tmp_path / 'run', config)
+    config.seed = 5
+    with pytest.raises(config_lib.UsageError, match='seed'):
+        storage.open_workdir(tmp_path / 'run', config)
+
+
+def test_other_settings_are_attacked_anew(finished, tmp_path, monkeypatch):
+    """What is stored of one number of steps is none of another's; of the same it is."""
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    run = make_run(tmp_path / 'run')
+    settings, attacked = run.config.adaptive, []
+
+    def attack_batch(*arrays, name, steps, weight, **_):
+        attacked.append((name, steps, weight))
+        count = len(arrays[-1])
+        return np.ones(count, bool), np.ones(count, bool), np.full(count, steps)
+
+    monkeypatch.setattr(evasion, 'attack_batch', attack_batch)
+    settings.epsilons, settings.attacks, settings.images = (0.1,), ('joint',), 8
+    settings.methods, curves = ('detector',), []
+    wanted = (1, 1.0), (3, 1.0), (3, 50.0)
+    for settings.steps, settings.weight in (*wanted, wanted[1]):
+        evasion.evade(run)
+        rows = json.loads((run.workdir / 'adaptive.json').read_text())['rows']
+        curves += [row['by_step'] for row in rows if row['attack'] == 'joint']
+    assert curves == [[0, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1]]
+    assert [how for name, *how in attacked if name == 'joint'] == [list(how) for how in wanted]
+
+
+def test_only_fitted_detectors_can_be_attacked(finished, tmp_path):
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    run = make_run(tmp_path / 'run')
+    run.config.adaptive.methods = ('pooled',)
+    with pytest.raises(UsageError, match="has \\['pooled'\\]"):
+        evasion.evade(run)

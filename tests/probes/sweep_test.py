@@ -1,0 +1,58 @@
+"""Laws of the sweep over attacks, epsilons and windows."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from occjax.experiment import run as run_lib
+from occjax.experiment import stages, store
+from occjax.probes import sweep
+from tests.small_run import make_run
+
+pytestmark = pytest.mark.usefixtures('small_plan')
+
+
+def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
+    """FGSM at the config's epsilon is what is stored already; the rest is counted."""
+    run = make_run(tmp_path / 'run')
+    shutil.copytree(finished[0].workdir / 'classifier', run.workdir / 'classifier')
+    shutil.copy(finished[0].workdir / 'dataset.json', run.workdir)
+    run.config.sweep.epsilons, run.config.sweep.attacks = (0.02,), ('bim',)
+    run.config.sweep.steps, run.config.sweep.images = 3, 150
+    run.config.sweep.occluders = ((4, 6, 0.0),)
+    run.config.sweep.methods = ('linear_probe',)
+    printed = sweep.sweep(run)
+    result = json.loads((run.workdir / 'sweep.json').read_text())
+    assert list(result['attacks']) == ['fgsm 0.02', 'fgsm 0.3', 'bim 0.3']
+    assert set(result['transfer']['linear_probe']) == {'fgsm 0.02', 'fgsm 0.3'}
+    maps, _ = store.load_shards(finished[0], 'test')
+    chosen = np.isin(maps.image_id, stages.mapped_ids(run, 'test')[:150])
+    assert result['correct'] == np.sum(chosen & ~maps.is_adversarial)
+    attacked = result['attacks']['fgsm 0.3']
+    assert attacked['successful'] == np.sum(chosen & maps.is_adversarial)
+    assert attacked['success_rate'] == attacked['successful'] / result['correct']
+    assert result['attacks']['fgsm 0.02']['successful'] < attacked['successful']
+    assert f'{attacked["success_rate"]:.3f}' in printed
+    assert (run.workdir / 'sweep.png').read_bytes().startswith(b'\x89PNG')
+    # Of 16 pixels: 5 every 4 are at 3 x 3 places, 4 every 6 at 2 x 2.
+    own, other, every = result['occluders']
+    assert [row['forward_passes'] for row in (own, other, every)] == [10, 5, 14]
+    own_attack = result['transfer']['linear_probe']['fgsm 0.3']['fgsm 0.3']
+    assert own['auroc']['linear_probe'] == own_attack
+    have, of = own_attack['over']  # Few classes have maps of both kinds.
+    assert 0 < have < of == 10 * run.config.detector.seeds
+    assert f'{own_attack["auroc"]:.3f} ({have} of {of})' in printed
+    assert len({json.dumps(row['auroc']) for row in result['occluders']}) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_lib.Run, 'in_batches', None)
+        assert sweep.sweep(run) == printed
+
+
+def test_windows_to_try_differ_from_the_config_s_in_one_thing_each(tmp_path):
+    run = make_run(tmp_path / 'run')
+    own = (5, 4, (0.5,))
+    assert sweep.occluders(run)[0] == own
+    for windows in sweep.occluders(run)[1:]:
+        assert sum(a != b for a, b in zip(windows, own, strict=True)) == 1

@@ -1,0 +1,93 @@
+"""Laws of the verdict as one function of images."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from occjax import data, metrics, verdict
+from occjax.experiment import judging, stages, store
+from occjax.methods import METHODS
+
+pytestmark = pytest.mark.usefixtures('small_plan')
+
+SETTINGS = dict(plan=SMALL, size=5, stride=4, fill=0.5, engine='full')
+LEVELS = np.linspace(-1, 1, 10)  # Any thresholds: those of 5 % are infinite in so small a run.
+
+
+def seed_0(run, method):
+    """Returns the first seed's bank, its thresholds, and the maps that it was not fitted on."""
+    division = store.divide(run, 'held_out')
+    banks = store.load_banks(run, division, 'held_out', method)
+    scores = judging.score_banks(banks, METHODS[method], division.maps)[0]
+    judged, known = division.is_judged[0], division.known(0, scores)
+    levels = metrics.thresholds(**known, num_classes=10, threshold=0.0, learns=True)
+    bank = jax.tree.map(lambda leaf: leaf[0], banks)
+    levels = np.where(np.isnan(levels[1]), np.inf, levels[1])
+    return bank, levels, division.maps.select(judged), scores[judged]
+
+
+@pytest.mark.parametrize('method', ['detector', 'linear_probe', 'all_logits'])
+def test_a_verdict_is_what_the_stored_maps_say(finished, method):
+    run, _ = finished
+    variables = stages.load_variables(run)
+    bank, _, maps, scores = seed_0(run, method)
+    clean = np.flatnonzero(~maps.is_adversarial)[:6]
+    images = data.take(run.dataset.test, maps.image_id[clean])
+    for engine in ('full', 'incremental'):
+        settings = SETTINGS | {'engine': engine, 'method': METHODS[method]}
+        margins_fn = jax.jit(functools.partial(verdict.margins, **settings))
+        margins = margins_fn(variables, bank, LEVELS, images)
+        expected = scores[clean] - LEVELS[maps.predicted[clean]]
+        np.testing.assert_allclose(margins, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('engine', ['full', pytest.param('incremental', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('method', ['detector', 'all_logits'])
+def test_the_gradient_of_a_verdict_is_right(finished, method, engine):
+    """Against central differences along random directions, through map and detector."""
+    run, _ = finished
+    variables = stages.load_variables(run)
+    bank, _, maps, _ = seed_0(run, method)
+    image = data.take(run.dataset.test, maps.image_id[:1])
+    # The empty ground of a digit ties the maxima of pools, which have no gradient there.
+    image += np.random.default_rng(1).uniform(0, 0.1, image.shape).astype(np.float32)
+
+    @jax.jit
+    def margin_fn(image):
+        settings = SETTINGS | {'engine': engine}
+        settings |= {'method': METHODS[method]}
+        return verdict.margins(variables, bank, LEVELS, image, **settings)[0]
+
+    gradient = jax.grad(margin_fn)(image)
+    assert np.abs(gradient).max() > 0
+    rng, step, errors, sizes = np.random.default_rng(0), 1e-4, [], []
+    for _ in range(12):
+        direction = rng.choice([-1.0, 1.0], image.shape).astype(np.float32)
+        numeric = (margin_fn(image + step * direction) - margin_fn(image - step * direction)) / (
+            2 * step
+        )
+        errors.append(float(numeric - (gradient * direction).sum()))
+        sizes.append(float(numeric))
+    # Kinks of ReLU and pools lie between the two points of some differences.
+    assert np.median(np.abs(errors)) < 0.05 * np.std(sizes)
+
+
+def test_both_engines_have_one_gradient(finished):
+    run, _ = finished
+    variables = stages.load_variables(run)
+    bank, _, maps, _ = seed_0(run, 'detector')
+    images = data.take(run.dataset.test, maps.image_id[:3])
+    # As above: where maxima tie, either is right.
+    images += np.random.default_rng(1).uniform(0, 0.1, images.shape).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(images, engine):
+        settings = SETTINGS | {'engine': engine, 'method': METHODS['detector']}
+        return jax.grad(lambda x: verdict.margins(variables, bank, LEVELS, x, **settings).sum())(
+            images
+        )
+
+    gradients = [gradient(images, engine) for engine in ('full', 'incremental')]
+    np.testing.assert_allclose(*gradients, atol=1e-4 * np.abs(gradients[0]).max())
