@@ -9,6 +9,7 @@ import pytest
 from occjax import data, metrics, verdict
 from occjax.experiment import judging, stages, store
 from occjax.methods import METHODS
+from tests.small_run import SMALL
 
 pytestmark = pytest.mark.usefixtures('small_plan')
 
