@@ -1,31 +1,71 @@
 """FGSM adversarial images, found by their occlusion heatmaps, in functional JAX.
 
+What lies in this folder is pure functions of arrays, to import; its folders are the program that
+makes the paper.
+
 Dimensions: B batch, H W C image, K classes, h w heatmap grid, M maps.
 """
 
 import importlib
+import typing
 
-_MODULES = (
+if typing.TYPE_CHECKING:  # What editors and type checkers see; the rest of us get it on first use.
+    from occjax import (
+        adaptive,
+        approximate,
+        attack,
+        classifier,
+        comparators,
+        config,
+        convolution,
+        data,
+        detector,
+        engine,
+        incremental,
+        methods,
+        metrics,
+        occlusion,
+        sources,
+        types,
+        verdict,
+        vgg,
+    )
+    from occjax.attack import fgsm
+    from occjax.occlusion import grid_shape, heatmaps, occluded_logits
+    from occjax.verdict import margins
+
+__all__ = [
+    'adaptive',
     'approximate',
     'attack',
-    'benchmark',
     'classifier',
+    'comparators',
     'config',
+    'convolution',
     'data',
     'detector',
+    'engine',
+    'fgsm',
+    'grid_shape',
+    'heatmaps',
     'incremental',
+    'margins',
+    'methods',
     'metrics',
+    'occluded_logits',
     'occlusion',
+    'sources',
+    'types',
+    'verdict',
     'vgg',
-)
+]
 _FUNCTIONS = {
     'fgsm': 'attack',
     'grid_shape': 'occlusion',
     'heatmaps': 'occlusion',
+    'margins': 'verdict',
     'occluded_logits': 'occlusion',
 }
-
-__all__ = sorted([*_MODULES, *_FUNCTIONS])
 
 
 def __getattr__(name):
