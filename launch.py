@@ -165,7 +165,7 @@ _FIDELITY_THRESHOLDS = flags.DEFINE_list(
 def main(_):
     """Opens the work directory and runs the stages that the mode names."""
     from occjax.experiment import memory, storage
-    from occjax.experiment.run import PLANS, Run
+    from occjax.experiment.run import PLANS, Run, Speed
 
     config = flags.FLAGS.config
     config.validate()
@@ -182,29 +182,32 @@ def main(_):
         workdir=storage.open_workdir(workdir, config),
         data_dir=_DATA_DIR.value,
         cache_dir=_CACHE_DIR.value,
-        chunk_size=_CHUNK_SIZE.value,
-        eval_batch_size=_EVAL_BATCH_SIZE.value,
-        engine=_ENGINE.value,
-        memory_limit=limit,
-        benchmark_images=_BENCHMARK_IMAGES.value,
-        benchmark_repeats=_BENCHMARK_REPEATS.value,
-        benchmark_peer=_BENCHMARK_PEER.value,
-        benchmark_dtype=_BENCHMARK_DTYPE.value,
-        benchmark_threshold=_BENCHMARK_THRESHOLD.value,
-        benchmark_every=_BENCHMARK_EVERY.value,
-        fidelity_thresholds=shares,
-        images=_IMAGES.value,
+        speed=Speed(
+            engine=_ENGINE.value,
+            chunk_size=_CHUNK_SIZE.value,
+            eval_batch_size=_EVAL_BATCH_SIZE.value,
+            memory_limit=limit,
+        ),
     )
     # Seconds of import, which no mistake of the above has to wait for.
     from occjax.benchmark import engines, fidelity, training
+    from occjax.benchmark.peer import Timing
     from occjax.experiment import stages
     from occjax.probes import detection, evasion, sweep
 
+    timing = Timing(
+        images=_BENCHMARK_IMAGES.value,
+        repeats=_BENCHMARK_REPEATS.value,
+        peer=_BENCHMARK_PEER.value,
+        dtype=_BENCHMARK_DTYPE.value,
+        threshold=_BENCHMARK_THRESHOLD.value,
+        every=_BENCHMARK_EVERY.value,
+    )
     timed = training if _BENCHMARK_TRAINING.value else engines
     modes = stages.STAGES | {
-        'detect': detection.detect,
-        'benchmark': timed.benchmark,
-        'fidelity': fidelity.fidelity,
+        'detect': lambda run: detection.detect(run, _IMAGES.value),
+        'benchmark': lambda run: timed.benchmark(run, timing),
+        'fidelity': lambda run: fidelity.fidelity(run, timing, shares),
         'sweep': sweep.sweep,
         'adaptive': evasion.evade,
     }

@@ -25,7 +25,8 @@ def make_run(workdir, **flags):
     """Returns a run of it."""
     config = get_config()
     config.validate()
-    return run_lib.Run(config=config, workdir=storage.open_workdir(workdir, config), **flags)
+    speed = run_lib.Speed(**flags)
+    return run_lib.Run(config=config, workdir=storage.open_workdir(workdir, config), speed=speed)
 
 
 def run_all(run):

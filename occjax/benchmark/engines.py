@@ -24,7 +24,8 @@ import numpy as np
 from occjax import approximate, data, occlusion, vgg
 from occjax import engine as engine_lib
 from occjax.benchmark import peer
-from occjax.experiment import shard, stages, storage
+from occjax.benchmark.peer import Timing
+from occjax.experiment import devices, shard, stages, storage
 from occjax.experiment.run import Run, say
 from occjax.report import benchmark as benchmark_report
 from occjax.streams import Stream
@@ -32,7 +33,7 @@ from occjax.streams import Stream
 NUM_CLASSES = 10  # of an untrained classifier
 
 
-def benchmark(run: Run) -> str:
+def benchmark(run: Run, timing: Timing) -> str:
     """Times the engines, writes `benchmark.json` and `benchmark.png`, and returns a table.
 
     `--engine` names the one to be timed; 'auto' stands for all of them.
@@ -40,13 +41,13 @@ def benchmark(run: Run) -> str:
     Raises:
         UsageError: if a peer is asked for that is not installed, or memory is too small.
     """
-    names = (*engine_lib.ENGINES, 'approximate') if run.engine == 'auto' else (run.engine,)
-    if run.benchmark_peer:
-        peer.check(run.benchmark_peer, levels=run.config.classifier.thermometer)
+    wanted = run.speed.engine
+    names = (*engine_lib.ENGINES, 'approximate') if wanted == 'auto' else (wanted,)
+    peer.check(timing.peer, levels=run.config.classifier.thermometer)
     for name in names:
         run.mapping(NUM_CLASSES, name)  # Before anything is computed: is there memory?
-    variables, images, weights = _subject(run)
-    dtype = jnp.dtype(run.benchmark_dtype)
+    variables, images, weights = _subject(run, timing.images)
+    dtype = jnp.dtype(timing.dtype)
     types = ('float32', dtype.name) if jax.default_backend() == 'cpu' else ('float32', 'bfloat16')
     rates = {name: matrix_rate(name) for name in dict.fromkeys(types)}
     expected = plain_maps(run, variables, images)
@@ -61,7 +62,7 @@ def benchmark(run: Run) -> str:
         **{name: getattr(run.config.occlusion, name) for name in ('size', 'stride', 'grid')},
         'windows_per_map': math.prod(run.grid),
         'images': len(images),
-        'repeats': run.benchmark_repeats,
+        'repeats': timing.repeats,
         'dtype': dtype.name,
         'matrix_product_flops_per_second': rates,
         'engines': {},
@@ -70,17 +71,17 @@ def benchmark(run: Run) -> str:
         say(f'benchmark: {name}')
         knobs = {}
         if name == 'approximate':
-            given = dict(threshold=run.benchmark_threshold, every=run.benchmark_every)
+            given = dict(threshold=timing.threshold, every=timing.every)
             knobs = run.knobs or given
-        result['engines'][name] = measure(run, name, variables, images, expected, **knobs)
+        result['engines'][name] = measure(run, timing, name, variables, images, expected, **knobs)
         share = result['engines'][name]['flops_per_second'] / rates[dtype.name]
         # CPU devices are parts of one machine, which `matrix_rate` had to itself.
         share /= 1 if jax.default_backend() == 'cpu' else jax.device_count()
         result['engines'][name]['share_of_matrix_product_rate'] = share
     result['peak_memory_bytes'] = peak_memory()
-    if run.benchmark_peer:
-        say(f'benchmark: {run.benchmark_peer}')
-        theirs = peer.measure(run, variables, images)
+    if timing.peer:
+        say(f'benchmark: {timing.peer}')
+        theirs = peer.measure(run, timing, variables, images)
         result['peer'] = theirs
         for ours in result['engines'].values():
             ours['times_peer'] = ours['windows_per_second'] / theirs['windows_per_second']
@@ -126,9 +127,9 @@ def seconds_of(fn: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _subject(run):
+def _subject(run, count):
     """Returns variables, `[B, H, W, C]` images, and where they are from."""
-    count, rng = run.benchmark_images, run.rng(Stream.BENCHMARK)
+    rng = run.rng(Stream.BENCHMARK)
     if (run.workdir / 'classifier' / 'metrics.json').exists():
         split = run.dataset.test
         return (
@@ -137,7 +138,7 @@ def _subject(run):
             'trained',
         )
     images = rng.uniform(size=(count, *run.image_shape, 3)).astype(np.float32)
-    return run.replicate(random_variables(run)), images, 'random'
+    return devices.replicate(random_variables(run)), images, 'random'
 
 
 def random_variables(run: Run) -> vgg.Variables:
@@ -177,6 +178,7 @@ def plain_maps(
 
 def measure(
     run: Run,
+    timing: Timing,
     name: str,
     variables: vgg.Variables,
     images: np.ndarray,
@@ -186,7 +188,8 @@ def measure(
     """Returns one engine's numbers.
 
     Args:
-        run: the experiment, and how many repeats in which number type.
+        run: the experiment.
+        timing: how many repeats, in which number type.
         name: of the engine.
         variables: of the classifier.
         images: `[B, H, W, C]` in [0, 1].
@@ -194,15 +197,15 @@ def measure(
         **knobs: of the approximate engine.
     """
     mapping = run.mapping(vgg.num_classes(variables), name)
-    devices = jax.device_count()
-    batch_size = min(mapping.batch_size, math.ceil(len(images) / devices) * devices)
-    fill, dtype = shard.fill_of(run, variables), jnp.dtype(run.benchmark_dtype)
+    per_device = math.ceil(len(images) / jax.device_count())
+    batch_size = min(mapping.batch_size, per_device * jax.device_count())
+    fill, dtype = shard.fill_of(run, variables), jnp.dtype(timing.dtype)
     # Pixels and their normalisation stay float32: it costs nothing.
     cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
     cast = cast._replace(pixel_stats=variables.pixel_stats)
-    settings = dict(mesh=run.mesh, plan=run.plan, engine=name, chunk_size=mapping.chunk_size)
+    settings = dict(mesh=devices.mesh(), plan=run.plan, engine=name, chunk_size=mapping.chunk_size)
     began = time.perf_counter()
-    batch = run.divide(images[np.arange(batch_size) % len(images)])
+    batch = devices.divide(images[np.arange(batch_size) % len(images)])
     program = shard.map_batch.lower(cast, batch, fill, **settings, **run.geometry, **knobs)
     program = program.compile()
     compile_seconds = time.perf_counter() - began
@@ -211,11 +214,11 @@ def measure(
         def map_fn(images):
             return program(cast, images, fill)
 
-        return run.in_batches(map_fn, images, batch_size=batch_size)
+        return devices.in_batches(map_fn, images, batch_size=batch_size)
 
     unoccluded, maps = expected
     logits = compute(images[: len(maps)]).astype(np.float32)  # The warm-up.
-    seconds = [seconds_of(lambda: compute(images)) for _ in range(run.benchmark_repeats)]
+    seconds = [seconds_of(lambda: compute(images)) for _ in range(timing.repeats)]
     median, windows = statistics.median(seconds), maps[0].size * len(images)
     head = dict(num_classes=vgg.num_classes(variables), **run.widths)
     network = dict(image_shape=run.image_shape, plan=run.plan, **head, **run.geometry)

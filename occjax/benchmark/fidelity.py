@@ -9,12 +9,14 @@ Dimensions: S seeds, M maps, h w heatmap grid, K classes.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
 from occjax import approximate, data, metrics
 from occjax.benchmark import engines, peer
+from occjax.benchmark.peer import Timing
 from occjax.experiment import judging, shard, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Progress, Run, say
@@ -28,8 +30,13 @@ JUDGES = ('detector', 'all_logits', 'map_mean')
 _PROTOCOL = 'held_out'
 
 
-def fidelity(run: Run) -> str:
+def fidelity(run: Run, timing: Timing, thresholds: Sequence[float]) -> str:
     """Judges approximate maps, writes `fidelity.json` and `fidelity.png`, and returns a table.
+
+    Args:
+        run: a finished one.
+        timing: how each setting is timed.
+        thresholds: of the approximate engine, beside 1.
 
     Raises:
         UsageError: if the stored maps are approximate themselves, a stage is missing, or a peer is
@@ -40,13 +47,12 @@ def fidelity(run: Run) -> str:
             f'--mode=fidelity compares with exact maps, but config.occlusion has {run.knobs}: '
             'set both to 1.'
         )
-    if run.benchmark_peer:
-        peer.check(run.benchmark_peer, levels=run.config.classifier.thermometer)
+    peer.check(timing.peer, levels=run.config.classifier.thermometer)
     variables, division = stages.load_variables(run), store.divide(run, _PROTOCOL)
     exact, rows, images = division.maps, [], _images(run, variables, division.maps)
     judges = [name for name in JUDGES if name in (*run.config.detector.methods, *metrics.BASELINES)]
     reference = None
-    for threshold in (1.0, *run.fidelity_thresholds):
+    for threshold in (1.0, *thresholds):
         for every in EVERY:
             knobs = dict(threshold=threshold, every=every)
             logits = _logits(run, variables, images, exact, **knobs)
@@ -68,12 +74,12 @@ def fidelity(run: Run) -> str:
         'protocol': _PROTOCOL,
         'maps': len(exact),
         'adversarial_maps': int(exact.is_adversarial.sum()),
-        'settings': _timed(run, variables, images, rows),
+        'settings': _timed(run, timing, variables, images, rows),
     }
-    if run.benchmark_peer:
-        say(f'benchmark: {run.benchmark_peer}')
-        few = images[: run.benchmark_images]
-        result['peer'] = theirs = peer.measure(run, variables, few)
+    if timing.peer:
+        say(f'benchmark: {timing.peer}')
+        few = images[: timing.images]
+        result['peer'] = theirs = peer.measure(run, timing, variables, few)
         for row in rows:
             row['times_peer'] = row['windows_per_second'] / theirs['windows_per_second']
     storage.write_json(run.workdir / 'fidelity.json', result)
@@ -139,16 +145,16 @@ def _compared(division, aurocs, reference):
     }
 
 
-def _timed(run, variables, images, rows):
+def _timed(run, timing, variables, images, rows):
     """Returns the rows with their speed: each setting maps a few images, as `benchmark` does."""
-    few = images[: run.benchmark_images]
+    few = images[: timing.images]
     expected = engines.plain_maps(run, variables, few)
     for row in rows:
         say(f'fidelity: timing threshold {row["threshold"]:g}, every {row["every"]}')
         exact = row['threshold'] == row['every'] == 1
         engine = 'incremental' if exact else 'approximate'
         knobs = {} if exact else {name: row[name] for name in ('threshold', 'every')}
-        found = engines.measure(run, engine, variables, few, expected, **knobs)
+        found = engines.measure(run, timing, engine, variables, few, expected, **knobs)
         row['windows_per_second'] = found['windows_per_second']
         row['seconds_per_map'] = 1 / found['maps_per_second']
         row['flop_ratio'] = found['flops_per_map_in_full'] / found['flops_per_map']

@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,12 +23,26 @@ from occjax.types import UsageError
 
 PEERS = ('captum',)
 
+
+class Timing(NamedTuple):
+    """What is timed, how often, and beside whom."""
+
+    images: int = 4
+    repeats: int = 5
+    peer: str | None = None  # one of `PEERS`
+    dtype: str = 'float32'  # of the weights
+    threshold: float = 0.4  # of the approximate engine
+    every: int = 2  # of the approximate engine
+
+
 # Windows that captum is tried at in one forward pass; it makes one at a time by default.
 _PER_EVAL = (1, 4, 8, 16)
 
 
-def check(name: str, *, levels: int = 1):
+def check(name: str | None, *, levels: int = 1):
     """Raises `UsageError` if a peer is not installed, or has no layers for a thermometer's."""
+    if name is None:
+        return
     if levels > 1:
         raise UsageError(
             f'{name} cannot be compared on a thermometer of {levels} levels: '
@@ -139,7 +154,7 @@ def training_step(
     return step
 
 
-def measure(run: Run, variables: vgg.Variables, images: np.ndarray) -> dict:
+def measure(run: Run, timing: Timing, variables: vgg.Variables, images: np.ndarray) -> dict:
     """Returns captum's numbers at the best setting that was found for it."""
     import torch
     from captum.attr import Occlusion
@@ -183,7 +198,7 @@ def measure(run: Run, variables: vgg.Variables, images: np.ndarray) -> dict:
         explain(*settings[0])  # The warm-up.
         tried = {setting: explain(*setting) for setting in settings}
         best = min(tried, key=tried.get)
-        seconds = [explain(*best) for _ in range(run.benchmark_repeats)]
+        seconds = [explain(*best) for _ in range(timing.repeats)]
     windows = (1 + -(-(side - window) // step)) ** 2
     median = statistics.median(seconds)
     return {

@@ -13,12 +13,13 @@ import numpy as np
 from occjax import classifier
 from occjax.benchmark import peer
 from occjax.benchmark.engines import NUM_CLASSES, random_variables, seconds_of
-from occjax.experiment import storage
+from occjax.benchmark.peer import Timing
+from occjax.experiment import devices, storage
 from occjax.experiment.run import Run, say
 from occjax.streams import Stream
 
 
-def benchmark(run: Run) -> str:
+def benchmark(run: Run, timing: Timing) -> str:
     """Times steps, writes `benchmark_training.json`, and returns a table.
 
     The steps of both libraries alternate, so that what else the machine does hits both.
@@ -26,22 +27,21 @@ def benchmark(run: Run) -> str:
     Raises:
         UsageError: if a peer is asked for that is not installed.
     """
-    if run.benchmark_peer:
-        peer.check(run.benchmark_peer, levels=run.config.classifier.thermometer)
+    peer.check(timing.peer, levels=run.config.classifier.thermometer)
     settings, rng = run.config.classifier, run.rng(Stream.BENCHMARK)
     shape = (settings.batch_size, *run.image_shape, 3)
     images = rng.uniform(size=shape).astype(np.float32)
     labels = rng.integers(0, NUM_CLASSES, settings.batch_size)
     variables = random_variables(run)
     steps = {}
-    if run.benchmark_peer:
+    if timing.peer:
         hyperparameters = dict(rate=settings.learning_rate, dropout_rate=settings.dropout_rate)
         steps['PyTorch'] = peer.training_step(run, variables, images, labels, **hyperparameters)
     steps = {'occjax': _step(run, variables, images, labels)} | steps
     compile_seconds = {name: seconds_of(step) for name, step in steps.items()}  # The warm-up.
     seconds = {name: [] for name in steps}
-    for repeat in range(run.benchmark_repeats):
-        say(f'benchmark: step {repeat + 1} of {run.benchmark_repeats}')
+    for repeat in range(timing.repeats):
+        say(f'benchmark: step {repeat + 1} of {timing.repeats}')
         for name, step in steps.items():
             seconds[name].append(seconds_of(step))
     result = {
@@ -85,8 +85,8 @@ def table(result: dict) -> str:
 def _step(run, variables, images, labels) -> Callable[[], None]:
     """Returns a function that takes one more step, and waits for it."""
     settings = run.config.classifier
-    state = run.replicate(classifier.init_state(variables))
-    images, labels = run.divide(images), run.divide(labels)
+    state = devices.replicate(classifier.init_state(variables))
+    images, labels = devices.divide(images), devices.divide(labels)
 
     def step():
         nonlocal state

@@ -10,7 +10,6 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,25 +36,24 @@ class Mapping(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast an experiment runs, and in how much memory; None leaves the choice to the run."""
+
+    engine: str = 'auto'
+    chunk_size: int | None = None  # the most windows at once
+    eval_batch_size: int | None = None  # images at once, outside of training
+    memory_limit: int | None = None  # bytes, for heatmaps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One experiment: what (`config`), where (`workdir`), and how fast (the rest)."""
+    """One experiment: what (`config`), where (`workdir`), from which images, and how fast."""
 
     config: Config
     workdir: pathlib.Path
     data_dir: str | None = None
     cache_dir: str | None = None
-    chunk_size: int | None = None
-    eval_batch_size: int | None = None
-    engine: str = 'auto'
-    memory_limit: int | None = None
-    benchmark_images: int = 4
-    benchmark_repeats: int = 5
-    benchmark_peer: str | None = None
-    benchmark_dtype: str = 'float32'
-    benchmark_threshold: float = 0.4
-    benchmark_every: int = 2
-    fidelity_thresholds: tuple[float, ...] = (0.5, 0.4, 0.3)
-    images: str | None = None
+    speed: Speed = Speed()
 
     @property
     def plan(self) -> vgg.Plan:
@@ -71,7 +69,7 @@ class Run:
     @property
     def batch_size(self) -> int:
         """How many images the classifier takes at once outside of training, 128 of 32×32 pixels."""
-        wanted = self.eval_batch_size or max(8, 2**17 // self.config.data.image_size**2)
+        wanted = self.speed.eval_batch_size or max(8, 2**17 // self.config.data.image_size**2)
         return math.ceil(wanted / jax.device_count()) * jax.device_count()
 
     @functools.cached_property
@@ -172,24 +170,24 @@ class Run:
                 maps than the config asks for.
         """
         where = dict(plan=self.plan, **self.geometry)
-        if engine is None and self.knobs and self.engine not in ('auto', 'approximate'):
+        if engine is None and self.knobs and self.speed.engine not in ('auto', 'approximate'):
             raise UsageError(
-                f'--engine={self.engine} makes exact maps, but config.occlusion has '
+                f'--engine={self.speed.engine} makes exact maps, but config.occlusion has '
                 f'{self.knobs}: leave --engine=auto, or set both to 1.'
             )
-        if engine is None and self.engine == 'approximate' and not self.knobs:
+        if engine is None and self.speed.engine == 'approximate' and not self.knobs:
             raise UsageError(
                 '--engine=approximate changes results, so its setting belongs to the config: add '
                 '--config.occlusion.threshold=0.5, or --config.occlusion.every=2.'
             )
-        wanted = 'approximate' if self.knobs else self.engine
+        wanted = 'approximate' if self.knobs else self.speed.engine
         engine = engine or engine_lib.choose(wanted, self.image_shape, **where)
         head = dict(num_classes=num_classes, **self.widths)
         needs = memory.needs(engine, self.image_shape, **where, **head)
         images, windows = needs.fit(
-            self.memory_limit or memory.available(),
+            self.speed.memory_limit or memory.available(),
             images=self.map_batch_size // jax.device_count(),
-            windows=self.chunk_size or occlusion.default_chunk((*self.image_shape, 3)),
+            windows=self.speed.chunk_size or occlusion.default_chunk((*self.image_shape, 3)),
             devices=memory.sharers(),
         )
         estimate = needs.total(images, windows)
@@ -206,36 +204,6 @@ class Run:
             'devices': jax.device_count(),
             'jax': jax.__version__,
         }
-
-    @functools.cached_property
-    def mesh(self) -> jax.sharding.Mesh:
-        """All devices along one axis, over which batches are divided."""
-        axis_types = (jax.sharding.AxisType.Auto,)
-        return jax.make_mesh((jax.device_count(),), ('data',), axis_types=axis_types)
-
-    def divide(self, array: np.ndarray) -> jax.Array:
-        """Puts a batch on the devices, a part on each where it divides."""
-        parts = jax.P('data') if len(array) % jax.device_count() == 0 else jax.P()
-        return jax.device_put(array, jax.NamedSharding(self.mesh, parts))
-
-    def replicate(self, tree: Any) -> Any:
-        """Puts the whole of a pytree on every device."""
-        return jax.device_put(tree, jax.NamedSharding(self.mesh, jax.P()))
-
-    def in_batches(self, fn: Callable, *arrays: np.ndarray, batch_size: int) -> Any:
-        """Returns `fn(*arrays)` on the host, computed in padded batches of one size.
-
-        Args:
-            fn: maps arrays of leading axis B to a pytree of such.
-            *arrays: of one length, at least 1.
-            batch_size: B.
-        """
-        outputs, count = [], len(arrays[0])
-        for start in range(0, count, batch_size):
-            # Past the end come images from the start again, which are cut off below.
-            rows = np.arange(start, start + batch_size) % count
-            outputs.append(jax.device_get(fn(*(self.divide(array[rows]) for array in arrays))))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
 
     def log(self, **values: Any):
         """Adds a line to `metrics.jsonl`, by which a run of hours can be watched and plotted."""

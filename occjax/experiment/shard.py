@@ -13,6 +13,7 @@ import numpy as np
 
 from occjax import attack, comparators, data, vgg
 from occjax import engine as engine_lib
+from occjax.experiment import devices
 from occjax.experiment.run import Run
 from occjax.streams import Stream
 from occjax.types import COMPARATORS, Split
@@ -80,7 +81,7 @@ def attacked_parts(
     attack_fn = functools.partial(
         attack_batch, variables, epsilon=settings.epsilon, clip=settings.clip, plan=run.plan
     )
-    adversarial, before, after = run.in_batches(
+    adversarial, before, after = devices.in_batches(
         attack_fn, images, labels, batch_size=run.batch_size
     )
     correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))
@@ -107,7 +108,7 @@ def control_parts(
         clip=settings.clip,
         plan=run.plan,
     )
-    noisy, under_noise = run.in_batches(noise_fn, clean.images, ids, batch_size=run.batch_size)
+    noisy, under_noise = devices.in_batches(noise_fn, clean.images, ids, batch_size=run.batch_size)
     correct, failed = clean.is_mapped, clean.is_mapped & ~adversarial.is_mapped
     return {
         'noise': Part(noisy, under_noise, correct & (under_noise.argmax(-1) == labels), False),
@@ -139,7 +140,7 @@ def compare(run: Run, variables: vgg.Variables, autoencoder: Any, images: np.nda
         size=wanted.median,
         temperature=wanted.temperature,
     )
-    return run.in_batches(compare_fn, images, batch_size=run.batch_size)
+    return devices.in_batches(compare_fn, images, batch_size=run.batch_size)
 
 
 def collect(
@@ -215,11 +216,11 @@ def map_images(
         map_batch,
         variables,
         fill=fill_of(run, variables),
-        mesh=run.mesh,
+        mesh=devices.mesh(),
         plan=run.plan,
         engine=mapping.engine,
         chunk_size=mapping.chunk_size,
         **run.geometry,
         **(knobs or run.knobs),
     )
-    return run.in_batches(map_fn, images, batch_size=mapping.batch_size)
+    return devices.in_batches(map_fn, images, batch_size=mapping.batch_size)

@@ -17,8 +17,8 @@ import numpy as np
 import optax
 
 from occjax import classifier, comparators, data, vgg
+from occjax.experiment import devices, shard, storage, store
 from occjax.experiment import results as results_lib
-from occjax.experiment import shard, storage, store
 from occjax.experiment.run import Progress, Run, say
 from occjax.streams import Stream
 from occjax.types import UsageError
@@ -83,7 +83,7 @@ def train(run: Run):
     predict_fn = functools.partial(predict, variables, plan=run.plan)
     accuracies = {
         f'{name}_accuracy': classifier.evaluate(
-            lambda images: predict_fn(run.divide(images)),
+            lambda images: predict_fn(devices.divide(images)),
             data.batches(getattr(run.dataset, name), run.batch_size),
         )
         for name in SPLITS
@@ -106,7 +106,7 @@ def _trained(run, directory, split, number, images_fn=None):
     if done:
         state = storage.restore_checkpoint(directory, state, mode='train', made_from=origin)
         say(f'classifier: continuing after epoch {done}')
-    state = run.replicate(state)
+    state = devices.replicate(state)
     batch_size = min(settings.batch_size, len(split))
     steps = len(split) // batch_size * settings.epochs
     # Ours: the paper names no schedule; a falling rate needs less tuning than a constant one.
@@ -127,7 +127,7 @@ def _trained(run, directory, split, number, images_fn=None):
         state, values = classifier.fit_epoch(
             state,
             (
-                batch._replace(images=shrink(run.divide(batch.images), side=side))
+                batch._replace(images=shrink(devices.divide(batch.images), side=side))
                 for batch in batches
             ),
             key=run.key(Stream.DROPOUT, number),
@@ -174,7 +174,7 @@ def load_variables(run: Run) -> vgg.Variables:
     made = {'classifier': storage.checkpoint_metadata(directory, **known)['digest']}
     storage.check_origin(directory / 'metrics.json', metrics, made, mode='train')
     state = storage.restore_checkpoint(directory, like, made_from=run.origin('train'), **known)
-    return run.replicate(state.variables)
+    return devices.replicate(state.variables)
 
 
 def mapped_ids(run: Run, name: str) -> np.ndarray:

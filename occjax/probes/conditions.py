@@ -11,7 +11,7 @@ import numpy as np
 
 from occjax import attack, data, vgg
 from occjax.config import Occlusion
-from occjax.experiment import shard, stages, storage, store
+from occjax.experiment import devices, shard, stages, storage, store
 from occjax.experiment.run import Progress, Run
 from occjax.streams import Stream
 from occjax.types import HeatmapSet
@@ -80,7 +80,7 @@ def mapped(
 
     def part(here):
         labels = split.labels[here]
-        adversarial, before, after = run.in_batches(
+        adversarial, before, after = devices.in_batches(
             attack_fn, data.take(split, here), labels, here, batch_size=run.batch_size
         )
         correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))

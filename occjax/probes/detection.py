@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from occjax import detector, metrics, sources, vgg
-from occjax.experiment import judging, shard, stages, store
+from occjax.experiment import devices, judging, shard, stages, store
 from occjax.experiment.run import Run
 from occjax.methods import METHODS
 from occjax.types import HeatmapSet, UsageError
@@ -36,7 +36,7 @@ def deployed(run: Run, division: judging.Division, method: str) -> tuple[detecto
     return jax.tree.map(lambda leaf: leaf[0], banks), np.where(np.isnan(levels), np.inf, levels)
 
 
-def detect(run: Run) -> str:
+def detect(run: Run, path: str | None) -> str:
     """Returns a line for each image: its class, how probable, and what each detector says.
 
     Raises:
@@ -44,7 +44,7 @@ def detect(run: Run) -> str:
             only some of the files that cannot be read, the lines are printed first, one of them
             for each of those.
     """
-    files = _files(run.images)
+    files = _files(path)
     images, said = _read(files, run.config.data.image_size)
     if len(files) == 1 and said:
         raise UsageError(*said.values())
@@ -74,13 +74,14 @@ def _judge(run, images):
     variables, division = stages.load_variables(run), store.divide(run, 'held_out')
     predict_fn = functools.partial(_logits, variables, plan=run.plan)
     # Few images are no reason for a whole batch; maps are made in batches of a quarter.
-    few = dataclasses.replace(run, eval_batch_size=min(run.batch_size, 4 * len(images)))
+    speed = dataclasses.replace(run.speed, eval_batch_size=min(run.batch_size, 4 * len(images)))
+    few = dataclasses.replace(run, speed=speed)
     per_device = math.ceil(len(images) / jax.device_count())
     batch_size = min(run.batch_size, per_device * jax.device_count())
     unknown = np.zeros(len(images), np.int32)
     maps = HeatmapSet(
         logits=shard.map_images(few, variables, images),
-        unoccluded=run.in_batches(predict_fn, images, batch_size=batch_size),
+        unoccluded=devices.in_batches(predict_fn, images, batch_size=batch_size),
         label=unknown,
         image_id=unknown,
         is_adversarial=unknown.astype(bool),

@@ -15,8 +15,8 @@ import numpy as np
 from scipy import stats
 
 from occjax import adaptive, attack, data, verdict, vgg
+from occjax.experiment import devices, shard, stages, storage, store
 from occjax.experiment import results as results_lib
-from occjax.experiment import shard, stages, storage, store
 from occjax.experiment.run import Run, say
 from occjax.methods import METHODS
 from occjax.probes import detection
@@ -147,7 +147,7 @@ def _measured(run, variables, detector, images, labels, made_from, method, name,
             steps=wanted.steps,
             weight=wanted.weight,
             clip=run.config.attack.clip,
-            mesh=run.mesh,
+            mesh=devices.mesh(),
             plan=run.plan,
             engine=mapping.engine,
             chunk_size=mapping.chunk_size,
@@ -156,7 +156,7 @@ def _measured(run, variables, detector, images, labels, made_from, method, name,
         )
         # Few images at once: those that evade wait for the slowest of their batch.
         batch_size = min(mapping.batch_size, 8 * jax.device_count())
-        found = run.in_batches(attack_fn, images, labels, batch_size=batch_size)
+        found = devices.in_batches(attack_fn, images, labels, batch_size=batch_size)
         return dict(zip(('wrong', 'evades', 'steps'), found, strict=True))
 
     found = storage.cached(path, part, mode='adaptive', made_from=made_from)

@@ -18,6 +18,8 @@ from occjax.experiment import storage
 from occjax.types import UsageError
 from tests.small_run import SMALL
 
+TIMING = peer.Timing(images=3, repeats=2)
+
 pytestmark = pytest.mark.usefixtures('small_plan')
 
 
@@ -26,8 +28,8 @@ def make_run(workdir, **flags):
     config.data.image_size, config.classifier.hidden = 16, 32
     config.occlusion.size, config.occlusion.stride = 5, 4
     config.occlusion.fill = (0.2, 0.5, 0.9)
-    flags = dict(benchmark_images=3, benchmark_repeats=2) | flags
-    return run_lib.Run(config=config, workdir=storage.open_workdir(workdir, config), **flags)
+    speed = run_lib.Speed(**flags)
+    return run_lib.Run(config=config, workdir=storage.open_workdir(workdir, config), speed=speed)
 
 
 def random_variables(side):
@@ -52,7 +54,7 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(run_lib.PLANS, 'vgg11', SMALL)
         run = make_run(tmp_path_factory.mktemp('benchmark') / 'run')
-        printed = engines.benchmark(run)
+        printed = engines.benchmark(run, TIMING)
     return run, printed, json.loads((run.workdir / 'benchmark.json').read_text())
 
 
@@ -106,8 +108,8 @@ def test_the_numbers_follow_from_each_other(measured):
 
 @pytest.mark.slow
 def test_another_type_of_weights_is_another_network(tmp_path):
-    run = make_run(tmp_path / 'run', engine='full', benchmark_dtype='bfloat16')
-    engines.benchmark(run)
+    run = make_run(tmp_path / 'run', engine='full')
+    engines.benchmark(run, TIMING._replace(dtype='bfloat16'))
     result = json.loads((run.workdir / 'benchmark.json').read_text())
     assert list(result['engines']) == ['full']
     assert 1e-5 < result['engines']['full']['largest_difference'] < 0.05
@@ -185,9 +187,8 @@ def test_captum_s_maps_are_ours():
 
 def test_a_peer_is_timed_beside_ours(tmp_path):
     pytest.importorskip('captum.attr')
-    few = dict(benchmark_images=1, benchmark_repeats=1)
-    run = make_run(tmp_path / 'run', engine='full', benchmark_peer='captum', **few)
-    printed = engines.benchmark(run)
+    run = make_run(tmp_path / 'run', engine='full')
+    printed = engines.benchmark(run, peer.Timing(images=1, repeats=1, peer='captum'))
     result = json.loads((run.workdir / 'benchmark.json').read_text())
     theirs, ours = result['peer'], result['engines']['full']
     assert theirs['windows_per_map'] == 16  # (16 - 5) / 4 is 2.75: a fourth hangs over the edge.
@@ -204,14 +205,14 @@ def test_a_peer_that_is_not_there_is_said_before_anything_runs(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, 'torch', None)
     monkeypatch.setattr(engines, 'matrix_rate', None)
     with pytest.raises(UsageError, match='pip install torch captum'):
-        engines.benchmark(make_run(tmp_path / 'run', benchmark_peer='captum'))
+        engines.benchmark(make_run(tmp_path / 'run'), peer.Timing(peer='captum'))
 
 
 @pytest.mark.slow
 def test_training_steps_are_timed(tmp_path):
     run = make_run(tmp_path / 'run')
     run.config.classifier.batch_size = 4
-    printed = training.benchmark(run)
+    printed = training.benchmark(run, TIMING)
     result = json.loads((run.workdir / 'benchmark_training.json').read_text())
     row = result['steps']['occjax']
     assert len(row['seconds']) == 2

@@ -114,16 +114,16 @@ import jax, numpy as np
 from configs import digits
 from occjax import engine, vgg
 from occjax.benchmark import engines
-from occjax.experiment import memory, run, shard
+from occjax.experiment import devices, memory, run, shard
 run.PLANS['vgg11'] = plan = (32, 64, 'M', 64, 'M')
 config = digits.get_config()
 config.data.image_size, config.classifier.hidden = 80, 16
 config.occlusion.size, config.occlusion.stride = 10, 5
-run = run.Run(config=config, workdir=None, engine='full', eval_batch_size=4,
-              memory_limit=json.loads(sys.argv[1]))
+speed = run.Speed(engine='full', eval_batch_size=4, memory_limit=json.loads(sys.argv[1]))
+run = run.Run(config=config, workdir=None, speed=speed)
 mapping = run.mapping(10)
 variables = vgg.init(jax.random.key(0), image_size=80, hidden=16, plan=plan)
-settings = dict(mesh=run.mesh, plan=plan, engine='full', chunk_size=mapping.chunk_size)
+settings = dict(mesh=devices.mesh(), plan=plan, engine='full', chunk_size=mapping.chunk_size)
 images = np.zeros((mapping.batch_size, 80, 80, 3), np.float32)
 fill = np.array([0.5], np.float32)
 shard.map_batch(variables, images, fill, **settings, **run.geometry).block_until_ready()

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from configs import digits
 from occjax import attack, classifier, data, detector, metrics, occlusion, vgg
-from occjax.benchmark import engines, fidelity
-from occjax.experiment import judging, shard, stages, storage, store
-from occjax.experiment import run as run_lib
+from occjax.benchmark import engines, fidelity, peer
+from occjax.experiment import devices, judging, shard, stages, storage, store
 from occjax.streams import Stream
 from occjax.types import Batch, HeatmapSet, UsageError
 from tests.small_run import SMALL, make_run, run_all
@@ -316,9 +314,8 @@ def test_the_memory_limit_and_the_engine_reach_the_maps(finished, tmp_path, monk
 def test_the_benchmark_takes_what_is_trained(finished, tmp_path):
     run, _ = finished
     shutil.copytree(run.workdir, tmp_path / 'run')
-    engines.benchmark(
-        make_run(tmp_path / 'run', engine='full', benchmark_images=2, benchmark_repeats=1)
-    )
+    run = make_run(tmp_path / 'run', engine='full')
+    engines.benchmark(run, peer.Timing(images=2, repeats=1))
     result = json.loads((tmp_path / 'run' / 'benchmark.json').read_text())
     assert result['weights'] == 'trained'
 
@@ -326,13 +323,13 @@ def test_the_benchmark_takes_what_is_trained(finished, tmp_path):
 def test_four_devices_are_one(finished):
     """Batches divide over the four devices of the tests; one of them gives the same numbers."""
     run, _ = finished
-    assert len(run.mesh.devices) == 4
+    assert len(devices.mesh().devices) == 4
     variables = jax.device_get(stages.load_variables(run))
     images = data.take(run.dataset.test, np.arange(4))
     geometry = dict(size=5, stride=4, grid='paper', chunk_size=None, plan=SMALL)
     fill = np.array([0.5], np.float32)
     four = shard.map_batch(
-        run.replicate(variables), run.divide(images), fill, mesh=run.mesh, **geometry
+        devices.replicate(variables), devices.divide(images), fill, mesh=devices.mesh(), **geometry
     )
     assert len(four.sharding.device_set) == 4
     alone = jax.make_mesh((1,), ('data',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
@@ -408,7 +405,6 @@ def test_a_stage_without_its_input_says_which_mode_makes_it(tmp_path, mode):
 
 
 def test_in_batches_pads_and_cuts():
-    run = run_lib.Run(config=digits.get_config(), workdir=None)
     seen = []
 
     def fn(x):
@@ -419,7 +415,7 @@ def test_in_batches_pads_and_cuts():
     for batch_size in (4, 8, 12, 20):
         seen.clear()
         np.testing.assert_array_equal(
-            run.in_batches(fn, array, batch_size=batch_size)['twice'], 2 * array
+            devices.in_batches(fn, array, batch_size=batch_size)['twice'], 2 * array
         )
         assert set(seen) == {batch_size}
 
@@ -437,9 +433,8 @@ def test_evaluate_divides_once():
 def test_fidelity_of_exact_maps_is_perfect_and_of_others_counted(finished, tmp_path, monkeypatch):
     """What is stored is mapped again, without a difference where nothing is left out."""
     shutil.copytree(finished[0].workdir, tmp_path / 'run')
-    few = dict(benchmark_images=1, benchmark_repeats=1)
-    run = make_run(tmp_path / 'run', fidelity_thresholds=(0.999, 0.4), **few)
-    printed = fidelity.fidelity(run)
+    run = make_run(tmp_path / 'run')
+    printed = fidelity.fidelity(run, peer.Timing(images=1, repeats=1), (0.999, 0.4))
     result = json.loads((run.workdir / 'fidelity.json').read_text())
     rows = {(row['threshold'], row['every']): row for row in result['settings']}
     assert len(rows) == 6
@@ -475,6 +470,7 @@ def test_approximate_maps_are_asked_for_by_the_config(finished, tmp_path):
     )
     assert np.abs(ours - exact).max() > 1e-3
     for engine, config in (('full', approximate.config), ('approximate', run.config)):
-        wrong = dataclasses.replace(run, config=config, engine=engine)
+        speed = dataclasses.replace(run.speed, engine=engine)
+        wrong = dataclasses.replace(run, config=config, speed=speed)
         with pytest.raises(UsageError, match='config.occlusion'):
             wrong.mapping(10)

@@ -1,6 +1,5 @@
 """Laws of verdicts on images of one's own."""
 
-import dataclasses
 import functools
 import re
 
@@ -26,16 +25,16 @@ def judged(finished, small_plan, tmp_path):
     run, _ = finished
     for i, pixels in enumerate(run.dataset.test.images[:10]):
         Image.fromarray(pixels).save(tmp_path / f'{i}.png')
-    return dataclasses.replace(run, images=str(tmp_path)), tmp_path
+    return run, tmp_path
 
 
 def test_bad_files_have_lines_of_their_own(judged, capsys):
     run, folder = judged
-    expected = detection.detect(run).splitlines()
+    expected = detection.detect(run, str(folder)).splitlines()
     (folder / '3.png').write_bytes((folder / '3.png').read_bytes()[:-40])
     (folder / '10.png').write_text('<html>')
     with pytest.raises(UsageError, match='^2 of 11 files could not be read.$'):
-        detection.detect(run)
+        detection.detect(run, str(folder))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 11
     for i in (3, 10):
@@ -45,19 +44,19 @@ def test_bad_files_have_lines_of_their_own(judged, capsys):
 
 def test_hidden_folders_and_folders_called_like_images_are_left_out(judged, capsys):
     run, folder = judged
-    expected = detection.detect(run)
+    expected = detection.detect(run, str(folder))
     (folder / 'a.png').mkdir()
     (folder / 'b.png').symlink_to('nowhere')
     (folder / '.thumbnails').mkdir()
     Image.new('RGB', (8, 8)).save(folder / '.thumbnails' / '0.png')
-    assert detection.detect(run) == expected
+    assert detection.detect(run, str(folder)) == expected
     assert '2 that are no image files' in capsys.readouterr().err
 
 
 def test_few_images_are_mapped_in_small_batches(judged, monkeypatch):
     """One image on four devices is a batch of four, and says what it says among others."""
     run, folder = judged
-    expected, sizes = detection.detect(run).splitlines(), []
+    expected, sizes = detection.detect(run, str(folder)).splitlines(), []
     map_batch, logits = shard.map_batch, detection._logits
 
     def recorded(fn):
@@ -69,8 +68,7 @@ def test_few_images_are_mapped_in_small_batches(judged, monkeypatch):
 
     monkeypatch.setattr(shard, 'map_batch', recorded(map_batch))
     monkeypatch.setattr(detection, '_logits', recorded(logits))
-    one = dataclasses.replace(run, images=str(folder / '4.png'))
-    assert detection.detect(one) == expected[4]
+    assert detection.detect(run, str(folder / '4.png')) == expected[4]
     assert sizes == [jax.device_count()] * 2
 
 
@@ -84,7 +82,7 @@ def test_attacked_images_as_files_are_judged_as_in_memory(judged):
     for i, image in enumerate(attacked):
         Image.fromarray(np.round(image * 255).astype(np.uint8)).save(folder / f'{i}.png')
     expected = detection._judge(run, attacked)
-    for line, said in zip(detection.detect(run).splitlines(), expected, strict=True):
+    for line, said in zip(detection.detect(run, str(folder)).splitlines(), expected, strict=True):
         found, wanted = line.split('  ')[1:], said.split('  ')
         assert found[0].split(' (')[0] == wanted[0].split(' (')[0]
         for one, other in zip(found, wanted, strict=True):
@@ -102,7 +100,7 @@ def test_detect_says_what_the_stored_maps_say(finished, tmp_path, one_in_two):
         pixels = run.dataset.test.images[maps.image_id[m : m + 1]][0]
         Image.fromarray(pixels).save(tmp_path / f'{i}.png')
     (tmp_path / 'note.txt').write_text('no image')
-    lines = detection.detect(dataclasses.replace(run, images=str(tmp_path))).splitlines()
+    lines = detection.detect(run, str(tmp_path)).splitlines()
     assert len(lines) == 5
     names = run.description['class_names']
     for i, (m, line) in enumerate(zip(clean, lines, strict=True)):
@@ -112,7 +110,7 @@ def test_detect_says_what_the_stored_maps_say(finished, tmp_path, one_in_two):
         word, number = re.search(r' detector: (\w+) \((.*?)\)', line).groups()
         assert float(number) == pytest.approx(margin, abs=0.02)
         assert word == ('adversarial' if margin > 0 else 'clean')
-    alone = detection.detect(dataclasses.replace(run, images=str(tmp_path / '3.png')))
+    alone = detection.detect(run, str(tmp_path / '3.png'))
     assert alone == lines[3]
 
 
@@ -125,7 +123,7 @@ def test_detect_names_what_it_cannot_read(finished, tmp_path, kind):
         (folder / 'a.png').write_bytes(b'no image')
     images = None if kind == 'nothing' else str(folder)
     with pytest.raises(UsageError, match='--images' if kind != 'broken' else 'a.png'):
-        detection.detect(dataclasses.replace(finished[0], images=images))
+        detection.detect(finished[0], images)
 
 
 @pytest.mark.parametrize('reserved', [18, 19])
