@@ -23,16 +23,11 @@ except ValueError as unreadable:  # JAX reads its environment before anyone can 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from occjax import names
 from occjax.config import Config
 from occjax.types import UsageError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'digits.py'
-# Spelled out: what the stages import takes seconds, too long for --help or a mistyped flag.
-STAGES = ('train', 'heatmaps', 'detectors', 'report')
-MODES = (*STAGES, 'all', 'detect', 'benchmark', 'fidelity', 'sweep', 'adaptive')
-ENGINES = ('auto', 'full', 'incremental', 'approximate')
-PEERS = ['captum']
-
 # What of JAX's own changes results, with the value that every experiment is run at.
 JAX_SETTINGS = {
     'jax_enable_x64': False,
@@ -89,7 +84,7 @@ for kind, parser in (
     (float, flags.FloatParser()),
 ):
     config_flags.register_flag_parser_for_type(kind, Lenient(parser))
-_MODE = flags.DEFINE_enum('mode', 'all', MODES, 'Which stage to run.')
+_MODE = flags.DEFINE_enum('mode', 'all', names.MODES, 'Which stage to run.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go; default runs/<config name>.')
 _DATA_DIR = flags.DEFINE_string(
     'data_dir', None, 'A TFDS directory, or a folder of images as <split>/<class>/<file>.'
@@ -114,7 +109,7 @@ _EVAL_BATCH_SIZE = flags.DEFINE_integer(
 _ENGINE = flags.DEFINE_enum(
     'engine',
     'auto',
-    ENGINES,
+    ('auto', *names.ENGINES),
     'How heatmaps are computed; auto takes incremental where that is less work. Benchmarking '
     'takes auto for all.',
 )
@@ -132,7 +127,7 @@ _BENCHMARK_REPEATS = flags.DEFINE_integer(
     'benchmark_repeats', 5, 'How often they are timed.', 1, 1000
 )
 _BENCHMARK_PEER = flags.DEFINE_enum(
-    'benchmark_peer', None, PEERS, 'Another library to time: pip install torch captum.'
+    'benchmark_peer', None, names.PEERS, 'Another library to time: pip install torch captum.'
 )
 _BENCHMARK_TRAINING = flags.DEFINE_bool(
     'benchmark_training', False, 'Time steps of training, and not heat maps.'
@@ -212,7 +207,7 @@ def main(_):
         'adaptive': evasion.evade,
     }
     with storage.locked(run.workdir):
-        for mode in STAGES if _MODE.value == 'all' else [_MODE.value]:
+        for mode in names.STAGES if _MODE.value == 'all' else [_MODE.value]:
             tables = modes[mode](run)
             if tables:
                 print(tables)

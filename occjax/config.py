@@ -15,6 +15,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from occjax import names
 from occjax.types import UsageError
 
 _MANY = 10**9  # More images than there are.
@@ -45,14 +46,14 @@ def number(low: float, high: float, default: Any = dataclasses.MISSING, *, ends=
     return _limited(default, lambda value: above(value, low) and below(value, high), expected)
 
 
-def one_of(*names: str) -> Any:
+def one_of(*choices: str) -> Any:
     """Declares one of several names; the first is the default."""
-    return _limited(names[0], names.__contains__, f'one of {", ".join(names)}')
+    return _limited(choices[0], choices.__contains__, f'one of {", ".join(choices)}')
 
 
-def some_of(names: tuple[str, ...], default: tuple[str, ...]) -> Any:
+def some_of(choices: tuple[str, ...], default: tuple[str, ...]) -> Any:
     """Declares a tuple of some of several names."""
-    return _limited(default, names.__contains__, f'a tuple of some of {", ".join(names)}')
+    return _limited(default, choices.__contains__, f'a tuple of some of {", ".join(choices)}')
 
 
 def _is_a(value, kind):
@@ -117,7 +118,7 @@ class Classifier:
     (https://openreview.net/forum?id=S18Su--CW).
     """
 
-    plan: str = one_of('vgg11', 'vgg13', 'vgg16', 'vgg19')
+    plan: str = one_of(*names.PLANS)
     hidden: int = number(1, 2**14, 4096)
     epochs: int = number(1, 10**4)
     batch_size: int = number(1, 2**16, 128)
@@ -150,7 +151,7 @@ class Occlusion:
     size: int = number(1, 4096)
     stride: int = number(1, 4096)
     fill: tuple[float, ...] = number(0, 1, (0.5,))
-    grid: str = one_of('paper', 'floor', 'cover')
+    grid: str = one_of(*names.GRIDS)
     train_images: int = number(0, _MANY, 0)
     test_images: int = number(0, _MANY, 0)
     threshold: float = number(0, 1, 1.0, ends='(]')
@@ -160,21 +161,6 @@ class Occlusion:
     def is_approximate(self) -> bool:
         """Whether maps are less than exact."""
         return self.threshold < 1 or self.every > 1
-
-
-# Of `methods.METHODS`, spelled out: what stands there imports JAX and more.
-METHODS = (
-    'detector',
-    'pooled',
-    'linear_probe',
-    'relative_map',
-    'shuffled_cells',
-    'log_map',
-    'unoccluded_logits',
-    'all_logits',
-    'logit_differences',
-    'conv_logits',
-)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -193,10 +179,7 @@ class Detector:
     held_out_fit_fraction: float = number(0, 1, 0.5, ends='()')
     held_out_threshold_fraction: float = number(0, 1, 0.0, ends='[)')
     seeds: int = number(1, 1000, 5)
-    methods: tuple[str, ...] = some_of(METHODS, METHODS)
-
-
-_ATTACKS = ('targeted_fgsm', 'bim', 'pgd', 'mi_fgsm', 'square')
+    methods: tuple[str, ...] = some_of(names.METHODS, names.METHODS)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -211,15 +194,14 @@ class Sweep:
     epsilons: tuple[float, ...] = number(
         0, 1, (*(n / 255 for n in (1, 2, 4, 8, 16)), 0.05, 0.1, 0.2), ends='(]'
     )
-    attacks: tuple[str, ...] = some_of(_ATTACKS, _ATTACKS)
+    attacks: tuple[str, ...] = some_of(names.ATTACKS, names.ATTACKS)
     occluders: tuple[tuple[int, int, float], ...] = ()
-    methods: tuple[str, ...] = some_of(METHODS, ('detector', 'all_logits'))
+    methods: tuple[str, ...] = some_of(names.METHODS, ('detector', 'all_logits'))
     steps: int = number(1, 10**4, 10)
     images: int = number(1, _MANY, 1000)
 
 
-_JOINT = ('joint', 'selective', 'orthogonal')
-_DIFFERENTIABLE = tuple(name for name in METHODS if name != 'shuffled_cells')
+_DIFFERENTIABLE = tuple(name for name in names.METHODS if name != 'shuffled_cells')
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -230,7 +212,7 @@ class Adaptive:
     """
 
     epsilons: tuple[float, ...] = number(0, 1, (*(n / 255 for n in (1, 2, 4, 8)), 0.1), ends='(]')
-    attacks: tuple[str, ...] = some_of(_JOINT, _JOINT)
+    attacks: tuple[str, ...] = some_of(names.JOINT_ATTACKS, names.JOINT_ATTACKS)
     methods: tuple[str, ...] = some_of(_DIFFERENTIABLE, ('detector', 'all_logits'))
     steps: int = number(1, 10**4, 40)
     images: int = number(1, _MANY, 100)
@@ -337,10 +319,10 @@ def digest(config: Config, stage: str = 'detectors') -> str:
         stage: the last one that is meant; a classifier does not depend on the attack.
     """
     stages = list(_READS)
-    names = [name for each in stages[: stages.index(stage) + 1] for name in _READS[each]]
+    sections = [name for each in stages[: stages.index(stage) + 1] for name in _READS[each]]
     tree = _chosen(config)
     tree.get('detector', {}).pop('methods', None)
-    tree = json.dumps({name: tree[name] for name in names if tree.get(name)})
+    tree = json.dumps({name: tree[name] for name in sections if tree.get(name)})
     canonical = json.dumps(json.loads(tree, parse_int=float), sort_keys=True)  # 0 is 0.0.
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -15,8 +15,6 @@ import jax
 from occjax import approximate, incremental, occlusion, vgg
 from occjax.types import Array
 
-ENGINES = ('full', 'incremental')
-
 # Times fewer multiplications from which `incremental` pays. Cutting out and pasting is not among
 # them: on CPU 1.1 times fewer took 0.9 to 1.1 times less time, 1.2 took 1.15, 1.4 took 1.35; and
 # compiling takes twice as long.

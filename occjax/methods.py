@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from occjax import names
 from occjax.detector import MLP
 from occjax.types import HeatmapSet
 
@@ -84,17 +85,21 @@ def _unoccluded_logits(maps):
     return maps.unoccluded / 4
 
 
-METHODS = {
-    'detector': Method(_map),  # §III-D, the paper's
-    'pooled': Method(_map, pooled=True),
-    'linear_probe': Method(_map, features=()),
-    'relative_map': Method(_relative_map),
-    'shuffled_cells': Method(_shuffled_cells),
-    'log_map': Method(_log_map),
-    'unoccluded_logits': Method(_unoccluded_logits, pooled=True, windows=False),
-    'all_logits': Method(_logits, pooled=True),
-    'logit_differences': Method(
-        _logit_differences, features=(512, 128), standardize=True, pooled=True
-    ),
-    'conv_logits': Method(_logit_maps, features=(128,), convolutions=(64, 64), pooled=True),
-}
+METHODS = dict(
+    zip(
+        names.METHODS,
+        (
+            Method(_map),  # §III-D, the paper's
+            Method(_map, pooled=True),
+            Method(_map, features=()),
+            Method(_relative_map),
+            Method(_shuffled_cells),
+            Method(_log_map),
+            Method(_unoccluded_logits, pooled=True, windows=False),
+            Method(_logits, pooled=True),
+            Method(_logit_differences, features=(512, 128), standardize=True, pooled=True),
+            Method(_logit_maps, features=(128,), convolutions=(64, 64), pooled=True),
+        ),
+        strict=True,
+    )
+)

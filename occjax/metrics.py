@@ -15,7 +15,8 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from occjax.types import COMPARATORS, HeatmapSet
+from occjax.names import COMPARATORS
+from occjax.types import HeatmapSet
 
 # What a detector must beat: a cell is a confidence, so "darker" may only mean "less confident". The
 # spreads are ML-LOO's (https://arxiv.org/abs/1906.03499), there of feature attributions.

@@ -67,16 +67,6 @@ class Batch(NamedTuple):
     is_real: np.ndarray  # bool[B]
 
 
-# What neither fits detectors nor is judged in their tables, though detectors meet it in use: the
-# image under noise of the attack's size, still classified correctly; an image that is classified
-# wrong without an attack; an attack that changed nothing.
-CONTROLS = ('noise', 'misclassified', 'failed')
-
-
-# Scores of detectors that need no heatmap, see `comparators`.
-COMPARATORS = ('feature_squeezing', 'magnet_error', 'magnet_divergence')
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeatmapSet:
     """What the detectors, baselines and tables are made from, without the classifier.
@@ -89,7 +79,7 @@ class HeatmapSet:
     label: np.ndarray  # i32[M], the true class
     image_id: np.ndarray  # i32[M], position of the (clean) source image in its split
     is_adversarial: np.ndarray  # bool[M]
-    comparators: np.ndarray | None = None  # f32[M, 3], `COMPARATORS`; None where not computed
+    comparators: np.ndarray | None = None  # f32[M, 3], `names.COMPARATORS`; None where not computed
 
     @property
     def array_module(self) -> Any:

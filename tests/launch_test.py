@@ -9,7 +9,6 @@ import pytest
 from absl.testing import flagsaver
 
 import launch as launch_lib
-from occjax import engine
 from occjax.benchmark import peer
 from occjax.experiment import stages
 from occjax.types import UsageError
@@ -258,13 +257,6 @@ def test_a_peer_that_is_not_installed_is_said(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, 'captum.attr', None)
     with pytest.raises(UsageError, match='which is not installed: pip install torch captum'):
         peer.check('captum')
-
-
-def test_modes_are_the_stages():
-    """`launch.py` spells them out, so as not to import the stages for a help text."""
-    assert tuple(stages.STAGES) == launch_lib.STAGES
-    assert ('auto', *engine.ENGINES, 'approximate') == launch_lib.ENGINES
-    assert list(peer.PEERS) == launch_lib.PEERS
 
 
 # From here on in processes of their own: exit codes, imports, environments.

@@ -5,15 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from occjax import config
 from occjax.methods import METHODS
 from tests.detector_test import toy_maps
 
 MAPS = toy_maps([(3, 2), (4, 5)], grid=(3, 4))
-
-
-def test_the_config_knows_every_method():
-    assert tuple(METHODS) == config.METHODS
 
 
 @pytest.mark.parametrize('name', METHODS)

@@ -7,7 +7,8 @@ import numpy as np
 from absl.testing import parameterized
 
 from occjax import metrics
-from occjax.types import COMPARATORS, HeatmapSet
+from occjax.names import COMPARATORS
+from occjax.types import HeatmapSet
 
 NAMES = ('Zero', 'One', 'Two')
 

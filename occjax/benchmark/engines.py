@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import approximate, data, occlusion, vgg
+from occjax import approximate, data, names, occlusion, vgg
 from occjax import engine as engine_lib
 from occjax.benchmark import peer
 from occjax.benchmark.peer import Timing
@@ -42,9 +42,9 @@ def benchmark(run: Run, timing: Timing) -> str:
         UsageError: if a peer is asked for that is not installed, or memory is too small.
     """
     wanted = run.speed.engine
-    names = (*engine_lib.ENGINES, 'approximate') if wanted == 'auto' else (wanted,)
+    chosen = names.ENGINES if wanted == 'auto' else (wanted,)
     peer.check(timing.peer, levels=run.config.classifier.thermometer)
-    for name in names:
+    for name in chosen:
         run.mapping(NUM_CLASSES, name)  # Before anything is computed: is there memory?
     variables, images, weights = _subject(run, timing.images)
     dtype = jnp.dtype(timing.dtype)
@@ -67,7 +67,7 @@ def benchmark(run: Run, timing: Timing) -> str:
         'matrix_product_flops_per_second': rates,
         'engines': {},
     }
-    for name in names:
+    for name in chosen:
         say(f'benchmark: {name}')
         knobs = {}
         if name == 'approximate':

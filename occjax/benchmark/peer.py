@@ -21,15 +21,13 @@ from occjax.experiment import shard
 from occjax.experiment.run import Run
 from occjax.types import UsageError
 
-PEERS = ('captum',)
-
 
 class Timing(NamedTuple):
     """What is timed, how often, and beside whom."""
 
     images: int = 4
     repeats: int = 5
-    peer: str | None = None  # one of `PEERS`
+    peer: str | None = None  # one of `names.PEERS`
     dtype: str = 'float32'  # of the weights
     threshold: float = 0.4  # of the approximate engine
     every: int = 2  # of the approximate engine

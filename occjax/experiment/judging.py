@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from occjax import detector, metrics, streams
+from occjax import detector, metrics, names, streams
 from occjax.config import Detector
 from occjax.methods import Method
 from occjax.streams import Stream
 from occjax.types import HeatmapSet
-
-_PROTOCOLS = {'paper': 0, 'held_out': 1}  # as they index their stream
 
 
 class Scorer(NamedTuple):
@@ -78,7 +76,8 @@ def divide(maps: HeatmapSet, protocol: str, settings: Detector, seed: int) -> Di
     units = np.unique(unit)
     ends = round(fraction * len(units)), round((fraction + reserved) * len(units))
     rngs = [
-        streams.rng(seed, Stream.DIVISION, _PROTOCOLS[protocol], i) for i in range(settings.seeds)
+        streams.rng(seed, Stream.DIVISION, names.PROTOCOLS.index(protocol), i)
+        for i in range(settings.seeds)
     ]
     parts = [np.split(rng.permutation(units), ends)[:2] for rng in rngs]
     masks = [np.stack([np.isin(unit, part) for part in kind]) for kind in zip(*parts, strict=True)]

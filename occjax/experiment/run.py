@@ -16,14 +16,14 @@ import jax
 import numpy as np
 
 from occjax import config as config_lib
-from occjax import data, occlusion, streams, vgg
+from occjax import data, names, occlusion, streams, vgg
 from occjax import engine as engine_lib
 from occjax.config import Config
 from occjax.experiment import memory, storage
 from occjax.streams import Stream
 from occjax.types import Dataset, UsageError
 
-PLANS = {'vgg11': vgg.VGG11, 'vgg13': vgg.VGG13, 'vgg16': vgg.VGG16, 'vgg19': vgg.VGG19}
+PLANS = dict(zip(names.PLANS, (vgg.VGG11, vgg.VGG13, vgg.VGG16, vgg.VGG19), strict=True))
 
 
 class Mapping(NamedTuple):

@@ -15,8 +15,9 @@ from occjax import attack, comparators, data, vgg
 from occjax import engine as engine_lib
 from occjax.experiment import devices
 from occjax.experiment.run import Run
+from occjax.names import COMPARATORS
 from occjax.streams import Stream
-from occjax.types import COMPARATORS, Split
+from occjax.types import Split
 
 
 class Part(NamedTuple):

@@ -16,14 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from occjax import classifier, comparators, data, vgg
+from occjax import classifier, comparators, data, names, vgg
 from occjax.experiment import devices, shard, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Progress, Run, say
 from occjax.streams import Stream
 from occjax.types import UsageError
-
-SPLITS = ('train', 'test')
 
 
 @functools.partial(jax.jit, static_argnames='plan')
@@ -86,7 +84,7 @@ def train(run: Run):
             lambda images: predict_fn(devices.divide(images)),
             data.batches(getattr(run.dataset, name), run.batch_size),
         )
-        for name in SPLITS
+        for name in names.SPLITS
     }
     say('classifier: ' + ', '.join(f'{name} {value:.4f}' for name, value in accuracies.items()))
     made = storage.checkpoint_metadata(directory, mode='train', step=settings.epochs)
@@ -181,7 +179,7 @@ def mapped_ids(run: Run, name: str) -> np.ndarray:
     """Returns which images of a split are mapped, in the order of their maps."""
     count = len(getattr(run.dataset, name))
     limit = getattr(run.config.occlusion, f'{name}_images') or count
-    return run.rng(Stream.EXPLAINED_IMAGES, SPLITS.index(name)).permutation(count)[:limit]
+    return run.rng(Stream.EXPLAINED_IMAGES, names.SPLITS.index(name)).permutation(count)[:limit]
 
 
 def load_autoencoder(run: Run) -> Any:
@@ -204,13 +202,13 @@ def heatmaps(run: Run):
     """Attacks both splits and stores the maps, shard by shard; what is stored stays."""
     directory = run.workdir / 'heatmaps'
     if (directory / 'manifest.json').exists():
-        names = store.load_manifest(run)['shards']
-        if all((directory / name).exists() for name in names):
+        found = store.load_manifest(run)['shards']
+        if all((directory / name).exists() for name in found):
             return
     variables, autoencoder, shards = load_variables(run), load_autoencoder(run), []
     digest = storage.checkpoint_metadata(run.workdir / 'magnet', mode='heatmaps')['digest']
     made_from = store.classifier_origin(run) | {'autoencoder': digest}
-    for name in SPLITS:
+    for name in names.SPLITS:
         split, ids = getattr(run.dataset, name), mapped_ids(run, name)
         for start in range(0, len(ids), run.shard_size):
             path = directory / f'{name}-{start:07d}.npz'
@@ -255,9 +253,4 @@ def detectors(run: Run):
             say(f'detectors ({protocol}, {name}): fitted in {time.monotonic() - began:.0f} s')
 
 
-STAGES = {
-    'train': train,
-    'heatmaps': heatmaps,
-    'detectors': detectors,
-    'report': results_lib.make_report,
-}
+STAGES = dict(zip(names.STAGES, (train, heatmaps, detectors, results_lib.make_report), strict=True))

@@ -7,15 +7,16 @@ import dataclasses
 
 import jax
 
-from occjax import detector
+from occjax import detector, names
 from occjax.experiment import judging, storage
 from occjax.experiment.run import Run
 from occjax.methods import METHODS
+from occjax.names import CONTROLS
 from occjax.streams import Stream
-from occjax.types import CONTROLS, HeatmapSet
+from occjax.types import HeatmapSet
 
 # The split whose maps each protocol divides.
-PROTOCOLS = {'paper': 'train', 'held_out': 'test'}
+PROTOCOLS = dict(zip(names.PROTOCOLS, names.SPLITS, strict=True))
 
 
 def load_metrics(run: Run) -> dict:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from occjax import adaptive, attack, data, verdict, vgg
+from occjax import adaptive, attack, data, names, verdict, vgg
 from occjax.experiment import devices, shard, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run, say
@@ -23,11 +23,13 @@ from occjax.probes import detection
 from occjax.report import figures, tables
 from occjax.types import UsageError
 
-ATTACKS = {
-    'joint': adaptive.joint_pgd,
-    'selective': adaptive.selective_pgd,
-    'orthogonal': adaptive.orthogonal_pgd,
-}
+ATTACKS = dict(
+    zip(
+        names.JOINT_ATTACKS,
+        (adaptive.joint_pgd, adaptive.selective_pgd, adaptive.orthogonal_pgd),
+        strict=True,
+    )
+)
 _STATIC = ('name', 'method', 'steps', 'weight', 'clip', 'mesh', 'plan', *shard.WINDOWS)
 
 
@@ -181,11 +183,11 @@ def plot(result: dict) -> bytes:
     rows, methods = result['rows'], list(result['false_alarms'])
     figure = Figure(figsize=(5.2 * (1 + len(methods)), 4.2), layout='constrained', dpi=150)
     axes, *panels = figure.subplots(1, 1 + len(methods), sharey=True)
-    names = dict.fromkeys(row['attack'] for row in rows)
+    attacks = dict.fromkeys(row['attack'] for row in rows)
     colours = {method: f'C{i}' for i, method in enumerate(methods)}
-    markers = dict(zip(names, 'xos^', strict=False))
+    markers = dict(zip(attacks, 'xos^', strict=False))
     for method in methods:
-        for name in names:
+        for name in attacks:
             found = [r for r in rows if (r['method'], r['attack']) == (method, name)]
             axes.plot(
                 [row['epsilon'] for row in found],

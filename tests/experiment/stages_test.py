@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from occjax import attack, classifier, data, detector, metrics, occlusion, vgg
+from occjax import attack, classifier, data, detector, metrics, names, occlusion, vgg
 from occjax.benchmark import engines, fidelity, peer
 from occjax.experiment import devices, judging, shard, stages, storage, store
 from occjax.streams import Stream
@@ -67,7 +67,7 @@ def test_every_image_is_counted_once(finished):
     """Maps of correct images are exactly the accuracy's numerator, and ids don't repeat."""
     run, _ = finished
     accuracies = store.load_metrics(run)
-    for name in stages.SPLITS:
+    for name in names.SPLITS:
         maps, shards = store.load_shards(run, name)
         correct = maps.select(~maps.is_adversarial)
         assert len(np.unique(correct.image_id)) == len(correct)
@@ -256,7 +256,7 @@ def test_resuming_equals_an_uninterrupted_run(finished, tmp_path, monkeypatch):
         run_all(make_run(interrupted.workdir))
     assert len(list((interrupted.workdir / 'heatmaps').glob('*.npz'))) == 1
     run_all(make_run(interrupted.workdir, eval_batch_size=12, chunk_size=7))
-    for name in stages.SPLITS:
+    for name in names.SPLITS:
         ours, theirs = (store.load_shards(r, name)[0] for r in (interrupted, run))
         for field in dataclasses.fields(HeatmapSet):
             ours_field, theirs_field = getattr(ours, field.name), getattr(theirs, field.name)

@@ -1,0 +1,40 @@
+"""What things are called on the command line, in configs and in results; imports nothing.
+
+Modules that take seconds to import build their tables from these.
+"""
+
+STAGES = ('train', 'heatmaps', 'detectors', 'report')
+MODES = (*STAGES, 'all', 'detect', 'sweep', 'adaptive', 'benchmark', 'fidelity')
+ENGINES = ('full', 'incremental', 'approximate')
+PEERS = ('captum',)
+
+PLANS = ('vgg11', 'vgg13', 'vgg16', 'vgg19')
+GRIDS = ('paper', 'floor', 'cover')
+SPLITS = ('train', 'test')
+PROTOCOLS = ('paper', 'held_out')
+
+# Attacks of `--mode=sweep` beside FGSM, and those of `--mode=adaptive`, which know the detector.
+ATTACKS = ('targeted_fgsm', 'bim', 'pgd', 'mi_fgsm', 'square')
+JOINT_ATTACKS = ('joint', 'selective', 'orthogonal')
+
+# Banks of networks, by what they see; the first is the paper's.
+METHODS = (
+    'detector',
+    'pooled',
+    'linear_probe',
+    'relative_map',
+    'shuffled_cells',
+    'log_map',
+    'unoccluded_logits',
+    'all_logits',
+    'logit_differences',
+    'conv_logits',
+)
+
+# Scores of detectors that need no heatmap, see `comparators`.
+COMPARATORS = ('feature_squeezing', 'magnet_error', 'magnet_divergence')
+
+# What neither fits detectors nor is judged in their tables, though detectors meet it in use: the
+# image under noise of the attack's size, still classified correctly; an image that is classified
+# wrong without an attack; an attack that changed nothing.
+CONTROLS = ('noise', 'misclassified', 'failed')
