@@ -25,7 +25,7 @@ class Method(NamedTuple):
     convolutions: tuple[int, ...] = ()
     standardize: bool = False
     pooled: bool = False
-    windows: bool = True  # False: the unoccluded image alone is classified
+    passes: int | None = None  # of an image; None: one for every window, and one more
 
     def predicted(self, maps: HeatmapSet) -> np.ndarray:
         """Returns `[M]`, whose network judges each map."""
@@ -95,7 +95,7 @@ METHODS = dict(
             Method(_relative_map),
             Method(_shuffled_cells),
             Method(_log_map),
-            Method(_unoccluded_logits, pooled=True, windows=False),
+            Method(_unoccluded_logits, pooled=True, passes=1),
             Method(_logits, pooled=True),
             Method(_logit_differences, features=(512, 128), standardize=True, pooled=True),
             Method(_logit_maps, features=(128,), convolutions=(64, 64), pooled=True),

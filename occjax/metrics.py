@@ -8,7 +8,7 @@ Dimensions: M heatmaps.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,16 +18,28 @@ from sklearn import metrics as sklearn_metrics
 from occjax.names import COMPARATORS
 from occjax.types import HeatmapSet
 
+
+class Baseline(NamedTuple):
+    """A score that learns nothing, and how many forward passes an image costs it."""
+
+    score_fn: Callable[[HeatmapSet], np.ndarray]
+    passes: int | None = None  # None: one for every window, and one more
+
+
 # What a detector must beat: a cell is a confidence, so "darker" may only mean "less confident". The
-# spreads are ML-LOO's (https://arxiv.org/abs/1906.03499), there of feature attributions.
+# spreads are ML-LOO's (https://arxiv.org/abs/1906.03499), there of feature attributions; the last
+# three are those of `comparators`, stored beside the maps.
 BASELINES = {
-    'max_probability': lambda maps: -maps.max_probability,
-    'map_mean': lambda maps: -maps.maps.mean(axis=(1, 2)),
-    'map_minimum': lambda maps: -maps.maps.min(axis=(1, 2)),
-    'map_deviation': lambda maps: maps.maps.std(axis=(1, 2)),
-    'map_iqr': lambda maps: np.subtract(*np.quantile(maps.cells, (0.75, 0.25), axis=1)),
-    'map_mad': lambda maps: _mad(maps.cells),
-} | {name: lambda maps, i=i: maps.comparators[:, i] for i, name in enumerate(COMPARATORS)}
+    'max_probability': Baseline(lambda maps: -maps.max_probability, passes=1),
+    'map_mean': Baseline(lambda maps: -maps.maps.mean(axis=(1, 2))),
+    'map_minimum': Baseline(lambda maps: -maps.maps.min(axis=(1, 2))),
+    'map_deviation': Baseline(lambda maps: maps.maps.std(axis=(1, 2))),
+    'map_iqr': Baseline(lambda maps: np.subtract(*np.quantile(maps.cells, (0.75, 0.25), axis=1))),
+    'map_mad': Baseline(lambda maps: _mad(maps.cells)),
+} | {
+    name: Baseline(lambda maps, i=i: maps.comparators[:, i], passes)
+    for i, (name, passes) in enumerate(zip(COMPARATORS, (3, 1, 2), strict=True))
+}
 COUNTS = ('n_correct', 'n_adversarial', 'n_thresholds')
 RATES = (
     'accuracy',

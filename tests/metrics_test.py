@@ -249,7 +249,7 @@ class BaselinesTest(parameterized.TestCase):
         logits[0, 0, 0, 0] = 50  # Three cells of 1/3 and one of 1.
         compared = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
         maps = dataclasses.replace(maps, unoccluded=unoccluded, logits=logits, comparators=compared)
-        scores = {name: fn(maps) for name, fn in metrics.BASELINES.items()}
+        scores = {name: b.score_fn(maps) for name, b in metrics.BASELINES.items()}
         np.testing.assert_allclose(scores['max_probability'], [-3 / 5, -8 / 10], rtol=1e-6)
         np.testing.assert_allclose(scores['map_mean'], [-1 / 2, -1 / 3], rtol=1e-6)
         np.testing.assert_allclose(scores['map_minimum'], [-1 / 3, -1 / 3], rtol=1e-6)
@@ -262,7 +262,7 @@ class BaselinesTest(parameterized.TestCase):
         for name, column in zip(COMPARATORS, compared.T, strict=True):
             np.testing.assert_array_equal(scores[name], column)
         logits[0, 1, 0, 0] = 50  # Two and two: the median lies between them.
-        spread = metrics.BASELINES['map_mad'](dataclasses.replace(maps, logits=logits))
+        spread = metrics.BASELINES['map_mad'].score_fn(dataclasses.replace(maps, logits=logits))
         np.testing.assert_allclose(spread, [1 / 3, 0], atol=1e-6)
 
 

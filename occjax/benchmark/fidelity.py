@@ -8,6 +8,7 @@ Dimensions: S seeds, M maps, h w heatmap grid, K classes.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -19,8 +20,7 @@ from occjax.benchmark import engines, peer
 from occjax.benchmark.peer import Timing
 from occjax.experiment import judging, shard, stages, storage, store
 from occjax.experiment import results as results_lib
-from occjax.experiment.run import Progress, Run, say
-from occjax.methods import METHODS
+from occjax.experiment.run import Run, parts, say
 from occjax.report import figures, tables
 from occjax.types import UsageError
 
@@ -100,31 +100,25 @@ def _logits(run, variables, images, exact, *, threshold, every):
     """Returns `[M, h, w, K]` logits at a setting, from the store as far as they are there."""
     if threshold == every == 1:
         return exact.logits
-    knobs, parts, size = dict(threshold=threshold, every=every), [], run.shard_size
+    knobs, size, wanted = dict(threshold=threshold, every=every), run.shard_size, []
     name = f'threshold-{threshold:g}-every-{every}'
-    progress = Progress(len(images), f'fidelity, {name}: maps')
-    made_from = store.heatmaps_origin(run)
     for start in range(0, len(images), size):
+        here = images[start : start + size]
+
+        def explain(here=here):
+            return {'logits': shard.map_images(run, variables, here, knobs=knobs)}
+
         path = run.workdir / 'fidelity' / f'{name}-{start:07d}.npz'
-        part = images[start : start + size]
-
-        def explain(part=part):
-            return {'logits': shard.map_images(run, variables, part, knobs=knobs)}
-
-        there = path.exists()
-        found = storage.cached(path, explain, mode='fidelity', made_from=made_from)
-        parts.append(found['logits'])
-        progress(len(part), was_there=there)
-    return np.concatenate(parts)
+        wanted.append((path, len(here), explain))
+    made_from, what = store.heatmaps_origin(run), f'fidelity, {name}: maps'
+    found = parts(run, what, wanted, mode='fidelity', made_from=made_from)
+    return np.concatenate([arrays['logits'] for arrays in found])
 
 
 def _aurocs(run, division, name):
     """Returns every seed's AUROC of one judge, over the maps of all classes at once."""
-    if name in METHODS:
-        banks = store.fit_banks(run, division, name)
-        scores = judging.score_banks(banks, METHODS[name], division.maps)
-    else:
-        scores = np.tile(metrics.BASELINES[name](division.maps), (len(division.is_fitted), 1))
+    scorer = judging.scorer(name, functools.partial(store.fit_banks, run, division))
+    scores = np.broadcast_to(scorer.score_fn(division.maps), division.is_judged.shape)
     kinds = division.maps.is_adversarial
     if any(len(set(kinds[judged])) < 2 for judged in division.is_judged):
         raise UsageError('No maps of both kinds to judge by: map more test images.')

@@ -15,7 +15,7 @@ import numpy as np
 
 from occjax import detector, metrics, names, streams
 from occjax.config import Detector
-from occjax.methods import Method
+from occjax.methods import METHODS, Method
 from occjax.streams import Stream
 from occjax.types import HeatmapSet
 
@@ -154,9 +154,18 @@ def score_banks(banks: detector.Bank, method: Method, maps: HeatmapSet) -> np.nd
     return np.asarray(_score_banks(banks, inputs, method.predicted(maps)))
 
 
-def networks(banks: detector.Bank, method: Method) -> Scorer:
-    """Returns the fitted banks of a method as a scorer."""
-    return Scorer(functools.partial(score_banks, banks, method), threshold=0.0, learns=True)
+def scorer(name: str, load_banks: Callable[[str], detector.Bank]) -> Scorer:
+    """Returns what scores maps by a name: the networks of a method, or a baseline.
+
+    Args:
+        name: one of `names.METHODS` or of `metrics.BASELINES`.
+        load_banks: returns a method's fitted banks; not called for a baseline.
+    """
+    if name in METHODS:
+        method = METHODS[name]
+        score_fn = functools.partial(score_banks, load_banks(name), method)
+        return Scorer(score_fn, threshold=0.0, learns=True)
+    return Scorer(metrics.BASELINES[name].score_fn)
 
 
 def by_seed(

@@ -4,6 +4,7 @@ Dimensions: M maps, K classes.
 """
 
 import collections
+import functools
 import importlib.metadata
 import json
 import math
@@ -22,10 +23,9 @@ from occjax.types import HeatmapSet
 
 def scorers(run: Run, division: judging.Division, protocol: str) -> dict[str, judging.Scorer]:
     """Returns all that scores a protocol's maps, by name: the config's methods, then baselines."""
-    return {
-        name: judging.networks(store.load_banks(run, division, protocol, name), METHODS[name])
-        for name in run.config.detector.methods
-    } | {name: judging.Scorer(score_fn) for name, score_fn in metrics.BASELINES.items()}
+    load_banks = functools.partial(store.load_banks, run, division, protocol)
+    chosen = (*run.config.detector.methods, *metrics.BASELINES)
+    return {name: judging.scorer(name, load_banks) for name in chosen}
 
 
 def detection(run: Run, protocol: str) -> dict:
@@ -117,30 +117,20 @@ def cost(run: Run, shards: list[dict]) -> dict:
         timed = storage.read_record(path, mode='benchmark')['engines'].get(name)
         if timed and timed['how'] == how:
             milliseconds = 1000 / timed['maps_per_second']
-    alone = {'forward_passes': 1, 'gflop': once / 1e9, 'milliseconds': None}
     again = comparators.autoencoder_flops(run.image_shape)
-    work = {
-        'feature_squeezing': (3, 0),
-        'magnet_error': (1, again),
-        'magnet_divergence': (2, again),
-    }
-    compared = {
-        name: alone | {'forward_passes': passes, 'gflop': (passes * once + beside) / 1e9}
-        for name, (passes, beside) in work.items()
-    }
-    mapped = {
-        'forward_passes': 1 + windows,
-        'gflop': (flops + (once if name == 'full' else 0)) / 1e9,
-        'milliseconds': milliseconds,
-    }
-    return (
-        {
-            name: mapped if name not in METHODS or METHODS[name].windows else alone
-            for name in (*run.config.detector.methods, *metrics.BASELINES)
+    beside = {'magnet_error': again, 'magnet_divergence': again}
+    mapped = flops + (once if name == 'full' else 0)
+
+    def entry(scored):
+        passes = METHODS[scored].passes if scored in METHODS else metrics.BASELINES[scored].passes
+        work = mapped if passes is None else passes * once + beside.get(scored, 0)
+        return {
+            'forward_passes': 1 + windows if passes is None else passes,
+            'gflop': work / 1e9,
+            'milliseconds': milliseconds if passes is None else None,
         }
-        | {'max_probability': alone}
-        | compared
-    )
+
+    return {scored: entry(scored) for scored in (*run.config.detector.methods, *metrics.BASELINES)}
 
 
 def make_report(run: Run) -> str:

@@ -10,6 +10,7 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -241,6 +242,33 @@ class Progress:
             self.told = time.monotonic()
             minutes = (self.total - self.done) / self.rate / 60
             say(f'{self.what}: {self.done}/{self.total}, {self.rate:.1f}/s, {minutes:.1f} min left')
+
+
+def parts(
+    run: Run,
+    what: str,
+    wanted: Sequence[tuple[pathlib.Path, int, Callable[[], dict]]],
+    *,
+    mode: str,
+    made_from: storage.Origin,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the parts of a long computation, each from its file or made anew and stored there.
+
+    Args:
+        run: the experiment, which keeps a line of every part that is made.
+        what: is counted, in words.
+        wanted: the file of each part, how much it counts, and what returns its arrays.
+        mode, made_from: see `storage.cached`.
+    """
+    progress = Progress(sum(count for _, count, _ in wanted), what)
+    for path, count, make_fn in wanted:
+        there, began = path.exists(), time.monotonic()
+        found = storage.cached(path, make_fn, mode=mode, made_from=made_from)
+        progress(count, was_there=there)
+        if not there:
+            name, seconds = str(path.relative_to(run.workdir)), time.monotonic() - began
+            run.log(stage=mode, part=name, count=count, seconds=seconds)
+        yield found
 
 
 def say(line: str):

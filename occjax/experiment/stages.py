@@ -19,7 +19,7 @@ import optax
 from occjax import classifier, comparators, data, names, vgg
 from occjax.experiment import devices, shard, storage, store
 from occjax.experiment import results as results_lib
-from occjax.experiment.run import Progress, Run, say
+from occjax.experiment.run import Progress, Run, parts, say
 from occjax.streams import Stream
 from occjax.types import UsageError
 
@@ -211,25 +211,12 @@ def heatmaps(run: Run):
     for name in names.SPLITS:
         split, ids = getattr(run.dataset, name), mapped_ids(run, name)
         for start in range(0, len(ids), run.shard_size):
-            path = directory / f'{name}-{start:07d}.npz'
-            shards.append((path, split, ids[start : start + run.shard_size]))
-    progress = Progress(sum(len(ids) for *_, ids in shards), 'heatmaps, images')
-    for path, split, ids in shards:
-        make_fn = functools.partial(
-            shard.collect,
-            run,
-            variables,
-            autoencoder,
-            split,
-            ids,
-            controls=split is run.dataset.test,
-        )
-        there, began = path.exists(), time.monotonic()
-        storage.cached(path, make_fn, mode='heatmaps', made_from=made_from)
-        progress(len(ids), was_there=there)
-        if not there:
-            seconds = time.monotonic() - began
-            run.log(stage='heatmaps', shard=path.name, images=len(ids), seconds=seconds)
+            here = ids[start : start + run.shard_size]
+            make_fn = functools.partial(shard.collect, run, variables, autoencoder, split, here)
+            make_fn = functools.partial(make_fn, controls=name == 'test')
+            shards.append((directory / f'{name}-{start:07d}.npz', len(here), make_fn))
+    for _ in parts(run, 'heatmaps, images', shards, mode='heatmaps', made_from=made_from):
+        pass  # Each is on the disk; together they may be more than fits into memory.
     digests = {path.name: storage.file_digest(path) for path, *_ in shards}
     storage.write_record(directory / 'manifest.json', {'shards': digests, 'made_from': made_from})
 

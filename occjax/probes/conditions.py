@@ -11,8 +11,8 @@ import numpy as np
 
 from occjax import attack, data, vgg
 from occjax.config import Occlusion
-from occjax.experiment import devices, shard, stages, storage, store
-from occjax.experiment.run import Progress, Run
+from occjax.experiment import devices, shard, stages, store
+from occjax.experiment.run import Run, parts
 from occjax.streams import Stream
 from occjax.types import HeatmapSet
 
@@ -58,25 +58,24 @@ def mapped(
 
     They are under the config's windows, or under others.
     """
-    split, wanted, arrays = run.dataset.test, run.config.sweep, []
-    ids = stages.mapped_ids(run, 'test')[: wanted.images]
+    split, settings = run.dataset.test, run.config.sweep
+    ids = stages.mapped_ids(run, 'test')[: settings.images]
     attack_fn = functools.partial(
         attack_batch,
         variables,
         name=name,
         epsilon=epsilon,
-        steps=wanted.steps,
+        steps=settings.steps,
         key=run.key(Stream.SWEEP_ATTACK),
         clip=run.config.attack.clip,
         plan=run.plan,
     )
     windows = windows or run.config.occlusion
-    known = dict(mode='sweep', made_from=store.classifier_origin(run))
+    made_from = store.classifier_origin(run)
     run = run.with_occlusion(windows)
     fill = ','.join(f'{value:g}' for value in windows.fill) or 'mean'
     directory = run.workdir / 'sweep' / f'{windows.size}-{windows.stride}-{fill}'
-    iterated = '' if name in ('none', 'fgsm', 'targeted_fgsm') else f'-{wanted.steps}'
-    progress = Progress(len(ids), f'sweep, {name} {epsilon:.3g}, {directory.name}: images')
+    iterated = '' if name in ('none', 'fgsm', 'targeted_fgsm') else f'-{settings.steps}'
 
     def part(here):
         labels = split.labels[here]
@@ -93,11 +92,12 @@ def mapped(
             'is_adversarial': np.full(chosen.sum(), name != 'none'),
         }
 
+    wanted = []
     for start in range(0, len(ids), run.shard_size):
         here = ids[start : start + run.shard_size]
-        # All that makes the part stands in its name, so that other settings make other parts.
+        # All that makes the part is in its name, so that other settings make other parts.
         path = directory / f'{name}{iterated}-{epsilon:.6g}-{start:07d}-{start + len(here):07d}.npz'
-        there = path.exists()
-        arrays.append(HeatmapSet(**storage.cached(path, functools.partial(part, here), **known)))
-        progress(len(here), was_there=there)
-    return HeatmapSet.concatenate(arrays)
+        wanted.append((path, len(here), functools.partial(part, here)))
+    what = f'sweep, {name} {epsilon:.3g}, {directory.name}: images'
+    found = parts(run, what, wanted, mode='sweep', made_from=made_from)
+    return HeatmapSet.concatenate([HeatmapSet(**arrays) for arrays in found])

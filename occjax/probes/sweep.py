@@ -9,6 +9,7 @@ Dimensions: M maps, h w heatmap grid, K classes.
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -17,7 +18,6 @@ from occjax import metrics
 from occjax.experiment import judging, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
-from occjax.methods import METHODS
 from occjax.probes import conditions
 from occjax.report import sweep as sweep_report
 from occjax.report import tables
@@ -137,7 +137,7 @@ def _divided(run, clean, attacked):
 
 def _aurocs(run, method, fitted, divisions):
     """Returns the AUROC, on every division, of detectors that were fitted on one."""
-    scorer = judging.networks(store.fit_banks(run, fitted, method), METHODS[method])
+    scorer = judging.scorer(method, functools.partial(store.fit_banks, run, fitted))
     class_names, rates = run.description['class_names'], {}
     for name, division in divisions.items():
         scores = scorer.score_fn(division.maps)

@@ -12,7 +12,6 @@ from occjax import metrics, streams
 from occjax.config import Detector
 from occjax.experiment import judging
 from occjax.experiment.judging import Scorer
-from occjax.methods import METHODS
 from tests.detector_test import toy_maps
 
 NETWORKS = Scorer(None, threshold=0.0, learns=True)
@@ -156,7 +155,7 @@ def test_who_sets_thresholds_is_said_by_the_scorer():
             found[learns] = judging.judge(scorer, scores, division, class_names=('a',))
             assert found[learns]['overall']['n_thresholds'] == sets.sum()
     assert found[True] != found[False]
-    scorer = judging.networks(None, METHODS['detector'])
+    scorer = judging.scorer('detector', lambda name: None)
     assert (scorer.threshold, scorer.learns) == (0.0, True)
 
 

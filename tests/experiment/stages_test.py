@@ -379,8 +379,8 @@ def test_a_run_keeps_a_line_of_every_epoch_and_shard(finished):
     assert [line['step'] for line in epochs] == [300 // 32 * epoch for epoch in (1, 2, 3)]
     assert epochs[0]['learning_rate'] > epochs[1]['learning_rate'] > epochs[2]['learning_rate'] > 0
     assert epochs[0]['loss'] > epochs[2]['loss'] and epochs[0]['accuracy'] < epochs[2]['accuracy']
-    shards = {line['shard'] for line in lines if line['stage'] == 'heatmaps'}
-    assert shards == set(store.load_manifest(run)['shards'])
+    parts = {line['part'] for line in lines if line['stage'] == 'heatmaps'}
+    assert parts == {f'heatmaps/{name}' for name in store.load_manifest(run)['shards']}
 
 
 def test_other_images_are_refused(finished):
