@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from sklearn import metrics as sklearn_metrics
 
 from occjax import detector, metrics, names, streams
 from occjax.config import Detector
@@ -202,6 +203,45 @@ def judge(
     return {
         'per_class': {name: mean([classes[name] for classes, _ in seeds]) for name in class_names},
         'overall': mean([overall for _, overall in seeds]),
+    }
+
+
+def roc(scores: np.ndarray, division: Division) -> dict[str, list[float]] | None:
+    """Returns `tpr` at 51 false positive rates `fpr`, means over seeds and predicted classes.
+
+    Args:
+        scores: `[S, M]` or `[M]`, of the division's maps.
+        division: the maps, of which those that judge count.
+
+    Returns:
+        None if no class has maps of both kinds.
+    """
+    maps, grid, curves = division.maps, np.linspace(0, 1, 51), []
+    for judged, values in zip(
+        division.is_judged, np.broadcast_to(scores, division.is_judged.shape), strict=True
+    ):
+        for k in np.unique(maps.predicted):
+            here = judged & (maps.predicted == k)
+            kinds = maps.is_adversarial[here]
+            if kinds.any() and not kinds.all():
+                fpr, tpr, _ = sklearn_metrics.roc_curve(kinds, values[here])
+                # The highest that is reached without more false positives.
+                curves.append(tpr[np.searchsorted(fpr, grid + 1e-9, side='right') - 1])
+    if not curves:
+        return None
+    return {'fpr': grid.tolist(), 'tpr': np.mean(curves, axis=0).tolist()}
+
+
+def histogram(scores: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Returns `edges` of 30 bins, and the share of every kind's scores that is in each.
+
+    The first and the last hundredth of all scores are in the outermost bins.
+    """
+    ends = np.quantile(np.concatenate(list(scores.values())), (0.01, 0.99))
+    edges = np.linspace(*ends, 31)
+    return {'edges': edges.tolist()} | {
+        kind: (np.histogram(np.clip(values, *ends), edges)[0] / max(1, len(values))).tolist()
+        for kind, values in scores.items()
     }
 
 

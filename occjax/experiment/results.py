@@ -20,6 +20,8 @@ from occjax.methods import METHODS
 from occjax.report import figures, page, paper, tables
 from occjax.types import HeatmapSet
 
+_DRAWN = ('detector', 'all_logits', 'max_probability')  # whose ROC curves the report shows
+
 
 def scorers(run: Run, division: judging.Division, protocol: str) -> dict[str, judging.Scorer]:
     """Returns all that scores a protocol's maps, by name: the config's methods, then baselines."""
@@ -33,7 +35,7 @@ def detection(run: Run, protocol: str) -> dict:
     division, class_names = store.divide(run, protocol), run.description['class_names']
     published = paper.numbers(class_names)
     controls = store.load_controls(run) if protocol == 'held_out' else {}
-    entries = {}
+    entries, curves = {}, {}
     for name, scorer in scorers(run, division, protocol).items():
         scores = scorer.score_fn(division.maps)
         entry = judging.judge(scorer, scores, division, class_names=class_names)
@@ -43,12 +45,32 @@ def detection(run: Run, protocol: str) -> dict:
             for kind, maps in controls.items()
             if len(maps)
         }
+        if name in _DRAWN:
+            curves[name] = judging.roc(scores, division)
+        if name == 'detector':
+            drawn = _histogram(scorer, scores, division, controls)
     overall = entries.pop('detector')
     per_class = overall.pop('per_class')
     for name, entry in per_class.items():
         entry['paper_accuracy'] = published.accuracy[name] if published else None
     overall['paper_accuracy'] = published.overall if published else None
-    return {'per_class': per_class, 'overall': overall, 'baselines': entries}
+    return {
+        'per_class': per_class,
+        'overall': overall,
+        'baselines': entries,
+        'roc': curves,
+        'histogram': drawn,
+    }
+
+
+def _histogram(scorer, scores, division, controls):
+    """Returns `judging.histogram` of the first seed's scores of maps that nothing was fitted on."""
+    judged, attacked = division.is_judged[0], division.maps.is_adversarial
+    kinds = {'clean': scores[0][judged & ~attacked], 'attacked': scores[0][judged & attacked]}
+    if len(controls.get('noise', ())):
+        fresh = ~np.isin(controls['noise'].image_id, division.maps.image_id[~judged])
+        kinds['noise'] = scorer.score_fn(controls['noise'])[0][fresh]
+    return judging.histogram(kinds)
 
 
 def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:

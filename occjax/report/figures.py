@@ -1,4 +1,4 @@
-"""The paper's Figures 1 to 3, drawn from finished arrays; matplotlib is imported when needed.
+"""What was found, and the paper's Figures 1 to 3, drawn from finished arrays.
 
 Every heatmap in every figure has one colour scale, 0 to 1, and brighter is higher, so that
 "darker" means a lower probability in all of them.
@@ -14,12 +14,14 @@ import numpy as np
 
 from occjax import config as config_lib
 from occjax import occlusion
+from occjax.report import tables
 from occjax.types import HeatmapSet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INK, _MUTED, _WRONG, _ACCENT = '#1c2330', '#5b6675', '#b3261e', '#00a3ff'
+_SERIES = ('#0b63b5', '#d1495b', '#6b8f2a', '#7a5195')  # told apart without red and green
 _KINDS = ('correct', 'adversarial')
 _COLOURS = {'cmap': 'inferno', 'vmin': 0.0, 'vmax': 1.0}
 _SCALE = 'P(predicted class), window covered'
@@ -62,7 +64,12 @@ def attack_figure(
         failed = example.predicted == example.label
         head = 'no successful attack, still' if failed else 'classified as'
         colour = _INK if failed else _WRONG
-        _title(below, f'FGSM, ε = {epsilon:g}, {head}', class_names[example.predicted], colour)
+        _title(
+            below,
+            f'FGSM, ε = {tables.epsilon(epsilon)}, {head}',
+            class_names[example.predicted],
+            colour,
+        )
     return figure
 
 
@@ -151,6 +158,64 @@ def maps_figure(maps: HeatmapSet, *, class_names: Sequence[str]) -> 'Figure':
     return figure
 
 
+def roc_figure(curves: dict[str, dict | None]) -> 'Figure':
+    """Draws the ROC curves of `judging.roc`, by the names of what scores."""
+    curves = {name: curve for name, curve in curves.items() if curve}
+    if not curves:
+        return _message('No class has maps of both kinds')
+    figure, axes = _axes(5.2, 4.6)
+    axes.plot([0, 1], [0, 1], color='#b9c0ca', linewidth=1, linestyle='--')
+    for colour, (name, curve) in zip(_SERIES, curves.items(), strict=False):
+        area = np.trapezoid(curve['tpr'], curve['fpr'])
+        label = f'{tables.words(name)} ({area:.2f})'
+        axes.plot(curve['fpr'], curve['tpr'], color=colour, linewidth=2, label=label)
+    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel='Share of clean images called adversarial')
+    axes.set_ylabel('Share of attacked images called so')
+    axes.legend(fontsize=9, frameon=False, loc='lower right')
+    return figure
+
+
+def classes_figure(detection: dict, class_names: Sequence[str]) -> 'Figure':
+    """Draws each class's balanced accuracy with its 95 % interval, beside the paper's accuracy."""
+    figure, axes = _axes(7.4, 0.42 * (len(class_names) + 1) + 1)
+    labels = [*class_names, 'Overall']
+    entries = [*(detection['per_class'].get(name) or {} for name in class_names)]
+    entries.append(detection.get('overall') or {})
+    places = -np.arange(len(labels))
+    for place, entry in zip(places, entries, strict=True):
+        ours, theirs = entry.get('balanced_accuracy'), entry.get('paper_accuracy')
+        if ours is not None:
+            low, high = (entry.get('interval') or {}).get('balanced_accuracy') or (ours, ours)
+            reach = [[max(0, ours - low)], [max(0, high - ours)]]
+            axes.barh(place + 0.18, ours, 0.34, color=_SERIES[0])
+            axes.errorbar(ours, place + 0.18, xerr=reach, color=_INK, linewidth=1, capsize=2)
+        if theirs is not None:
+            axes.barh(place - 0.18, theirs, 0.34, color='#b9c0ca')
+    axes.axvline(0.5, color=_MUTED, linewidth=0.8, linestyle='--')
+    axes.set_yticks(places, labels)
+    axes.set_xlim(0, 1.02)
+    axes.set_xlabel('Balanced accuracy (ours, blue; bar: 95 %), accuracy (paper, grey)')
+    return figure
+
+
+def scores_figure(histogram: dict | None) -> 'Figure':
+    """Draws how the paper's detector scores clean, attacked and noisy images."""
+    if not histogram:
+        return _message('No scores')
+    figure, axes = _axes(5.2, 4.6)
+    edges = np.array(histogram['edges'])
+    for colour, (kind, shares) in zip(
+        _SERIES, ((kind, v) for kind, v in histogram.items() if kind != 'edges'), strict=False
+    ):
+        axes.stairs(shares, edges, color=colour, linewidth=2, label=f'{kind} images')
+        axes.stairs(shares, edges, color=colour, alpha=0.15, fill=True)
+    axes.axvline(0, color=_MUTED, linewidth=0.8, linestyle='--')
+    axes.set(xlabel="Score of the paper's detector (above 0: called adversarial)")
+    axes.set_ylabel('Share of images')
+    axes.legend(fontsize=9, frameon=False)
+    return figure
+
+
 def captions(config: config_lib.Config, map_mean: dict) -> dict[str, str]:
     """Returns what stands below each figure, by file name."""
     window = config.occlusion
@@ -160,8 +225,14 @@ def captions(config: config_lib.Config, map_mean: dict) -> dict[str, str]:
     if None not in means:
         darker = ' Mean cell of all maps: correct {:.3f}, adversarial {:.3f}.'.format(*means)
     return {
+        'roc.png': 'ROC curves on test images that nothing was fitted on: means over classes and '
+        'seeds; in brackets the area below.',
+        'classes.png': 'Each class, by what the classifier predicts: ours on test images that '
+        "nothing was fitted on, and the paper's accuracy on its own sets, where it gives one.",
+        'scores.png': 'Scores of test images that nothing was fitted on. Noise is random signs of '
+        'the same ε: where it lies with the attacked images, noise is seen and no attack.',
         'fig1.png': 'Figure 1. Correctly classified images, and what they are taken for after one '
-        f'FGSM step of ε = {config.attack.epsilon:g}.',
+        f'FGSM step of ε = {tables.epsilon(config.attack.epsilon)}.',
         'fig2.png': f'Figure 2. A window of {window.size} pixels moves over the image by '
         f'{window.stride} (fill {fill}; grid {window.grid}). Each place gives one cell of the map '
         'on the right: the probability of the predicted class while the window is there.',
@@ -201,6 +272,16 @@ def _figure(width, height):
     figure = Figure((width, height), dpi=120, facecolor='white')
     FigureCanvasAgg(figure)
     return figure
+
+
+def _axes(width, height):
+    """Returns a figure of that size in inches, and its only panel."""
+    figure = _figure(width, height)
+    figure.set_layout_engine('constrained')
+    axes = figure.add_subplot()
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.tick_params(labelsize=9, colors=_MUTED)
+    return figure, axes
 
 
 def _panel(figure, left, top, width, height=None):

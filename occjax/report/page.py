@@ -23,7 +23,7 @@ def build(
 ) -> dict[str, bytes]:
     """Returns the report's files by name.
 
-    They are results.json, tables.md, fig1.png, fig2.png, fig3.png and report.html.
+    They are results.json, tables.md, report.html and the page's pictures.
 
     Args:
         results: the content of results.json. Entries may be None, never NaN.
@@ -37,8 +37,12 @@ def build(
         ValueError: if `results` holds NaN or infinity, for which JSON has no number.
     """
     listed = tables.build(results, rows, class_names)
-    facts, summary = _facts(results, config), _summary(results, class_names)
+    facts, summary = _facts(results, config), _findings(results, class_names)
+    shown = results['detection'].get('held_out') or next(iter(results['detection'].values()))
     drawn = {
+        'roc.png': figures.roc_figure(shown.get('roc') or {}),
+        'scores.png': figures.scores_figure(shown.get('histogram')),
+        'classes.png': figures.classes_figure(shown, class_names),
         'fig1.png': figures.attack_figure(
             examples, class_names=class_names, epsilon=config.attack.epsilon
         ),
@@ -55,8 +59,13 @@ def build(
     )
     page = _page(facts, summary, listed, pictures, manifest)
     head = [f'- {label}: {tables.escape(value)}' for label, value in facts]
-    head += [f'- {label}: **{value}**, {detail}' for label, value, detail in summary]
-    markdown = [f'# {_heading(facts)}', '\n'.join(head), tables.to_markdown(listed)]
+    found = [f'- **{value}** {tables.escape(rest)}' for value, rest in summary]
+    markdown = [
+        f'# {_heading(facts)}',
+        '\n'.join(found),
+        '\n'.join(head),
+        tables.to_markdown(listed),
+    ]
     files['tables.md'] = '\n\n'.join(markdown).encode()
     files['report.html'] = page.encode()
     content = json.dumps(results, indent=2, allow_nan=False) + '\n'
@@ -89,33 +98,90 @@ def _facts(results, config):
     ]
 
 
-def _summary(results, class_names):
-    """Returns (label, value, detail) of what a reader wants to know first."""
+def _findings(results, class_names):
+    """Returns (number, the rest of a sentence) of what a reader wants to know, in that order."""
     theirs, attack = paper.numbers(class_names), results['attack']
-    stated = tables.cell(tables.stated(results['classifier'].get('paper_test_accuracy')))
-    implied = tables.cell(theirs and theirs.attack_success)
-    test_accuracy = tables.cell(results['classifier']['test_accuracy'])
-    success = tables.cell(attack['success_rate'])
-    detail = f'FGSM with ε = {attack["epsilon"]:g}; paper {implied}'
-    lines = [
-        ('Classifier, test accuracy', test_accuracy, f'paper {stated}'),
-        ('Attack, success rate', success, detail),
+    printed = _paper(tables.stated(results['classifier'].get('paper_test_accuracy')))
+    found = [
+        (
+            tables.cell(results['classifier']['test_accuracy']),
+            f'of test images are classified correctly{printed}.',
+        ),
+        (
+            tables.cell(attack['success_rate']),
+            'of the correctly classified training images change their class by one FGSM step of '
+            f'ε = {tables.epsilon(attack["epsilon"])}{_paper(theirs and theirs.attack_success)}.',
+        ),
     ]
-    for protocol, detection in results['detection'].items():
-        baselines = (detection.get('baselines') or {}).items()
-        values, rivals = [], []
-        for key in tables.RIVAL_RATES:
-            values.append(tables.measured(detection.get('overall') or {}, key))
-            rated = [(b[key], n) for n, b in baselines if (b or {}).get(key) is not None]
-            value, name = max(rated, default=(None, ''))
-            rivals.append(
-                f'{tables.cell(value)} ({tables.words(name).lower()})'
-                if name
-                else tables.cell(None)
+    detection = results['detection'].get('held_out')
+    if detection:
+        found += _verdict(detection)
+    means = results.get('map_mean') or {}
+    if None not in (means.get('adversarial'), means.get('correct')):
+        verb = 'darker' if means['adversarial'] < means['correct'] else 'no darker'
+        found.append(
+            (
+                tables.cell(means['adversarial']),
+                f'is the mean cell of adversarial maps, {tables.cell(means["correct"])} of correct '
+                f'ones: they are {verb}.',
             )
-        detail = f'balanced accuracy / AUROC; best baselines {" / ".join(rivals)}'
-        lines.append((f'Detectors, protocol {protocol}', ' / '.join(values), detail))
-    return lines
+        )
+    return found
+
+
+def _verdict(detection):
+    """Returns what `_findings` says of the detectors on images that nothing was fitted on."""
+    overall, rivals = detection.get('overall') or {}, detection.get('baselines') or {}
+    balanced, auroc = (tables.with_interval(overall, key) for key in ('balanced_accuracy', 'auroc'))
+    stated = _paper(tables.stated(overall.get('paper_accuracy')))
+    found = [
+        (
+            balanced,
+            f"is the balanced accuracy of the paper's detectors on test images that nothing was "
+            f'fitted on, at an AUROC of {auroc}{stated}.',
+        )
+    ]
+    confidence = rivals.get('max_probability') or {}
+    if confidence.get('auroc') is not None:
+        found.append(
+            (
+                tables.with_interval(confidence, 'auroc'),
+                'is the AUROC of the unoccluded probability alone, without any window: '
+                f'{_beside(overall, confidence)}.',
+            )
+        )
+    rated = [(b['auroc'], name) for name, b in rivals.items() if (b or {}).get('auroc') is not None]
+    if rated:
+        name = max(rated)[1]
+        best = tables.with_interval(rivals[name], 'auroc')
+        found.append((best, f'is the best AUROC of all that was tried: {tables.words(name)}.'))
+    noise = (overall.get('controls') or {}).get('noise') or {}
+    if noise.get('called_at_5_fpr') is not None:
+        found.append(
+            (
+                tables.with_interval(noise, 'called_at_5_fpr'),
+                "of merely noisy images are called adversarial by the paper's detectors, at the "
+                'threshold that lets .05 of clean ones be.',
+            )
+        )
+    return found
+
+
+def _paper(value):
+    """Returns what follows a number of ours: the paper's, where it gives one."""
+    return '' if value is None else f' (paper: {tables.cell(value)})'
+
+
+def _beside(ours, theirs):
+    """Returns in words whether the detector's AUROC differs from another's, by their intervals."""
+    ends = [(entry.get('interval') or {}).get('auroc') for entry in (ours, theirs)]
+    if None in ends or ours.get('auroc') is None:
+        return 'whether the maps add to it cannot be told'
+    if ends[0][0] > ends[1][1]:
+        return 'the maps add to it'
+    if ends[0][1] < ends[1][0]:
+        return "the paper's detectors do worse"
+    return 'the intervals overlap, so the maps are not shown to add to it'
 
 
 def _heading(facts):
@@ -141,11 +207,14 @@ def _html(table):
     total = f'<tfoot>{line(table.total)}</tfoot>' if table.total else ''
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ''
     title = html.escape(table.title)
+    head, foot = f'<section><h3>{title}</h3>', '</section>'
+    if len(table.rows) > _LONG:
+        head, foot = f'<details><summary>{title}</summary>', '</details>'
     return (
-        f'<section><h3>{title}</h3>\n<div class="scroll" tabindex="0" role="region" '
+        f'{head}\n<div class="scroll" tabindex="0" role="region" '
         f'aria-label="{title}"><table class="words-{table.text_columns}"><thead><tr>{header}</tr>'
         f'</thead><tbody>{"".join(map(line, table.rows))}</tbody>{total}</table></div>'
-        f'{note}</section>\n'
+        f'{note}{foot}\n'
     )
 
 
@@ -153,8 +222,7 @@ def _page(facts, summary, listed, pictures, manifest):
     """Returns report.html: nothing in it is fetched from elsewhere."""
     named = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in facts)
     cards = ''.join(
-        f'<div><dt>{html.escape(label)}</dt><dd><b>{value}</b> {html.escape(detail)}</dd></div>'
-        for label, value, detail in summary
+        f'<li><b>{html.escape(value)}</b> {html.escape(rest)}</li>' for value, rest in summary
     )
     shown = ''.join(
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
@@ -167,13 +235,14 @@ def _page(facts, summary, listed, pictures, manifest):
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{title}</title><style>{_STYLE}</style></head>\n<body><main>\n'
-        f'<header><h1>{title}</h1><dl class="facts">{named}</dl></header>\n'
-        f'<dl class="cards">{cards}</dl>\n<h2>Tables</h2>\n<div class="tables">'
-        f'{"".join(map(_html, listed))}</div>\n'
-        f'<h2>Figures</h2>\n{shown}<h2>Provenance</h2>\n{_html(manifest)}</main></body></html>\n'
+        f'<header><h1>{title}</h1></header>\n<ul class="found">{cards}</ul>\n'
+        f'<div class="pictures">{shown}</div>\n<h2>Tables</h2>\n<div class="tables">'
+        f'{"".join(map(_html, listed))}</div>\n<h2>Provenance</h2>\n'
+        f'<dl class="facts">{named}</dl>\n{_html(manifest)}</main></body></html>\n'
     )
 
 
+_LONG = 8  # Tables of more rows are folded.
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2330; --soft: #5b6675;
   --line: #dde1e7; --band: #f0f2f5; --accent: #0b63b5; }
@@ -188,17 +257,20 @@ h2 { font-size: 1.3rem; margin: 40px 0 0; padding-top: 12px; border-top: 2px sol
 h3 { font-size: 1rem; margin: 24px 0 8px; }
 dl, dd, figure { margin: 0; }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; }
-.facts, .note, figcaption, .cards { color: var(--soft); font-size: 0.87rem; }
+.facts, .note, figcaption { color: var(--soft); font-size: 0.87rem; }
 .facts dd { color: var(--ink); overflow-wrap: anywhere; }
-.cards { display: grid; gap: 12px; margin-top: 20px;
-  grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
-.cards > div, .scroll, figure { background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; }
-.cards > div { padding: 12px 16px; }
-.cards dt, .cards b { color: var(--ink); }
-.cards b { display: block; color: var(--accent); font-size: 1.7rem; line-height: 1.3; }
+.found { margin: 20px 0; padding: 0; list-style: none; max-width: 80ch; font-size: 1.02rem; }
+.found li { margin: 8px 0; }
+.found b { color: var(--accent); font-variant-numeric: tabular-nums; }
+.scroll, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.pictures { display: grid; gap: 20px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
+.pictures figure { min-width: 0; }
+.pictures figure:nth-child(n + 3) { grid-column: 1 / -1; }
 .tables { display: flex; flex-wrap: wrap; align-items: flex-start; column-gap: 40px; }
-section { max-width: 100%; }
+section, details { max-width: 100%; }
+summary { cursor: pointer; font-weight: 700; margin: 24px 0 8px; }
+summary:hover { color: var(--accent); }
 .scroll { overflow-x: auto; max-width: 100%; width: fit-content; }
 table { border-collapse: collapse; font-size: 0.82rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 7px; text-align: right; white-space: nowrap;
@@ -214,8 +286,11 @@ tbody:last-child tr:last-child > *, tfoot tr > * { border-bottom: 0; }
 .words-2 tr > :nth-child(2) { text-align: left; }
 .words-2 tr > :nth-child(2):last-child { white-space: normal; overflow-wrap: anywhere; }
 .note { max-width: 75ch; margin: 6px 0 0; }
-figure { padding: 16px; margin-top: 20px; }
+figure { padding: 16px; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff;
   border-radius: 4px; }
-figcaption { max-width: 90ch; margin-top: 10px; }
+figcaption { max-width: 60ch; margin-top: 10px; }
+@media print { body { background: #fff; } .scroll { overflow: visible; border: 0; }
+  table { font-size: 0.55rem; } figure, tr { break-inside: avoid; }
+  details::details-content { content-visibility: visible; height: auto; display: block; } }
 """

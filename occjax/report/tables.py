@@ -80,8 +80,8 @@ def _outcome_table(results, theirs):
         ('Training accuracy', classifier['train_accuracy'], theirs and theirs.train_accuracy),
         (
             'ε of FGSM',
-            f'{attack["epsilon"]:g}',
-            theirs and theirs.epsilon and f'{theirs.epsilon:g}',
+            epsilon(attack['epsilon']),
+            theirs and theirs.epsilon and epsilon(theirs.epsilon),
         ),
         ('Images attacked', attack['attempted'], theirs and theirs.correct),
         ('Successful attacks', attack['successful'], theirs and theirs.adversarial),
@@ -151,7 +151,7 @@ def _class_table(protocol, detection, class_names, theirs):
     others = tuple(f'{words(name)}: {_METRICS[key]}' for name in baselines for key in RIVAL_RATES)
     return Table(
         f'{theirs.accuracy_table if theirs else "Tables IV/V"}. Detection by predicted class, '
-        f'protocol {protocol}',
+        f'protocol {words(protocol)}',
         ('Class', *_COUNTS.values(), *_METRICS.values(), "Paper's accuracy", *others),
         [
             line(name, detection['per_class'].get(name), [rival.get(name) for rival in rivals])
@@ -168,11 +168,11 @@ def _overall_table(detections, theirs):
     for protocol, detection in detections.items():
         overall = detection.get('overall') or {}
         baselines = (detection.get('baselines') or {}).items()
-        for method, entry in [('Detector', overall), *((words(n), b or {}) for n, b in baselines)]:
+        for method, entry in [('detector', overall), *((n, b or {}) for n, b in baselines)]:
             counts = [entry.get(key) for key in _COUNTS]
             numbers = [*counts, *(with_interval(entry, key) for key in _METRICS)]
-            printed = stated(overall.get('paper_accuracy')) if method == 'Detector' else None
-            lines.append(tuple(map(cell, (protocol, method, *numbers, printed))))
+            printed = stated(overall.get('paper_accuracy')) if method == 'detector' else None
+            lines.append(tuple(map(cell, (words(protocol), words(method), *numbers, printed))))
     return Table(
         f'Table VI. Overall{", " + theirs.dataset if theirs else ""}',
         ('Protocol', 'Method', *_COUNTS.values(), *_METRICS.values(), "Paper's accuracy"),
@@ -198,7 +198,7 @@ def _control_table(protocol, detection):
         lines.append(tuple(map(cell, line)))
     header = [f'{words(kind)}: {what}' for kind in kinds for what in ('n', *_CALLED.values())]
     return Table(
-        f'Called adversarial besides, protocol {protocol}',
+        f'Called adversarial besides, protocol {words(protocol)}',
         ('Method', *header),
         lines,
         note='Shares, means over the seeds. Noise: random signs of the same ε, still classified '
@@ -243,11 +243,8 @@ def adaptive_table(found: dict | None) -> Table:
     alarms = ', '.join(f'{words(k)} {cell(v)}' for k, v in found['false_alarms'].items())
     return Table(
         title,
-        ('Detector', 'Attack', *(f'ε = {epsilon:.3g}' for epsilon in epsilons)),
-        [
-            (words(method), 'FGSM' if name == 'fgsm' else words(name), *cells)
-            for (method, name), cells in evading.items()
-        ],
+        ('Detector', 'Attack', *(f'ε = {epsilon(value)}' for value in epsilons)),
+        [(words(method), words(name), *cells) for (method, name), cells in evading.items()],
         note=f'Shares of {cell(found["images"])} correctly classified test images that are '
         'classified wrongly and not called adversarial, at the thresholds of 5 % false positives, '
         "with Wilson's 95 % intervals. FGSM does not know of the detector, the others follow its "
@@ -283,9 +280,49 @@ def stated(value):
     return None if value is None else f'{value:.2f}'
 
 
-def words(name):
-    """Returns a baseline's name as a reader sees it."""
-    return name.replace('_', ' ').capitalize()
+_WORDS = {
+    'detector': "Paper's detector",
+    'pooled': "Paper's detector, one for all classes",
+    'linear_probe': 'Linear probe of the map',
+    'relative_map': 'Map over unoccluded probability',
+    'shuffled_cells': "Paper's detector, cells shuffled",
+    'log_map': 'Logarithm of the map',
+    'unoccluded_logits': 'Logits of the image alone',
+    'all_logits': 'All logits under all windows',
+    'logit_differences': 'Changes of all logits',
+    'conv_logits': 'All logits, convolutional',
+    'map_mean': 'Mean of the map',
+    'map_minimum': 'Minimum of the map',
+    'map_deviation': 'Standard deviation of the map',
+    'map_iqr': 'Interquartile range of the map',
+    'map_mad': 'Median absolute deviation of the map',
+    'max_probability': 'Unoccluded probability',
+    'magnet_error': 'MagNet, reconstruction error',
+    'magnet_divergence': 'MagNet, divergence',
+    'paper': 'paper',
+    'held_out': 'held out',
+    'fgsm': 'FGSM',
+    'targeted_fgsm': 'Targeted FGSM',
+    'bim': 'BIM',
+    'pgd': 'PGD',
+    'mi_fgsm': 'MI-FGSM',
+}
+
+
+def words(name: str) -> str:
+    """Returns what a reader sees for a name of `names`."""
+    return _WORDS.get(name, name.replace('_', ' ').capitalize())
+
+
+def epsilon(value: float) -> str:
+    """Returns what a reader sees for an epsilon: 8/255 where that is what it is, else 0.1.
+
+    >>> epsilon(8 / 255), epsilon(0.1), epsilon(0.2)
+    ('8/255', '0.1', '0.2')
+    """
+    steps = round(255 * value)
+    is_short = abs(round(value, 3) - value) < 1e-9
+    return f'{value:.3g}' if is_short or abs(steps - 255 * value) > 1e-3 else f'{steps}/255'
 
 
 def escape(text):
