@@ -192,7 +192,7 @@ def classes_figure(detection: dict, class_names: Sequence[str]) -> 'Figure':
         if theirs is not None:
             axes.barh(place - 0.18, theirs, 0.34, color='#b9c0ca')
     axes.axvline(0.5, color=_MUTED, linewidth=0.8, linestyle='--')
-    axes.set_yticks(places, labels)
+    axes.set_yticks(places, labels, parse_math=False)
     axes.set_xlim(0, 1.02)
     axes.set_xlabel('Balanced accuracy (ours, blue; bar: 95 %), accuracy (paper, grey)')
     return figure

@@ -91,7 +91,7 @@ def _facts(results, config):
         ('Config', config_lib.digest(config)),
         ('Device', tables.cell(results['manifest'].get('device'))),
         *(
-            (f'Protocol {name}', meanings[name])
+            (f'Protocol {tables.words(name)}', meanings[name])
             for name in results['detection']
             if name in meanings
         ),
@@ -242,7 +242,7 @@ def _page(facts, summary, listed, pictures, manifest):
     )
 
 
-_LONG = 8  # Tables of more rows are folded.
+_LONG = 11  # Tables of more rows are folded.
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2330; --soft: #5b6675;
   --line: #dde1e7; --band: #f0f2f5; --accent: #0b63b5; }

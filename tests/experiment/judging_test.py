@@ -193,3 +193,44 @@ def test_all_scorers_are_judged_by_the_same_classes():
             scorer, np.zeros(len(division.maps)), division, class_names=('a', 'b', 'c')
         )
         assert [e['auroc'] for e in entry['per_class'].values()] == [0.5, None, 0.5]
+
+
+def test_a_roc_curve_is_the_mean_of_the_classes_rates():
+    """Beside a loop over thresholds, of a division with ties and two classes."""
+    rng = np.random.default_rng(0)
+    maps = toy_maps([(100, 60), (140, 100)])
+    scores = np.round(rng.normal(size=400) + maps.is_adversarial, 1)
+    fitted = rng.random((3, 400)) < 0.3
+    division = judging.Division(maps, fitted, np.zeros_like(fitted))
+    found = judging.roc(scores, division)
+    for number in (0, 3, 10, 50):
+        best = []
+        for judged in division.is_judged:
+            for k in set(maps.predicted):
+                here = judged & (maps.predicted == k)
+                clean, attacked = (scores[here & (maps.is_adversarial == a)] for a in (False, True))
+                if not len(clean) or not len(attacked):
+                    continue
+                reached = [
+                    np.mean(attacked >= level)
+                    for level in [*scores, np.inf]
+                    if np.mean(clean >= level) <= number / 50 + 1e-9
+                ]
+                best.append(max(reached))
+        np.testing.assert_allclose(found['tpr'][number], np.mean(best), atol=1e-9)
+    assert judging.roc(scores, division._replace(is_fitted=np.ones_like(fitted))) is None
+    perfect = judging.roc(maps.is_adversarial.astype(float), division)
+    assert set(perfect['tpr']) == {1.0}
+
+
+def test_a_histogram_counts_every_score_once():
+    rng = np.random.default_rng(0)
+    kinds = {'clean': rng.normal(size=500), 'attacked': rng.normal(size=30) + 9, 'noise': []}
+    kinds['noise'] = np.zeros(0)
+    found = judging.histogram(kinds)
+    assert len(found['edges']) == 31
+    assert sum(found['clean']) == pytest.approx(1) and sum(found['attacked']) == pytest.approx(1)
+    assert not any(found['noise'])
+    middle = np.searchsorted(found['edges'], 5)
+    assert sum(found['clean'][:middle]) == pytest.approx(1)
+    assert sum(found['attacked'][middle:]) == pytest.approx(1)

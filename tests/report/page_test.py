@@ -26,7 +26,12 @@ METRICS = (
     'tpr_at_1_fpr',
     'fpr_at_5_fpr',
 )
-FILES = ['fig1.png', 'fig2.png', 'fig3.png', 'report.html', 'results.json', 'tables.md']
+FILES = sorted(
+    [
+        *(f'{name}.png' for name in ('classes', 'fig1', 'fig2', 'fig3', 'roc', 'scores')),
+        *('report.html', 'results.json', 'tables.md'),
+    ]
+)
 VOID = {'meta', 'img', 'br', 'link', 'hr'}
 
 
@@ -129,6 +134,7 @@ def write(directory, results=None, *, class_names=NAMES, examples=None, maps=Non
         maps=make_maps(24, classes=len(class_names)) if maps is None else maps,
         config=config or make_config(),
     )
+    pathlib.Path(directory).mkdir(exist_ok=True)
     for name, content in files.items():
         pathlib.Path(directory, name).write_bytes(content)
 
@@ -249,7 +255,7 @@ class TablesTest(parameterized.TestCase):
         for protocol, detection in results['detection'].items():
             baselines = detection['baselines'].values()
             _, *lines = parsed.pop(
-                f'{accuracy_name}. Detection by predicted class, protocol {protocol}'
+                f'{accuracy_name}. Detection by predicted class, protocol {tables.words(protocol)}'
             )
             entries = [detection['per_class'][name] for name in class_names]
             rivals = [[b['per_class'][name] for b in baselines] for name in class_names]
@@ -267,15 +273,16 @@ class TablesTest(parameterized.TestCase):
         ((title, (_, *lines)),) = parsed.items()
         self.assertStartsWith(title, 'Table VI')
         for protocol, detection in results['detection'].items():
-            methods = {'Detector': detection['overall']}
+            methods = {"Paper's detector": detection['overall']}
             methods |= {
-                'Max probability': detection['baselines']['max_probability'],
-                'Map mean': detection['baselines']['map_mean'],
+                'Unoccluded probability': detection['baselines']['max_probability'],
+                'Mean of the map': detection['baselines']['map_mean'],
             }
             for method, entry in methods.items():
                 stated = decimals([entry.get('paper_accuracy')], 2)
                 n = [f'{entry[key]:,}' for key in COUNTS]
-                wanted = [protocol, method, *n, *decimals(entry[key] for key in METRICS), *stated]
+                shown = [tables.words(protocol), method, *n]
+                wanted = [*shown, *decimals(entry[key] for key in METRICS), *stated]
                 self.assertEqual(lines.pop(0), wanted)
         self.assertEmpty(lines)
 
@@ -323,7 +330,7 @@ class WriteTest(parameterized.TestCase):
                     words = 2 if title.startswith('Table VI') else 1
                     self.assertEqual(set(row[words + len(COUNTS) :]), {'–'}, title)
         for name in ('tables.md', 'report.html', 'results.json'):
-            text = re.sub(r'data:image/png;base64,[^"]*', '', self.read(name))
+            text = re.sub(r'data:image/png;base64,[^"]*|list-style: none', '', self.read(name))
             self.assertNotRegex(text, r'(?i)\b(nan|none|inf)\b')
 
     def test_header_names_the_experiment(self):
@@ -334,23 +341,58 @@ class WriteTest(parameterized.TestCase):
             for share in ('80%', '50%'):
                 self.assertIn(share, self.read(name))
 
-    def test_summary_names_the_best_baseline(self):
-        results = make_results()
-        baselines = results['detection']['held_out']['baselines']
-        baselines['max_probability']['balanced_accuracy'] = 0.111
-        baselines['map_mean']['balanced_accuracy'] = 0.222
-        baselines['max_probability']['auroc'] = 0.444
-        baselines['map_mean']['auroc'] = None
-        write(self.directory, results)
-        for name in ('tables.md', 'report.html'):
-            self.assertIn('0.222 (map mean) / 0.444 (max probability)', self.read(name))
+    def test_the_page_opens_with_what_was_found(self):
+        results = make_results(tuple(paper.CIFAR10.counts))
+        held_out = results['detection']['held_out']
+        held_out['overall'] |= {
+            'balanced_accuracy': 0.612,
+            'auroc': 0.654,
+            'interval': {'balanced_accuracy': (0.6, 0.624), 'auroc': (0.6, 0.708)},
+            'over': {'auroc': [9, 50]},
+            'controls': {'noise': {'n': 9, 'called': 0.5, 'called_at_5_fpr': 0.25}},
+        }
+        held_out['baselines']['max_probability'] |= {'auroc': 0.321, 'interval': {}}
+        held_out['baselines']['map_mean'] |= {'auroc': 0.987}
+        names = tuple(paper.CIFAR10.counts)
+        write(self.directory, results, class_names=names)
+        lines = self.read('tables.md').splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith('- '))
+        self.assertEqual(
+            lines[start], '- **0.801** of test images are classified correctly (paper: 0.78).'
+        )
+        for number, words in [
+            ('0.459', 'ε = 0.03 (paper: 0.874)'),
+            ('0.612 ± 0.012', 'an AUROC of 0.654 ± 0.054 (9 of 50) (paper: 0.64)'),
+            ('0.321', 'cannot be told'),
+            ('0.987', 'of all that was tried: Mean of the map'),
+            ('0.250', 'merely noisy'),
+            ('0.346', 'adversarial maps, 0.765 of correct ones: they are darker'),
+        ]:
+            (line,) = (line for line in lines[start : start + 7] if f'**{number}**' in line)
+            self.assertIn(words, line)
+            self.assertIn(f'<b>{number}</b>', self.read('report.html'))
 
-    def test_summary_says_of_how_many_classes_its_means_are(self):
+    @parameterized.parameters(
+        ((0.7, 0.8), (0.5, 0.6), 'add to it'),
+        ((0.3, 0.4), (0.5, 0.6), 'do worse'),
+        ((0.4, 0.55), (0.5, 0.6), 'not shown to add'),
+        ((0.4, 0.55), None, 'cannot be told'),
+    )
+    def test_more_than_confidence_is_said_only_where_intervals_do_not_meet(
+        self, ours, theirs, said
+    ):
         results = make_results()
-        results['detection']['held_out']['overall'] |= {'auroc': 0.321, 'over': {'auroc': [9, 50]}}
+        held_out = results['detection']['held_out']
+        held_out['overall'] |= {'interval': {'auroc': ours}}
+        held_out['baselines']['max_probability'] |= {'interval': {'auroc': theirs}}
         write(self.directory, results)
-        for name in ('tables.md', 'report.html'):
-            self.assertIn('/ 0.321 (9 of 50)', self.read(name))
+        self.assertIn(said, self.read('tables.md'))
+
+    def test_long_tables_are_folded(self):
+        write(self.directory)
+        page = self.read('report.html')
+        self.assertIn('<details><summary>Table I. The classifier', page)
+        self.assertIn('<h3>Table VI. Overall', page)
 
     def test_page_is_whole_and_fetches_nothing(self):
         write(self.directory)
@@ -358,7 +400,7 @@ class WriteTest(parameterized.TestCase):
         parser.feed(page)
         parser.close()
         self.assertEmpty(parser.open)
-        self.assertLen(parser.resources, 3)
+        self.assertLen(parser.resources, 6)
         for resource in parser.resources:
             self.assertStartsWith(resource, 'data:image/png;base64,')
         self.assertNotRegex(page, r'https?:|url\(|@import')
@@ -517,21 +559,23 @@ def test_intervals_controls_and_costs_have_their_places():
     }
     listed = {table.title: table for table in tables.build(results, [], NAMES)}
     overall = listed['Table VI. Overall']
-    line = next(row for row in overall.rows if row[:2] == ('held_out', 'Detector'))
+    line = next(row for row in overall.rows if row[:2] == ('held out', "Paper's detector"))
     # How many classes and seeds a mean is over stands beside it where not all have it.
     assert {'0.750 ± 0.050 (49 of 50)', '0.250 (42 of 50)'} <= set(line)
-    assert any(row[:2] == ('held_out', 'Pooled') and '0.625' in row for row in overall.rows)
+    assert any(
+        row[:2] == ('held out', tables.words('pooled')) and '0.625' in row for row in overall.rows
+    )
     per_class = next(
         t
         for title, t in listed.items()
-        if title.endswith('protocol held_out') and 'Called' not in title
+        if title.endswith('protocol held out') and 'Called' not in title
     )
-    assert not any('Pooled' in cell for cell in per_class.header)
+    assert not any(tables.words('pooled') in cell for cell in per_class.header)
     assert {'0.750 (49 of 50)', '0.250 (42 of 50)'} <= set(per_class.total)
-    controls = listed['Called adversarial besides, protocol held_out']
+    controls = listed['Called adversarial besides, protocol held out']
     assert controls.header[:4] == ('Method', 'Noise: n', 'Noise: share', 'Noise: share at 5 % FPR')
     assert controls.rows[0] == (
-        'Detector',
+        "Paper's detector",
         '321',
         '0.125 ± 0.025',
         '0.062 (200 of 321)',
@@ -539,16 +583,12 @@ def test_intervals_controls_and_costs_have_their_places():
         '0.125 ± 0.025',
         '0.062',
     )
-    assert [row[0] for row in controls.rows] == [
-        'Detector',
-        'Max probability',
-        'Map mean',
-        'Pooled',
-    ]
+    methods = ('detector', 'max_probability', 'map_mean', 'pooled')
+    assert [row[0] for row in controls.rows] == [tables.words(name) for name in methods]
     assert set(controls.rows[1][1:]) == {'–'}
     assert listed['What a verdict costs'].rows == [
-        ('Detector', '17', '6.250', '–'),
-        ('Max probability', '1', '0.375', '12.500'),
+        ("Paper's detector", '17', '6.250', '–'),
+        ('Unoccluded probability', '1', '0.375', '12.500'),
     ]
     assert 'Called adversarial besides, protocol paper' not in listed
 
