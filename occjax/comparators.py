@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from occjax.detector import Conv3x3
+from occjax.detector import Conv3x3, draw_kernels
 from occjax.types import Array, LogitsFn, promoting
 
 
@@ -75,7 +75,7 @@ class Autoencoder(nn.Module):
 @promoting
 def init_autoencoder(key: Array, *, channels: int) -> Any:
     """Returns fresh variables of an autoencoder for images of `channels`, whatever their size."""
-    return Autoencoder().init(key, jnp.zeros((1, 8, 8, channels)))
+    return draw_kernels(key, Autoencoder().init(key, jnp.zeros((1, 8, 8, channels))))
 
 
 @promoting

@@ -25,6 +25,7 @@ Bank = Any  # The variables of `MLP`, each leaf with a leading axis of K.
 
 
 BALANCES = ('undersample', 'weights', 'none')
+_ZEROS = nn.initializers.zeros  # of kernels, until `draw_kernels`
 
 
 class Conv3x3(nn.Module):
@@ -39,8 +40,8 @@ class Conv3x3(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Returns `[M, h, w, features]`."""
         shape = (3, 3, x.shape[-1], self.features)
-        kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
-        return conv3x3(x, kernel) + self.param('bias', nn.initializers.zeros, (self.features,))
+        kernel = self.param('kernel', _ZEROS, shape)
+        return conv3x3(x, kernel) + self.param('bias', _ZEROS, (self.features,))
 
 
 class MLP(nn.Module):
@@ -66,8 +67,8 @@ class MLP(nn.Module):
             x = nn.relu(Conv3x3(width)(x))
         x = x.reshape(len(maps), math.prod(x.shape[1:]))
         for width in self.features:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(1)(x)[:, 0]
+            x = nn.relu(nn.Dense(width, kernel_init=_ZEROS)(x))
+        return nn.Dense(1, kernel_init=_ZEROS)(x)[:, 0]
 
 
 class Groups(NamedTuple):
@@ -137,12 +138,16 @@ def group_by_class(
 
 
 def stack_groups(groups: Sequence[Groups]) -> Groups:
-    """Returns the groups of several seeds as one, `[S, K, N, ...]`, padded to the longest."""
+    """Returns the groups of several seeds as one, `[S, K, N, ...]`.
+
+    They are padded to the longest, and on to a multiple of 64, so that banks of about as many maps
+    are fitted by one compiled program.
+    """
 
     def padded(array, count):
         return np.pad(array, [(0, 0), (0, count)] + [(0, 0)] * (array.ndim - 2))
 
-    longest = max(group.weight.shape[1] for group in groups)
+    longest = -(-max(group.weight.shape[1] for group in groups) // 64) * 64
     return Groups(
         *(
             np.stack([padded(array, longest - array.shape[1]) for array in arrays])
@@ -154,7 +159,30 @@ def stack_groups(groups: Sequence[Groups]) -> Groups:
 @promoting
 def init(key: Array, *, grid: tuple[int, ...], **fields: Any) -> Any:
     """Returns the variables of one detector for maps of shape `grid`; `fields` are `MLP`'s."""
-    return MLP(**fields).init(key, jnp.zeros((1, *grid)))
+    return draw_kernels(key, MLP(**fields).init(key, jnp.zeros((1, *grid))))
+
+
+def draw_kernels(key: Array, variables: Any) -> Any:
+    """Returns variables with random kernels: uniform, of variance 1 over the inputs (LeCun's).
+
+    One draw serves all: a draw for each, as Flax makes them, takes seconds more to compile.
+    """
+    shapes = [leaf.shape for path, leaf in _leaves(variables) if path[-1].key == 'kernel']
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    draws = iter(jnp.split(jax.random.uniform(key, (ends[-1],), minval=-1), ends[:-1]))
+
+    def drawn(path, leaf):
+        if path[-1].key != 'kernel':
+            return leaf
+        reach = math.sqrt(3 / math.prod(leaf.shape[:-1]))
+        return reach * next(draws).reshape(leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(drawn, variables)
+
+
+def _leaves(tree):
+    """Returns the leaves of a pytree with their paths."""
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
 @promoting

@@ -1,0 +1,19 @@
+"""README's code runs as it is printed."""
+
+import re
+
+import numpy as np
+
+from tests.conftest import ROOT
+
+
+def test_the_code_of_readme_runs():
+    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    found = {}
+    for block in blocks:
+        exec(block, found)
+    assert found['clean_maps'].shape == found['attacked_maps'].shape == (16, 4, 4)
+    assert found['sensitivity'].shape == (16, 32, 32, 3)
+    assert np.isfinite(found['scores']).all() and found['scores'].shape == (16,)
+    assert found['maps'].shape == (2, 4, 4)
