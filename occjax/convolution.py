@@ -58,14 +58,7 @@ def conv3x3(images: Array, kernel: Array, *, padding: str = 'SAME') -> Array:
     if min(images.shape[1:3]) + 2 * pad < 3:
         raise ValueError(f"Expected images of at least 3x3 for 'VALID', got {images.shape}.")
     dtype = jnp.result_type(images, kernel)
-    if jax.default_backend() != 'cpu':
-        # Units accumulate bfloat16 in float32 by themselves. `preferred_element_type` would make
-        # XLA's GPU compiler, which has no mixed convolution, widen the operands instead.
-        return _direct(images.astype(dtype), kernel.astype(dtype), pad)
-    # Sums of bfloat16 tiles would lose digits, and no CPU path is faster for it.
-    wide = jnp.promote_types(dtype, jnp.float32)
-    out = _bilinear(images.astype(wide), kernel.astype(wide), form='forward', pad=pad)
-    return out.astype(dtype)
+    return _bilinear(images.astype(dtype), kernel.astype(dtype), form='forward', pad=pad)
 
 
 # The convolution and its two gradients are bilinear, and each one's transposes are the other two.
@@ -77,14 +70,26 @@ def _bilinear(x, y, *, form, pad):
     return _bilinear_p.bind(x, y, form=form, pad=pad)
 
 
-def _evaluate(x, y, *, form, pad):
+def _evaluate(x, y, *, form, pad, forms):
     shape = _shape(x, y, form, pad)
     if not math.prod((*shape, x.size, y.size)):
         return jnp.zeros(shape, x.dtype)
-    function = functools.partial(_FORMS[form], pad=pad)
+    function = functools.partial(forms[form], pad=pad)
     for _ in shape[4:]:  # axes that vmap maps of both
         function = jax.vmap(function)
     return function(x, y)
+
+
+def _on_cpu(x, y, **settings):
+    # Sums of bfloat16 tiles would lose digits, and no CPU path is faster for it.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return _evaluate(x.astype(wide), y.astype(wide), forms=_CPU_FORMS, **settings).astype(x.dtype)
+
+
+def _elsewhere(x, y, **settings):
+    # Units accumulate bfloat16 in float32 by themselves. `preferred_element_type` would make XLA's
+    # GPU compiler, which has no mixed convolution, widen the operands instead.
+    return _evaluate(x, y, forms=_XLA_FORMS, **settings)
 
 
 def _shape(x, y, form, pad):
@@ -131,7 +136,7 @@ _TRANSPOSES = {
     'image_grad': (('forward', ('ct', 'y')), ('kernel_grad', ('ct', 'x'))),
     'kernel_grad': (('image_grad', ('y', 'ct')), ('forward', ('x', 'ct'))),
 }
-_bilinear_p.def_impl(jax.jit(_evaluate, static_argnames=('form', 'pad')))
+_bilinear_p.def_impl(jax.jit(_bilinear, static_argnames=('form', 'pad')))
 _bilinear_p.def_abstract_eval(
     lambda x, y, *, form, pad: jax.core.ShapedArray(_shape(x, y, form, pad), x.dtype)
 )
@@ -139,7 +144,9 @@ ad.defbilinear(
     _bilinear_p, functools.partial(_transposed, of=0), functools.partial(_transposed, of=1)
 )
 batching.primitive_batchers[_bilinear_p] = _batched
-mlir.register_lowering(_bilinear_p, mlir.lower_fun(_evaluate, multiple_results=False))
+# By the platform that a program is for, which need not be the one that it is traced on.
+mlir.register_lowering(_bilinear_p, mlir.lower_fun(_elsewhere, multiple_results=False))
+mlir.register_lowering(_bilinear_p, mlir.lower_fun(_on_cpu, multiple_results=False), platform='cpu')
 
 
 def _forward(images, kernel, pad):
@@ -169,7 +176,7 @@ def _kernel_grad(images, grads, pad):
     return _winograd_kernel_grad(images, grads, pad)
 
 
-_FORMS = {'forward': _forward, 'image_grad': _image_grad, 'kernel_grad': _kernel_grad}
+_CPU_FORMS = {'forward': _forward, 'image_grad': _image_grad, 'kernel_grad': _kernel_grad}
 
 
 def _direct(images, kernel, pad):
@@ -177,6 +184,24 @@ def _direct(images, kernel, pad):
     return lax.conv_general_dilated(
         images, kernel, (1, 1), pads, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
+
+
+def _direct_image_grad(grads, kernel, pad):
+    n, h, w, _ = grads.shape
+    images = jnp.zeros((n, h + 2 - 2 * pad, w + 2 - 2 * pad, kernel.shape[2]), grads.dtype)
+    return jax.vjp(lambda x: _direct(x, kernel, pad), images)[1](grads)[0]
+
+
+def _direct_kernel_grad(images, grads, pad):
+    kernel = jnp.zeros((3, 3, images.shape[-1], grads.shape[-1]), images.dtype)
+    return jax.vjp(lambda y: _direct(images, y, pad), kernel)[1](grads)[0]
+
+
+_XLA_FORMS = {
+    'forward': _direct,
+    'image_grad': _direct_image_grad,
+    'kernel_grad': _direct_kernel_grad,
+}
 
 
 def _dense_2x2(images, kernel):

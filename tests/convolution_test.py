@@ -231,16 +231,33 @@ class ConvolutionTest(parameterized.TestCase):
             self.assertEqual(actual.dtype, jnp.bfloat16)
             self.assert_close(actual, wanted, tolerance=2**-8)
 
-    def test_other_backends_take_the_direct_form(self):
-        images, kernel = sample((2, 6, 6, WIDE), (3, 3, WIDE, WIDE))
-        with mock.patch.object(jax, 'default_backend', return_value='gpu'):
-            jaxpr = jax.make_jaxpr(convolution.conv3x3)(images, kernel)
-            out = convolution.conv3x3(images, kernel)
-        self.assertEqual(
-            [e.primitive.name for e in jaxpr.eqns if 'convert' not in e.primitive.name],
-            ['conv_general_dilated'],
-        )
-        self.assert_close(out, naive(images, kernel, 1))
+    def test_the_form_is_that_of_the_platform_that_a_program_is_for(self):
+        """XLA's own convolutions on GPU and TPU, also in gradients and in bfloat16; none on CPU."""
+        images, kernel = jnp.ones((2, 8, 8, 32)), jnp.ones((3, 3, 32, 32))
+
+        def loss(x, y):
+            return (convolution.conv3x3(x, y) ** 2).sum().astype(jnp.float32)
+
+        fn = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        for dtype in ('float32', 'bfloat16'):
+            operands = images.astype(dtype), kernel.astype(dtype)
+            for platform, count in (('cuda', 3), ('tpu', 3), ('cpu', 0)):
+                text = jax.export.export(fn, platforms=[platform])(*operands).mlir_module()
+                self.assertEqual(text.count('stablehlo.convolution('), count, platform)
+
+    def test_other_platforms_compute_the_same(self):
+        rng = np.random.default_rng(0)
+        images = jnp.asarray(rng.normal(size=(2, 3, 6, 5, 40)), jnp.float32)
+        kernel = jnp.asarray(rng.normal(size=(2, 3, 3, 40, 33)), jnp.float32)
+        for form, x, y in [
+            ('forward', images, kernel),
+            ('image_grad', jnp.ones((2, 3, 6, 5, 33)), kernel),
+            ('kernel_grad', images, jnp.ones((2, 3, 6, 5, 33))),
+        ]:
+            here, there = (
+                fn(x, y, form=form, pad=1) for fn in (convolution._on_cpu, convolution._elsewhere)
+            )
+            self.assert_close(here, there)
 
     @parameterized.parameters(
         ((2, 6, 6, 3), (3, 3, 4, 5), 'SAME', 'got .*3.* and .*4'),
