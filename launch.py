@@ -278,7 +278,7 @@ def parse(argv):
         flags.FLAGS['config'].parser = ConfigFile()
         rest = flags.FLAGS(argv)
     except KeyError as error:
-        raise UsageError(f'{error.args[0]}; its fields stand in occjax/config.py.') from None
+        raise UsageError(f'{error.args[0]}; its fields are in occjax/config.py.') from None
     except Exception as error:  # Of absl, ml_collections and Python's parser.
         raise UsageError(' '.join(str(error).split())) from None
     if len(rest) > 1:

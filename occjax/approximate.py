@@ -2,9 +2,9 @@
 
 Two knobs, each exact at its default of 1. `threshold` stops the growth of what a window changes:
 a convolution widens the patch that is computed again to no more than this share of its layer's
-side, and beyond it the unoccluded activations stand for the occluded ones (the projective field
+side, and beyond it the unoccluded activations replace the occluded ones (the projective field
 threshold τ of Krypton; unlike there, the share is never taken from the patch that a layer is
-given, only from what it adds). `every` computes every so many-th window a side, the last one
+given, only from what it adds). `every` computes every n-th window a side, the last one
 included, and interpolates the logits of the others: windows overlap, so maps are smooth.
 
 Dimensions: B batch, H W C image, K classes, h w heatmap grid, P = h * w windows, M maps.
@@ -23,7 +23,7 @@ from occjax.types import Array
 
 
 def _knots(count: int, every: int) -> list[int]:
-    """Returns every so many-th of `count` cells, and the last."""
+    """Returns every n-th of `count` cells, and the last."""
     return sorted({*range(0, count, every), count - 1})
 
 

@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 
     correct_before: Array  # bool[B], the clean image was classified correctly
     successful: Array  # bool[B], correct before and wrong after (§III-C)
-    predicted_after: Array  # i32[B], the class the attacked image is taken for
+    predicted_after: Array  # i32[B], the class predicted for the attacked image
 
 
 def fgsm(

@@ -88,7 +88,7 @@ def attack_half(
 ) -> Array:
     """Returns a batch whose first half is FGSM images against `source`, the rest as it was.
 
-    The loss that they raise is that of the class that `source` names, not of the label: else the
+    The loss that they raise is that of the class that `source` predicts, not of the label: else the
     step itself would tell the label.
 
     Args:

@@ -3,7 +3,7 @@
 A field's limits are declared beside its default; what one field asks of another is in
 `Config.rules`.
 Where and how fast a run goes (device, engine, chunk, memory, directories) are flags of `launch.py`
-and stand nowhere in here, so that `digest` names an experiment and not the machine it ran on.
+and are not in here, so that `digest` names an experiment and not the machine it ran on.
 """
 
 import dataclasses
@@ -113,7 +113,7 @@ class Classifier:
     The last four are defences of §II. `label_smoothing` goes from the true class to all
     (https://arxiv.org/abs/1512.00567). `adversarial_epsilon` above 0 attacks half of each batch by
     FGSM (https://arxiv.org/abs/1611.01236); with an `ensemble` its source is drawn among the
-    classifier and as many others, trained before (https://arxiv.org/abs/1705.07204).
+    classifier and this number of others, trained before (https://arxiv.org/abs/1705.07204).
     `thermometer` is the number of levels of a thermometer encoding, 1 for none
     (https://openreview.net/forum?id=S18Su--CW).
     """

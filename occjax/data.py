@@ -71,14 +71,14 @@ def load(
             They are known by name, size and the source's file names, sizes and times, and
             decoded again unless all are as they were written. Nothing is ever deleted there, but
             all of it may be.
-        resplit_per_class: pools both splits and holds out so many random images of each class
+        resplit_per_class: pools both splits and holds out that number of random images of each class
             for the test (the paper's §III-A does so for Imagenette); None keeps the source's.
         seed: of the resplit and of the two subsets.
-        train_images: keeps so many random images of the training split; None keeps all.
+        train_images: keeps that number of random images of the training split; None keeps all.
         test_images: the same for the test split.
 
     Raises:
-        UsageError: nothing usable stands behind the name, or fewer images than asked for.
+        UsageError: nothing usable has that name, or fewer images than asked for.
     """
     if image_size < 1:
         raise UsageError(f'Expected data.image_size >= 1, got {image_size}.')
@@ -309,7 +309,7 @@ def _header(descr, shape):
 
 
 def _digest_of(digests, labels):
-    """Returns what stands in the cache's digest.json."""
+    """Returns what is in the cache's digest.json."""
     return json.dumps({'sha256': hashlib.sha256(digests + labels).hexdigest()}).encode()
 
 

@@ -1,7 +1,7 @@
 """The detectors: one small MLP per class that judges heatmaps (paper §III-D).
 
 All of them are one *bank*: a Flax pytree whose leaves lead with the class axis, made, fitted and
-applied by `vmap`. A map is judged by the detector of the class that the classifier names for it.
+applied by `vmap`. A map is judged by the detector of the class that the classifier predicts for it.
 
 Dimensions: K classes, h w heatmap grid, M maps, N maps a class (padded to the largest).
 """
@@ -72,7 +72,7 @@ class MLP(nn.Module):
 
 
 class Groups(NamedTuple):
-    """Maps by the class that the classifier names, padded to one length; `weight` 0 is padding."""
+    """Maps by the class that the classifier predicts, padded to one length; `weight` 0 is padding."""
 
     maps: np.ndarray  # f32[K, N, h, w]; the real ones come first
     is_adversarial: np.ndarray  # bool[K, N]
@@ -88,11 +88,11 @@ def group_by_class(
     balance: str,
     rng: np.random.Generator,
 ) -> Groups:
-    """Sorts maps into their detectors' training sets (§III-C groups by the class named).
+    """Sorts maps into their detectors' training sets (§III-C groups by the predicted class).
 
     Args:
-        maps: `[M, h, w]`, or `[M, ...]` of whatever else the detectors shall see.
-        predicted: `[M]` integer classes that the classifier names for the images.
+        maps: `[M, h, w]`, or `[M, ...]` of whatever else the detectors see.
+        predicted: `[M]` integer classes that the classifier predicts for the images.
         is_adversarial: `bool[M]`.
         num_classes: K.
         balance: what evens out the two kinds within a class (ours: not stated): `undersample`
@@ -298,7 +298,7 @@ def init_bank(
     Args:
         key: JAX random key.
         num_classes: K.
-        grid: `(h, w)`, or the shape of whatever else the detectors shall see.
+        grid: `(h, w)`, or the shape of whatever else the detectors see.
         features: widths of the hidden layers, the paper's by default; `()` for a linear one.
         convolutions: widths of the 3×3 layers before them.
         standardize: whether `fit_bank` brings every cell to mean 0 and deviation 1.

@@ -2,7 +2,7 @@
 
 `full` runs every masked image through the network, `incremental` computes only what a window
 changes. Their numbers differ in the last float bits, so the choice between them is a flag and no
-config. `approximate` is not exact: what it leaves out stands in the config.
+config. `approximate` is not exact: what it leaves out is in the config.
 
 Dimensions: B batch, H W C image, K classes, h w heatmap grid, P = h * w windows.
 """

@@ -203,7 +203,7 @@ def per_class(
     learns: bool = False,
     is_reserved: np.ndarray | None = None,
 ) -> tuple[dict[str, dict], dict]:
-    """Returns `rates` for every class, by the class that the classifier names, and over all.
+    """Returns `rates` for every class, by the class that the classifier predicts, and over all.
 
     Args:
         scores: `[M]` scores of `maps`, the ones to judge by.

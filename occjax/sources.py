@@ -153,7 +153,7 @@ def digits(image_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def folder(root: Path | None, *, resplit: bool = False) -> Source:
-    """Returns the source `<folder>/<split>/<class>/<file>`; what it leaves out stands on stderr.
+    """Returns the source `<folder>/<split>/<class>/<file>`; what it leaves out is said on stderr.
 
     Splits are called as in `TRAIN` and `TEST`, in any case. The held-out one is the first that has
     a class of the training split. Files may lie in subfolders of their class.
@@ -182,7 +182,7 @@ def folder(root: Path | None, *, resplit: bool = False) -> Source:
     if held_out and held_out != tests[0]:
         _say(f'{tests[0]} has no image of a known class: the test split is {held_out}.')
     for label in sorted(classes ^ _classes(held_out) if held_out else ()):
-        raise UsageError(f'Class {label} stands in only one of {train} and {held_out}.')
+        raise UsageError(f'Class {label} is in only one of {train} and {held_out}.')
     splits = [path for path in (train or root, held_out) if path]
     labels = sorted(classes, key=_natural)
     if len(labels) < 2:

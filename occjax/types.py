@@ -88,7 +88,7 @@ class HeatmapSet:
 
     @property
     def predicted(self) -> np.ndarray:
-        """`[M]`, the class that the classifier names for the unoccluded image."""
+        """`[M]`, the class that the classifier predicts for the unoccluded image."""
         return self.unoccluded.argmax(-1).astype(np.int32)
 
     @property

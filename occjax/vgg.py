@@ -129,7 +129,7 @@ def normalize(variables: Variables, images: Array) -> Array:
 def thermometer(images: Array, levels: int) -> Array:
     """Encodes pixels by which of `levels` thresholds in (0, 1] they exceed.
 
-    The encoding has no gradient; that of the distances above the thresholds stands in for it, as
+    The encoding has no gradient; that of the distances above the thresholds replaces it, as
     Athalye et al. attack it.
 
     Args:

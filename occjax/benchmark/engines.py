@@ -36,7 +36,7 @@ NUM_CLASSES = 10  # of an untrained classifier
 def benchmark(run: Run, timing: Timing) -> str:
     """Times the engines, writes `benchmark.json` and `benchmark.png`, and returns a table.
 
-    `--engine` names the one to be timed; 'auto' stands for all of them.
+    `--engine` names the one to be timed; 'auto' means all of them.
 
     Raises:
         UsageError: if a peer is asked for that is not installed, or memory is too small.
@@ -155,7 +155,7 @@ def random_variables(run: Run) -> vgg.Variables:
 
 
 def _maps(logits, unoccluded):
-    """Returns the `[B, h, w]` probabilities of the classes named for the unoccluded images."""
+    """Returns the `[B, h, w]` probabilities of the classes predicted for the unoccluded images."""
     return np.asarray(occlusion.probabilities(logits, jnp.argmax(unoccluded, axis=-1)))
 
 

@@ -34,7 +34,7 @@ class Needs(NamedTuple):
     grid: int  # windows of an image
 
     def total(self, images: int, windows: int) -> int:
-        """Returns the bytes for so many images and windows at once."""
+        """Returns the bytes for some images and windows at once."""
         return self.fixed + images * self.image + windows * self.window
 
     def fit(self, limit: int, *, images: int, windows: int, devices: int = 1) -> tuple[int, int]:

@@ -26,13 +26,13 @@ from occjax.types import UsageError
 
 @functools.partial(jax.jit, static_argnames='plan')
 def predict(variables, images, *, plan):
-    """Returns the `[B]` classes that the classifier names."""
+    """Returns the `[B]` classes that the classifier predicts."""
     return jnp.argmax(vgg.logits(variables, images, plan=plan), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames='side')
 def shrink(images, *, side):
-    """Returns `[B, side, side, C]` images, each pixel an average of those that it stands for."""
+    """Returns `[B, side, side, C]` images, each pixel an average of those that it covers."""
     return jax.image.resize(images, (len(images), side, side, images.shape[-1]), 'linear')
 
 

@@ -34,7 +34,7 @@ class Example(NamedTuple):
     clean: np.ndarray  # f32[H, W, C]
     adversarial: np.ndarray  # f32[H, W, C]
     label: int  # the class of the clean image, correctly predicted
-    predicted: int  # what the adversarial one is taken for
+    predicted: int  # the class of the adversarial one
     clean_map: np.ndarray  # f32[h, w]
     adversarial_map: np.ndarray  # f32[h, w]
 
@@ -46,7 +46,7 @@ def attack_figure(
     examples = examples[:4]
     if not examples:
         return _message('No successful attack')
-    # A single pair stands side by side as in the paper, several stand in columns.
+    # A single pair is side by side as in the paper, several are in columns.
     rows, columns = (1, 2) if len(examples) == 1 else (2, len(examples))
     side = 2.5
     figure = _figure(columns * (side + _GAP) + _GAP, rows * (side + _HEAD) + _GAP)
@@ -217,7 +217,7 @@ def scores_figure(histogram: dict | None) -> 'Figure':
 
 
 def captions(config: config_lib.Config, map_mean: dict) -> dict[str, str]:
-    """Returns what stands below each figure, by file name."""
+    """Returns the text below each figure, by file name."""
     window = config.occlusion
     fill = ', '.join(f'{v:g}' for v in window.fill) or "the training mean, drawn as the image's own"
     means = [map_mean.get(kind) for kind in _KINDS]
@@ -231,7 +231,7 @@ def captions(config: config_lib.Config, map_mean: dict) -> dict[str, str]:
         "nothing was fitted on, and the paper's accuracy on its own sets, where it gives one.",
         'scores.png': 'Scores of test images that nothing was fitted on. Noise is random signs of '
         'the same ε: where it lies with the attacked images, noise is seen and no attack.',
-        'fig1.png': 'Figure 1. Correctly classified images, and what they are taken for after one '
+        'fig1.png': 'Figure 1. Correctly classified images, and what they are mistaken for after one '
         f'FGSM step of ε = {tables.epsilon(config.attack.epsilon)}.',
         'fig2.png': f'Figure 2. A window of {window.size} pixels moves over the image by '
         f'{window.stride} (fill {fill}; grid {window.grid}). Each place gives one cell of the map '
@@ -285,7 +285,7 @@ def _axes(width, height):
 
 
 def _panel(figure, left, top, width, height=None):
-    """Returns new axes whose corner is so many inches from the figure's top left one."""
+    """Returns new axes whose corner is `left` and `top` inches from the figure's top left one."""
     across, down = figure.get_size_inches()
     height = width if height is None else height
     return figure.add_axes(

@@ -16,9 +16,9 @@ class Paper(NamedTuple):
     train_images: int  # §III-A
     test_accuracy: float  # §III-B
     epsilon: float | None  # Figure 1, the only one in the paper
-    counts_table: str  # where `counts` stand: Table II or III
+    counts_table: str  # where `counts` are: Table II or III
     counts: dict[str, tuple[int, int]]  # {class: (correct, adversarial)} heatmaps
-    accuracy_table: str  # where `accuracy` stands: Table IV or V
+    accuracy_table: str  # where `accuracy` is: Table IV or V
     accuracy: dict[str, float]  # {class: the detector's accuracy}
     overall: float  # Table VI
 

@@ -120,7 +120,7 @@ def _heatmap_table(heatmaps, class_names, theirs):
         ('Class', 'Correct', 'Adversarial', "Paper's correct", "Paper's adversarial"),
         [tuple(map(cell, line)) for line in zip(class_names, *columns, strict=True)],
         ('Sum', *map(cell, sums)),
-        'Adversarial maps count for the class that the attacked image is taken for.',
+        'Adversarial maps count for the class that is predicted for the attacked image.',
     )
 
 
