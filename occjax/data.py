@@ -71,8 +71,8 @@ def load(
             They are known by name, size and the source's file names, sizes and times, and
             decoded again unless all are as they were written. Nothing is ever deleted there, but
             all of it may be.
-        resplit_per_class: pools both splits and holds out that number of random images of each class
-            for the test (the paper's §III-A does so for Imagenette); None keeps the source's.
+        resplit_per_class: pools both splits and holds out that number of random images of each
+            class for the test (the paper's §III-A does so for Imagenette); None keeps the source's.
         seed: of the resplit and of the two subsets.
         train_images: keeps that number of random images of the training split; None keeps all.
         test_images: the same for the test split.

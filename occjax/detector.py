@@ -72,7 +72,7 @@ class MLP(nn.Module):
 
 
 class Groups(NamedTuple):
-    """Maps by the class that the classifier predicts, padded to one length; `weight` 0 is padding."""
+    """Maps by their predicted class, padded to one length; `weight` 0 is padding."""
 
     maps: np.ndarray  # f32[K, N, h, w]; the real ones come first
     is_adversarial: np.ndarray  # bool[K, N]

@@ -327,7 +327,7 @@ class FolderTest(TemporaryTest):
         self.assert_usage_error(train / 'golf_ball' / '3.png')
         (train / 'golf_ball' / '3.png').unlink()
         (test / 'only').mkdir()
-        self.assert_usage_error('Class only stands in only one')
+        self.assert_usage_error('Class only is in only one')
         (train / 'only').mkdir()
         self.assert_usage_error(f'no image in {train / "only"}')
         test.rename(self.folder / 'tset')

@@ -231,8 +231,8 @@ def captions(config: config_lib.Config, map_mean: dict) -> dict[str, str]:
         "nothing was fitted on, and the paper's accuracy on its own sets, where it gives one.",
         'scores.png': 'Scores of test images that nothing was fitted on. Noise is random signs of '
         'the same ε: where it lies with the attacked images, noise is seen and no attack.',
-        'fig1.png': 'Figure 1. Correctly classified images, and what they are mistaken for after one '
-        f'FGSM step of ε = {tables.epsilon(config.attack.epsilon)}.',
+        'fig1.png': 'Figure 1. Correctly classified images, and what they are mistaken for after '
+        f'one FGSM step of ε = {tables.epsilon(config.attack.epsilon)}.',
         'fig2.png': f'Figure 2. A window of {window.size} pixels moves over the image by '
         f'{window.stride} (fill {fill}; grid {window.grid}). Each place gives one cell of the map '
         'on the right: the probability of the predicted class while the window is there.',
