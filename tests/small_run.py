@@ -15,7 +15,9 @@ def get_config():
     config.classifier.batch_size, config.classifier.learning_rate = 32, 3e-3
     config.attack.epsilon = 0.3
     config.occlusion.size, config.occlusion.stride = 5, 4
+    config.occlusion.train_images = config.occlusion.test_images = 0
     config.detector.steps, config.detector.seeds = 30, 3
+    config.detector.batch_size = 128
     config.detector.methods = ('detector', 'linear_probe', 'all_logits')
     config.comparators.steps = 20
     return config
