@@ -222,20 +222,23 @@ def square(
         )
         return jnp.where((new == best).all(), negated, new)
 
-    def margin(candidates):
-        logits = checks.logits_fn(logits_fn, labels)(candidates)
-        is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-        lead = logits.max(-1, where=is_label, initial=-jnp.inf)
-        lead -= logits.max(-1, where=~is_label, initial=-jnp.inf)
-        # Ties fall as in `outcome`: an image is misclassified if and only if this is negative.
-        return lead - (jnp.argmax(logits, -1) != labels).astype(lead.dtype)
-
     def step(t, state):
         new = jax.vmap(attempt, (None, 0, 0, 0, 0, 0))(t, keys, images, state[0], epsilon, steps)
-        new = (new, margin(new))
+        new = (new, _margin(logits_fn, new, labels))
         return _select((t == 0) | (new[1] < state[1]), new, state)
 
-    return _iterate(step, (images, margin(images)), steps, lambda state: state[1] < 0)[0]
+    first = images, _margin(logits_fn, images, labels)
+    return _iterate(step, first, steps, lambda state: state[1] < 0)[0]
+
+
+def _margin(logits_fn, images, labels):
+    """Returns by how much each label's logit leads, `[B]`; negative if and only if it does not."""
+    logits = checks.logits_fn(logits_fn, labels)(images)
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    lead = logits.max(-1, where=is_label, initial=-jnp.inf)
+    lead -= logits.max(-1, where=~is_label, initial=-jnp.inf)
+    # Ties fall as in `outcome`.
+    return lead - (jnp.argmax(logits, -1) != labels).astype(lead.dtype)
 
 
 def sign_noise(images: Array, *, key: Array, epsilon: float, bounds: Bounds = PIXELS) -> Array:

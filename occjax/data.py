@@ -83,23 +83,12 @@ def load(
     if image_size < 1:
         raise UsageError(f'Expected data.image_size >= 1, got {image_size}.')
     folder = Path(data_dir).expanduser() if data_dir else None
-    if (
-        folder
-        and folder.exists()
-        and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK))
-    ):
+    readable = folder and folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
+    if folder and folder.exists() and not readable:
         raise UsageError(f'Cannot read data_dir={folder}: no directory, or no permission.')
     if name == 'digits':
-        if folder:
-            raise UsageError(
-                'The digits come with scikit-learn and read no data_dir; for a folder of images '
-                'set data.name=folder, for a TFDS directory the name of the dataset.'
-            )
-        if resplit_per_class is None:
-            raise UsageError('The digits have no test split: set data.resplit_per_class.')
         class_names, num_train = sources.DIGITS, 0
-        images, labels = sources.digits(image_size)
-        digests = digests_of(images)
+        images, labels, digests = _digits(image_size, folder, resplit_per_class)
     else:
         if name == 'folder' or (folder and sources.has_splits(folder)):
             source = sources.folder(folder, resplit=resplit_per_class is not None)
@@ -107,7 +96,6 @@ def load(
             source = sources.tfds_directory(name, folder)
         class_names, num_train = source.class_names, source.num_train
         images, labels, digests = _decoded(name, source, image_size, cache_dir)
-
     if labels.min() < 0:
         raise UsageError(f'{name} has images without a label.')
     train, test = np.split(np.arange(len(labels)), [num_train])
@@ -119,6 +107,19 @@ def load(
     test = _subset(test, test_images, 'data.test_images', streams.rng(seed, Stream.TEST_SUBSET))
     train, test = (Split(Rows(images, rows, digests), labels[rows]) for rows in (train, test))
     return Dataset(name, class_names, train, test)
+
+
+def _digits(image_size, folder, resplit_per_class):
+    """Returns scikit-learn's images, labels and the images' digests."""
+    if folder:
+        raise UsageError(
+            'The digits come with scikit-learn and read no data_dir; for a folder of images '
+            'set data.name=folder, for a TFDS directory the name of the dataset.'
+        )
+    if resplit_per_class is None:
+        raise UsageError('The digits have no test split: set data.resplit_per_class.')
+    images, labels = sources.digits(image_size)
+    return images, labels, digests_of(images)
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -199,10 +199,8 @@ def measure(
     mapping = run.mapping(vgg.num_classes(variables), name)
     per_device = math.ceil(len(images) / jax.device_count())
     batch_size = min(mapping.batch_size, per_device * jax.device_count())
-    fill, dtype = shard.fill_of(run, variables), jnp.dtype(timing.dtype)
-    # Pixels and their normalisation stay float32: it costs nothing.
-    cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
-    cast = cast._replace(pixel_stats=variables.pixel_stats)
+    cast, dtype = _cast(variables, timing.dtype), jnp.dtype(timing.dtype)
+    fill = shard.fill_of(run, variables)
     settings = dict(mesh=devices.mesh(), plan=run.plan, engine=name, chunk_size=mapping.chunk_size)
     began = time.perf_counter()
     batch = devices.divide(images[np.arange(batch_size) % len(images)])
@@ -243,3 +241,9 @@ def measure(
         'how': run.provenance(name, **knobs) | {'dtype': dtype.name},
         **knobs,
     }
+
+
+def _cast(variables, dtype):
+    """Returns variables in another type; pixels and their normalisation stay float32, for free."""
+    cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
+    return cast._replace(pixel_stats=variables.pixel_stats)

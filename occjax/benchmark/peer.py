@@ -197,12 +197,16 @@ def measure(run: Run, timing: Timing, variables: vgg.Variables, images: np.ndarr
         tried = {setting: explain(*setting) for setting in settings}
         best = min(tried, key=tried.get)
         seconds = [explain(*best) for _ in range(timing.repeats)]
-    windows = (1 + -(-(side - window) // step)) ** 2
+    row = _row(images, seconds, tried, best, windows=(1 + -(-(side - window) // step)) ** 2)
+    where = {'device': str(device), 'layout': str(layout).removeprefix('torch.')}
+    return row | where | {'largest_difference': difference}
+
+
+def _row(images, seconds, tried, best, *, windows):
+    """Returns what a table needs of captum's times."""
     median = statistics.median(seconds)
     return {
         'name': 'captum',
-        'device': str(device),
-        'layout': str(layout).removeprefix('torch.'),
         'images': len(images),
         'windows_per_map': windows,
         'windows_per_second': windows * len(images) / median,
@@ -215,7 +219,6 @@ def measure(run: Run, timing: Timing, variables: vgg.Variables, images: np.ndarr
             {'batch_size': size, 'perturbations_per_eval': per_eval, 'seconds': value}
             for (size, per_eval), value in tried.items()
         ],
-        'largest_difference': difference,
     }
 
 

@@ -136,30 +136,29 @@ def _trained(run, directory, split, number, images_fn=None):
             images_fn=images_fn,
             on_batch=progress,
         )
-        seconds = time.monotonic() - began
         if not np.isfinite(values['loss']):
             raise UsageError(
                 f'Training diverged in epoch {epoch + 1}: try a lower '
                 f'--config.classifier.learning_rate than {settings.learning_rate:g}.'
             )
-        left = seconds * sum((later / side) ** 2 for later in sides[epoch + 1 :])
-        say(
-            f'epoch {epoch + 1}/{settings.epochs}: loss {values["loss"]:.4f}, '
-            f'accuracy {values["accuracy"]:.4f}, {progress.rate:.0f} images/s, '
-            f'{left / 60:.1f} min left'
-        )
         storage.save_checkpoint(directory, epoch + 1, state, made_from=origin)
-        run.log(
-            stage='train',
-            classifier=number,
-            epoch=epoch + 1,
-            step=int(state.step),
-            learning_rate=float(schedule(int(state.step) - 1)),
-            **values,
-            images_per_second=progress.rate,
-            seconds=seconds,
-        )
+        found = values | {'images_per_second': progress.rate, 'seconds': time.monotonic() - began}
+        left = found['seconds'] * sum((later / side) ** 2 for later in sides[epoch + 1 :])
+        _tell(run, number, epoch, found, left, step=int(state.step), schedule=schedule)
     return state.variables
+
+
+def _tell(run, number, epoch, found, left, *, step, schedule):
+    """Says how an epoch went and how many seconds are left, and keeps a line of it."""
+    say(
+        f'epoch {epoch + 1}/{run.config.classifier.epochs}: loss {found["loss"]:.4f}, '
+        f'accuracy {found["accuracy"]:.4f}, {found["images_per_second"]:.0f} images/s, '
+        f'{left / 60:.1f} min left'
+    )
+    rate = float(schedule(step - 1))
+    run.log(
+        stage='train', classifier=number, epoch=epoch + 1, step=step, learning_rate=rate, **found
+    )
 
 
 def load_variables(run: Run) -> vgg.Variables:
