@@ -217,21 +217,16 @@ def measure(
     unoccluded, maps = expected
     logits = compute(images[: len(maps)]).astype(np.float32)  # The warm-up.
     seconds = [seconds_of(lambda: compute(images)) for _ in range(timing.repeats)]
-    median, windows = statistics.median(seconds), maps[0].size * len(images)
+    windows = maps[0].size
     head = dict(num_classes=vgg.num_classes(variables), **run.widths)
     network = dict(image_shape=run.image_shape, plan=run.plan, **head, **run.geometry)
     flops = engine_lib.flops_per_map(name, **network, **knobs)
-    ours = _maps(logits, unoccluded)
-    return {
-        'maps_per_second': len(images) / median,
-        'windows_per_second': windows / median,
-        'seconds': seconds,
-        'seconds_median': median,
-        'seconds_spread': [min(seconds), max(seconds)],
+    ours, rates = _maps(logits, unoccluded), _rates(seconds, len(images), windows)
+    return rates | {
         'compile_seconds': compile_seconds,
         'flops_per_map': flops,
         'flops_per_map_in_full': engine_lib.flops_per_map('full', **network),
-        'flops_per_second': flops * len(images) / median,
+        'flops_per_second': flops * rates['maps_per_second'],
         'chunk_size': mapping.chunk_size,
         'batch_size': batch_size,
         'estimated_bytes': mapping.estimated_bytes,
@@ -240,6 +235,18 @@ def measure(
         'ssim': float(np.mean(approximate.ssim(ours, maps))),
         'how': run.provenance(name, **knobs) | {'dtype': dtype.name},
         **knobs,
+    }
+
+
+def _rates(seconds, maps, windows):
+    """Returns maps and windows a second, of several times that some maps took."""
+    median = statistics.median(seconds)
+    return {
+        'maps_per_second': maps / median,
+        'windows_per_second': maps * windows / median,
+        'seconds': seconds,
+        'seconds_median': median,
+        'seconds_spread': [min(seconds), max(seconds)],
     }
 
 
