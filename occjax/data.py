@@ -14,8 +14,6 @@ import itertools
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from occjax import sources, streams
+from occjax.progress import Progress
 from occjax.streams import Stream
 from occjax.types import Batch, Dataset, Split, UsageError
 
@@ -343,16 +342,10 @@ def _decode(name, source, image_size):
             unreadable.append(error)
             return None
 
-    examples, began = source.examples(), time.monotonic()
-    done, told = 0, began
+    examples, progress = source.examples(), Progress(source.num_images, f'Decoding {name}, images')
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock.
         while block := list(itertools.islice(examples, 256)):
             yield from filter(None, pool.map(decode, block))
-            done, now = done + len(block), time.monotonic()
-            if now - told > 5 or (told > began and done == source.num_images):
-                left = (now - began) / done * (source.num_images - done)
-                progress = f'{done:,} of {source.num_images:,} images, {left:.0f} s left'
-                print(f'Decoding {name}: {progress}', file=sys.stderr, flush=True)
-                told = now
+            progress(len(block))
     if unreadable:
         raise sources.all_unreadable(unreadable, source.num_images)

@@ -877,21 +877,6 @@ class TfdsTest(TemporaryTest):
         self.assert_usage_error(message, name='mine')
 
 
-class ProgressTest(TemporaryTest):
-    def test_long_decoding_tells_how_far_it_is(self):
-        for path in ('train/a', 'test/a', 'train/b', 'test/b'):
-            for i in range(100):
-                save(self.folder / path / f'{i}.png', picture(0))
-        with (
-            mock.patch.object(data.time, 'monotonic', side_effect=[0, 10, 20]),
-            contextlib.redirect_stderr(io.StringIO()) as stderr,
-        ):
-            self.load()
-        first, last = stderr.getvalue().splitlines()
-        self.assertEqual(first, 'Decoding folder: 256 of 400 images, 6 s left')
-        self.assertEqual(last, 'Decoding folder: 400 of 400 images, 0 s left')
-
-
 @pytest.mark.slow
 @absltest.skipUnless(DATA_DIR, 'OCCJAX_TEST_DATA_DIR names no prepared TFDS directory.')
 class RealDataTest(TemporaryTest):

@@ -39,3 +39,10 @@ def test_the_rule_of_the_house():
         for name in imports(path):
             assert not name.startswith('launch'), path
             assert room(name) in {None, *may_import[here]}, f'{path} imports {name}'
+
+
+def test_no_function_is_longer_than_a_screen():
+    for path in [*(ROOT / 'occjax').rglob('*.py'), ROOT / 'launch.py']:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f'{path}: {node.name}'

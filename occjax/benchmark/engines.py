@@ -26,7 +26,8 @@ from occjax import engine as engine_lib
 from occjax.benchmark import peer
 from occjax.benchmark.peer import Timing
 from occjax.experiment import devices, shard, stages, storage
-from occjax.experiment.run import Run, say
+from occjax.experiment.run import Run
+from occjax.progress import say
 from occjax.report import benchmark as benchmark_report
 from occjax.streams import Stream
 

@@ -20,7 +20,8 @@ from occjax.benchmark import engines, peer
 from occjax.benchmark.peer import Timing
 from occjax.experiment import judging, shard, stages, storage, store
 from occjax.experiment import results as results_lib
-from occjax.experiment.run import Run, parts, say
+from occjax.experiment.run import Run, parts
+from occjax.progress import say
 from occjax.report import figures, tables
 from occjax.types import UsageError
 

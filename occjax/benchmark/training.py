@@ -15,7 +15,8 @@ from occjax.benchmark import peer
 from occjax.benchmark.engines import NUM_CLASSES, random_variables, seconds_of
 from occjax.benchmark.peer import Timing
 from occjax.experiment import devices, storage
-from occjax.experiment.run import Run, say
+from occjax.experiment.run import Run
+from occjax.progress import say
 from occjax.streams import Stream
 
 

@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from occjax import data, names, occlusion, streams, vgg
 from occjax import engine as engine_lib
 from occjax.config import Config
 from occjax.experiment import memory, storage
+from occjax.progress import Progress
 from occjax.streams import Stream
 from occjax.types import Dataset, UsageError
 
@@ -220,30 +220,6 @@ class Run:
         return streams.key(self.config.seed, stream, *index)
 
 
-class Progress:
-    """Tells on stderr, every few seconds, how far a loop is, how fast, and what is left."""
-
-    def __init__(self, total: int, what: str, *, every: float = 10.0):
-        self.total, self.what, self.every = total, what, every
-        self.done, self.began, self.told = 0, time.monotonic(), time.monotonic()
-
-    @property
-    def rate(self) -> float:
-        """How many are done in a second."""
-        return self.done / (time.monotonic() - self.began)
-
-    def __call__(self, count: int, *, was_there: bool = False):
-        """Counts `count` more as done; those that were there before say nothing of the rate."""
-        if was_there:
-            self.total -= count
-            return
-        self.done += count
-        if time.monotonic() - self.told >= self.every:
-            self.told = time.monotonic()
-            minutes = (self.total - self.done) / self.rate / 60
-            say(f'{self.what}: {self.done}/{self.total}, {self.rate:.1f}/s, {minutes:.1f} min left')
-
-
 def parts(
     run: Run,
     what: str,
@@ -269,8 +245,3 @@ def parts(
             name, seconds = str(path.relative_to(run.workdir)), time.monotonic() - began
             run.log(stage=mode, part=name, count=count, seconds=seconds)
         yield found
-
-
-def say(line: str):
-    """Prints progress; stdout is for results."""
-    print(line, file=sys.stderr, flush=True)

@@ -19,7 +19,8 @@ import optax
 from occjax import classifier, comparators, data, names, vgg
 from occjax.experiment import devices, shard, storage, store
 from occjax.experiment import results as results_lib
-from occjax.experiment.run import Progress, Run, parts, say
+from occjax.experiment.run import Run, parts
+from occjax.progress import Progress, say
 from occjax.streams import Stream
 from occjax.types import UsageError
 

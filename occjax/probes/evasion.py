@@ -17,9 +17,10 @@ from scipy import stats
 from occjax import adaptive, attack, data, names, verdict, vgg
 from occjax.experiment import devices, shard, stages, storage, store
 from occjax.experiment import results as results_lib
-from occjax.experiment.run import Run, say
+from occjax.experiment.run import Run
 from occjax.methods import METHODS
 from occjax.probes import detection
+from occjax.progress import say
 from occjax.report import figures, tables
 from occjax.types import UsageError
 

@@ -1,0 +1,54 @@
+"""Tells on stderr how far long work is: a bar on a terminal, a line every few seconds in a log."""
+
+import sys
+import time
+
+
+def say(line: str):
+    """Prints a line about the work; stdout is for results."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # Comes with TFDS; leaves its own bar below the line.
+
+        tqdm.write(line, file=sys.stderr)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """How far a loop is, how fast, and how many minutes are left."""
+
+    def __init__(self, total: int, what: str, *, every: float = 10.0):
+        """Starts counting.
+
+        Args:
+            total: how many there are.
+            what: is counted, in words.
+            every: seconds from one line to the next, where there is no terminal.
+        """
+        self.total, self.what, self.every, self.bar = total, what, every, None
+        self.done, self.began, self.told = 0, time.monotonic(), time.monotonic()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, desc=what, file=sys.stderr, leave=False)
+
+    @property
+    def rate(self) -> float:
+        """How many are done in a second."""
+        return self.done / (time.monotonic() - self.began)
+
+    def __call__(self, count: int, *, was_there: bool = False):
+        """Counts `count` more as done; those that were there before say nothing of the rate."""
+        if was_there:
+            self.total -= count
+        else:
+            self.done += count
+        if self.bar is not None:
+            self.bar.total, self.bar.n = self.total, self.done
+            self.bar.refresh()
+            if self.done >= self.total:
+                self.bar.close()
+        elif not was_there and time.monotonic() - self.told >= self.every:
+            self.told = time.monotonic()
+            left = (self.total - self.done) / self.rate / 60
+            say(f'{self.what}: {self.done}/{self.total}, {self.rate:.1f}/s, {left:.1f} min left')

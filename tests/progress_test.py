@@ -1,0 +1,36 @@
+"""Laws of what long work says of itself."""
+
+import io
+import sys
+import time
+
+from occjax import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_log_has_a_line_every_few_seconds(monkeypatch, capsys):
+    now = iter([0.0, 0.0, 4.0, 11.0, 11.0, 11.0, 11.0, 12.0])
+    monkeypatch.setattr(time, 'monotonic', lambda: next(now))
+    told = progress.Progress(200, 'maps', every=10)
+    told(20, was_there=True)  # Neither counts nor tells.
+    told(4)  # After 4 seconds.
+    told(40)
+    monkeypatch.undo()
+    assert capsys.readouterr().err == 'maps: 44/180, 4.0/s, 0.6 min left\n'
+
+
+def test_a_terminal_has_a_bar_that_goes_with_the_work(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    told = progress.Progress(10, 'maps')
+    told(4, was_there=True)
+    told(3)
+    progress.say('a line')
+    assert '3/6' in terminal.getvalue() and 'maps' in terminal.getvalue()
+    told(3)
+    assert told.bar.disable  # It is closed.
+    assert 'a line\n' in terminal.getvalue()
