@@ -88,6 +88,7 @@ class BankTest(parameterized.TestCase):
         fitted = [detector.fit_bank(key, bank, *fields, **FIT) for fields in (groups, spread)]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *fitted)
 
+    @pytest.mark.slow
     def test_a_bank_may_have_more_than_ten_layers(self):
         features, key = tuple(range(3, 15)), jax.random.key(0)
         bank = detector.init_bank(key, num_classes=2, grid=(2, 2), features=features)
@@ -119,6 +120,7 @@ class BankTest(parameterized.TestCase):
         ]
         np.testing.assert_allclose(detector.score(bank, maps, predicted), expected, atol=1e-6)
 
+    @pytest.mark.slow
     def test_standardized_cells_have_no_units(self):
         """Any scale and offset of a cell, fitted and judged alike, leave every score."""
         rng, key = np.random.default_rng(0), jax.random.key(0)

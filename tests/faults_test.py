@@ -130,7 +130,10 @@ def damage_and_follow(probed, tmp_path, number):
     return kind, how, outcome, path.relative_to(workdir), said
 
 
-@pytest.mark.parametrize('number', [0, 5, 9, 14])  # Config, shard, sweep part, checkpoint.
+_SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (0, 9, 14)]
+
+
+@pytest.mark.parametrize('number', [5, *_SLOW])  # A shard; the config, a sweep part, a checkpoint.
 def test_damage_is_named_or_mended_and_the_advice_leads_to_equal_results(probed, tmp_path, number):
     print(*damage_and_follow(probed, tmp_path, number))
 

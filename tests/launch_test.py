@@ -324,7 +324,7 @@ def test_double_precision_from_the_environment_is_refused(tmp_path):
 )
 def test_a_console_without_our_signs_shows_others_and_memory_ends_in_a_line(tmp_path, error):
     code = (
-        'import jax\nfrom occjax import stages\n'
+        'import jax\nfrom occjax.experiment import stages\n'
         'def stage(run):\n    print("\\u03b5 \\u2264 \\u00b1")\n'
         f'    raise {error}\n'
         'stages.STAGES["report"] = stage\n' + PROGRAM

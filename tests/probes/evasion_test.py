@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from occjax import config as config_lib
+from occjax.experiment import devices, storage
 from occjax.experiment import results as results_lib
-from occjax.experiment import run as run_lib
-from occjax.experiment import storage
 from occjax.probes import evasion
 from occjax.types import UsageError
 from tests.small_run import make_run
@@ -44,7 +43,7 @@ def test_an_attacker_who_knows_the_detector_evades_more(finished, tmp_path, one_
     assert (run.workdir / 'adaptive.png').read_bytes().startswith(b'\x89PNG')
     assert 'What the detectors do not do' in printed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_lib.Run, 'in_batches', None)
+        patch.setattr(devices, 'in_batches', None)
         assert evasion.evade(run) == printed
     # The report shows it, in the words of the mode itself.
     title = 'What the detectors do not do'

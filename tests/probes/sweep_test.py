@@ -6,8 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from occjax.experiment import run as run_lib
-from occjax.experiment import stages, store
+from occjax.experiment import devices, stages, store
 from occjax.probes import sweep
 from tests.small_run import make_run
 
@@ -46,7 +45,7 @@ def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
     assert f'{own_attack["auroc"]:.3f} ({have} of {of})' in printed
     assert len({json.dumps(row['auroc']) for row in result['occluders']}) == 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_lib.Run, 'in_batches', None)
+        patch.setattr(devices, 'in_batches', None)
         assert sweep.sweep(run) == printed
 
 
