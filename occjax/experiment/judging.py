@@ -85,18 +85,24 @@ def divide(maps: HeatmapSet, protocol: str, settings: Detector, seed: int) -> Di
     return Division(maps, *masks)
 
 
+@functools.partial(
+    jax.jit, static_argnames=('num_classes', 'grid', 'features', 'convolutions', 'standardize')
+)
+def _init_banks(keys, **settings):
+    return jax.vmap(functools.partial(detector.init_bank, **settings))(keys)
+
+
 def init_banks(key: jax.Array, division: Division, method: Method) -> detector.Bank:
     """Returns a fresh bank of a method for every seed, leaves `[S, K, ...]`."""
     maps = division.maps
-    init = functools.partial(
-        detector.init_bank,
+    return _init_banks(
+        jax.random.split(key, len(division.is_fitted)),
         num_classes=method.num_networks(maps),
         grid=method.inputs_fn(maps.select(slice(0, 1))).shape[1:],
         features=method.features,
         convolutions=method.convolutions,
         standardize=method.standardize,
     )
-    return jax.jit(jax.vmap(init))(jax.random.split(key, len(division.is_fitted)))
 
 
 @functools.partial(jax.jit, static_argnames=('steps', 'batch_size'))
