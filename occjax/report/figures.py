@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _INK, _MUTED, _WRONG, _ACCENT = '#1c2330', '#5b6675', '#b3261e', '#00a3ff'
 _SERIES = ('#0b63b5', '#d1495b', '#6b8f2a', '#7a5195')  # told apart without red and green
 _KINDS = ('correct', 'adversarial')
+_ADJECTIVES = {'noise': 'noisy'}
 _COLOURS = {'cmap': 'inferno', 'vmin': 0.0, 'vmax': 1.0}
 _SCALE = 'P(predicted class), window covered'
 _GAP, _HEAD = 0.14, 0.5  # inches between panels, and above one for its title
@@ -207,7 +208,9 @@ def scores_figure(histogram: dict | None) -> 'Figure':
     for colour, (kind, shares) in zip(
         _SERIES, ((kind, v) for kind, v in histogram.items() if kind != 'edges'), strict=False
     ):
-        axes.stairs(shares, edges, color=colour, linewidth=2, label=f'{kind} images')
+        axes.stairs(
+            shares, edges, color=colour, linewidth=2, label=f'{_ADJECTIVES.get(kind, kind)} images'
+        )
         axes.stairs(shares, edges, color=colour, alpha=0.15, fill=True)
     axes.axvline(0, color=_MUTED, linewidth=0.8, linestyle='--')
     axes.set(xlabel="Score of the paper's detector (above 0: called adversarial)")
@@ -236,7 +239,7 @@ def captions(config: config_lib.Config, map_mean: dict) -> dict[str, str]:
         'fig2.png': f'Figure 2. A window of {window.size} pixels moves over the image by '
         f'{window.stride} (fill {fill}; grid {window.grid}). Each place gives one cell of the map '
         'on the right: the probability of the predicted class while the window is there.',
-        'fig3.png': 'Figure 3. Maps of images that are of one class, and of attacked images taken '
+        'fig3.png': 'Figure 3. Maps of images that are of one class, and of attacked images mistaken '
         f'for it, evenly spaced through each set. One colour scale: darker is lower.{darker}',
     }
 
