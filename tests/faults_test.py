@@ -1,6 +1,7 @@
 """Killed at any moment, damaged anywhere: what is printed, followed, ends in equal results.
 
-`pytest tests/faults_test.py -m long -s -n 0` prints what became of a hundred damages and fifty kills.
+`pytest tests/faults_test.py -m long -s -n 0` prints what became of a hundred damages and fifty
+kills.
 """
 
 import collections

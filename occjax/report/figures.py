@@ -239,8 +239,8 @@ def captions(config: config_lib.Config, map_mean: dict) -> dict[str, str]:
         'fig2.png': f'Figure 2. A window of {window.size} pixels moves over the image by '
         f'{window.stride} (fill {fill}; grid {window.grid}). Each place gives one cell of the map '
         'on the right: the probability of the predicted class while the window is there.',
-        'fig3.png': 'Figure 3. Maps of images that are of one class, and of attacked images mistaken '
-        f'for it, evenly spaced through each set. One colour scale: darker is lower.{darker}',
+        'fig3.png': 'Figure 3. Maps of images of one class, and of attacked ones mistaken for it, '
+        f'evenly spaced through each set. One colour scale: darker is lower.{darker}',
     }
 
 
