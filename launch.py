@@ -119,6 +119,11 @@ _MEMORY_LIMIT = flags.DEFINE_string(
     'What heatmaps may take: on CPU of memory in all, else on each device, such as 4GiB; default: '
     'half of the memory, or what JAX may use of a device.',
 )
+_PROFILE_DIR = flags.DEFINE_string(
+    'profile_dir',
+    None,
+    'Where a step of training and a batch of heatmaps are profiled, for https://ui.perfetto.dev.',
+)
 _IMAGES = flags.DEFINE_string(
     'images', None, 'What --mode=detect judges: an image file, or a folder of them.'
 )
@@ -182,6 +187,7 @@ def main(_):
             chunk_size=_CHUNK_SIZE.value,
             eval_batch_size=_EVAL_BATCH_SIZE.value,
             memory_limit=limit,
+            profile_dir=_PROFILE_DIR.value,
         ),
     )
     # Seconds of import, which no mistake of the above has to wait for.

@@ -119,6 +119,7 @@ def fit_epoch(
     label_smoothing: float = 0.0,
     plan: vgg.Plan,
     images_fn: Callable[[vgg.Variables, Array, int], Array] | None = None,
+    step_fn: Callable = train_step,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> tuple[ClassifierState, dict[str, float]]:
     """Takes one step a batch.
@@ -131,6 +132,7 @@ def fit_epoch(
         dropout_rate, plan: see `vgg.train_logits`.
         label_smoothing: see `train_step`.
         images_fn: what is done to a batch's images, from the classifier so far and the step.
+        step_fn: what takes a step.
         on_batch: told after every step how many images it took.
 
     Returns:
@@ -138,7 +140,7 @@ def fit_epoch(
     """
     totals, count, step = {'loss': 0.0, 'accuracy': 0.0}, 0, int(state.step)
     for batch in batches:
-        state, metrics = train_step(
+        state, metrics = step_fn(
             state,
             images_fn(state.variables, batch.images, step) if images_fn else batch.images,
             batch.labels,

@@ -5,6 +5,7 @@ Dimensions: B batch.
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -44,6 +45,7 @@ class Speed:
     chunk_size: int | None = None  # the most windows at once
     eval_batch_size: int | None = None  # images at once, outside of training
     memory_limit: int | None = None  # bytes, for heatmaps
+    profile_dir: str | None = None  # where a step of each kind is profiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,6 +207,25 @@ class Run:
             'devices': jax.device_count(),
             'jax': jax.__version__,
         }
+
+    def profiled(self, name: str, fn: Callable) -> Callable:
+        """Returns the same function, of which the second call is profiled if that is asked for.
+
+        The first one compiles. `<profile_dir>/<name>/**/perfetto_trace.json.gz` opens in Perfetto
+        (https://ui.perfetto.dev).
+        """
+        folder = pathlib.Path(self.speed.profile_dir or '', name)
+        if self.speed.profile_dir is None or folder.exists():
+            return fn
+        calls = itertools.count()
+
+        def watched(*args, **kwargs):
+            if next(calls) != 1:
+                return fn(*args, **kwargs)
+            with jax.profiler.trace(folder, create_perfetto_trace=True):
+                return jax.block_until_ready(fn(*args, **kwargs))
+
+        return watched
 
     def log(self, **values: Any):
         """Adds a line to `metrics.jsonl`, by which a run of hours can be watched and plotted."""

@@ -224,4 +224,5 @@ def map_images(
         **run.geometry,
         **(knobs or run.knobs),
     )
+    map_fn = run.profiled('heatmaps', map_fn)
     return devices.in_batches(map_fn, images, batch_size=mapping.batch_size)

@@ -135,6 +135,7 @@ def _trained(run, directory, split, number, images_fn=None):
             label_smoothing=settings.label_smoothing,
             plan=run.plan,
             images_fn=images_fn,
+            step_fn=run.profiled('train', classifier.train_step),
             on_batch=progress,
         )
         if not np.isfinite(values['loss']):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from occjax import config as config_lib
 from occjax import vgg
-from occjax.report import figures, paper, tables
+from occjax.report import figures, paper, summary, tables
 from occjax.report.figures import Example
 from occjax.types import HeatmapSet
 
@@ -23,7 +23,8 @@ def build(
 ) -> dict[str, bytes]:
     """Returns the report's files by name.
 
-    They are results.json, tables.md, report.html and the page's pictures.
+    They are results.json, summary.json (the same in short), tables.md, report.html and the page's
+    pictures.
 
     Args:
         results: the content of results.json. Entries may be None, never NaN.
@@ -37,9 +38,35 @@ def build(
         ValueError: if `results` holds NaN or infinity, for which JSON has no number.
     """
     listed = tables.build(results, rows, class_names)
-    facts, summary = _facts(results, config), _findings(results, class_names)
+    facts, found = _facts(results, config), _findings(results, class_names)
+    drawn = _drawn(results, class_names, examples, maps, config)
+    captions = figures.captions(config, results.get('map_mean') or {})
+    files = {name: figures.png(figure) for name, figure in drawn.items()}
+    pictures = [(captions[name], content) for name, content in files.items()]
+    manifest = tables.Table(
+        'Manifest', ('Field', 'Value'), _leaves(results['manifest']), text_columns=2
+    )
+    page = _page(facts, found, listed, pictures, manifest)
+    head = [f'- {label}: {tables.escape(value)}' for label, value in facts]
+    said = [f'- **{value}** {tables.escape(rest)}' for value, rest in found]
+    markdown = [
+        f'# {_heading(facts)}',
+        '\n'.join(said),
+        '\n'.join(head),
+        tables.to_markdown(listed),
+    ]
+    files['tables.md'] = '\n\n'.join(markdown).encode()
+    files['report.html'] = page.encode()
+    content = json.dumps(results, indent=2, allow_nan=False) + '\n'
+    condensed = json.dumps(summary.condense(results), allow_nan=False) + '\n'
+    records = {'results.json': content, 'summary.json': condensed}
+    return {name: text.encode() for name, text in records.items()} | files
+
+
+def _drawn(results, class_names, examples, maps, config):
+    """Returns the page's pictures by file name, in their order."""
     shown = results['detection'].get('held_out') or next(iter(results['detection'].values()))
-    drawn = {
+    return {
         'roc.png': figures.roc_figure(shown.get('roc') or {}),
         'scores.png': figures.scores_figure(shown.get('histogram')),
         'classes.png': figures.classes_figure(shown, class_names),
@@ -51,25 +78,6 @@ def build(
         ),
         'fig3.png': figures.maps_figure(maps, class_names=class_names),
     }
-    captions = figures.captions(config, results.get('map_mean') or {})
-    files = {name: figures.png(figure) for name, figure in drawn.items()}
-    pictures = [(captions[name], content) for name, content in files.items()]
-    manifest = tables.Table(
-        'Manifest', ('Field', 'Value'), _leaves(results['manifest']), text_columns=2
-    )
-    page = _page(facts, summary, listed, pictures, manifest)
-    head = [f'- {label}: {tables.escape(value)}' for label, value in facts]
-    found = [f'- **{value}** {tables.escape(rest)}' for value, rest in summary]
-    markdown = [
-        f'# {_heading(facts)}',
-        '\n'.join(found),
-        '\n'.join(head),
-        tables.to_markdown(listed),
-    ]
-    files['tables.md'] = '\n\n'.join(markdown).encode()
-    files['report.html'] = page.encode()
-    content = json.dumps(results, indent=2, allow_nan=False) + '\n'
-    return {'results.json': content.encode()} | files
 
 
 def _facts(results, config):
@@ -218,11 +226,11 @@ def _html(table):
     )
 
 
-def _page(facts, summary, listed, pictures, manifest):
+def _page(facts, found, listed, pictures, manifest):
     """Returns report.html: nothing in it is fetched from elsewhere."""
     named = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in facts)
     cards = ''.join(
-        f'<li><b>{html.escape(value)}</b> {html.escape(rest)}</li>' for value, rest in summary
+        f'<li><b>{html.escape(value)}</b> {html.escape(rest)}</li>' for value, rest in found
     )
     shown = ''.join(
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'

@@ -1,6 +1,7 @@
 """Laws of the whole experiment, on a small VGG and a handful of digits."""
 
 import dataclasses
+import gzip
 import json
 import shutil
 
@@ -381,6 +382,19 @@ def test_a_run_keeps_a_line_of_every_epoch_and_shard(finished):
     assert epochs[0]['loss'] > epochs[2]['loss'] and epochs[0]['accuracy'] < epochs[2]['accuracy']
     parts = {line['part'] for line in lines if line['stage'] == 'heatmaps'}
     assert parts == {f'heatmaps/{name}' for name in store.load_manifest(run)['shards']}
+
+
+@pytest.mark.slow
+def test_a_step_and_a_batch_of_maps_are_profiled(tmp_path):
+    run = make_run(tmp_path / 'run', profile_dir=str(tmp_path / 'profile'))
+    run.config.classifier.epochs = 1
+    stages.train(run)
+    stages.heatmaps(run)
+    for name in ('train', 'heatmaps'):
+        (path,) = (tmp_path / 'profile' / name).rglob('perfetto_trace.json.gz')
+        with gzip.open(path, 'rt') as file:
+            events = json.load(file)['traceEvents']
+        assert any(event.get('dur', 0) > 0 for event in events)
 
 
 def test_other_images_are_refused(finished):

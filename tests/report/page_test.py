@@ -29,7 +29,7 @@ METRICS = (
 FILES = sorted(
     [
         *(f'{name}.png' for name in ('classes', 'fig1', 'fig2', 'fig3', 'roc', 'scores')),
-        *('report.html', 'results.json', 'tables.md'),
+        *('report.html', 'results.json', 'summary.json', 'tables.md'),
     ]
 )
 VOID = {'meta', 'img', 'br', 'link', 'hr'}

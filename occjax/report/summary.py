@@ -1,0 +1,70 @@
+"""A run in a few kilobytes and one table, to be kept beside its config."""
+
+from occjax.report import tables
+
+_KEPT = ('n_correct', 'n_adversarial', 'balanced_accuracy', 'auroc', 'paper_accuracy')
+
+
+def condense(results: dict) -> dict:
+    """Returns results.json without what fills it: rivals by class, curves, other rates."""
+    detection = {
+        protocol: {
+            'overall': _rates(found['overall']),
+            'per_class': {name: _rates(entry) for name, entry in found['per_class'].items()},
+            'baselines': {name: _rates(entry) for name, entry in found['baselines'].items()},
+        }
+        for protocol, found in results['detection'].items()
+    }
+    return {name: value for name, value in results.items() if name != 'adaptive'} | {
+        'detection': detection
+    }
+
+
+def _rates(entry):
+    """Returns the rates that are kept of one scorer, with their intervals."""
+    kept = {name: entry[name] for name in _KEPT if name in entry}
+    intervals = {name: ends for name, ends in entry.get('interval', {}).items() if name in _KEPT}
+    noise = entry.get('controls', {}).get('noise')
+    return kept | {'interval': intervals} | ({'noise': noise} if noise else {})
+
+
+def table(summary: dict) -> str:
+    """Returns what `condense` kept as Markdown: a line of the run, and a row for each scorer."""
+    classifier, attack, detection = (summary[k] for k in ('classifier', 'attack', 'detection'))
+    means, manifest = summary['map_mean'], summary['manifest']
+    accuracy, rate, attempted, correct, adversarial = map(
+        tables.cell,
+        (
+            *(classifier['test_accuracy'], attack['success_rate'], attack['attempted']),
+            *(means['correct'], means['adversarial']),
+        ),
+    )
+    line = (
+        f'Config {manifest["config_hash"]}; test accuracy {accuracy}; of {attempted} attacks of '
+        f'ε = {tables.epsilon(attack["epsilon"])} succeed {rate}; mean cell of correct / '
+        f'adversarial maps {correct} / {adversarial}.'
+    )
+    rows = []
+    for name in ('detector', *detection['held_out']['baselines']):
+        paper, held_out = (_entry(detection[protocol], name) for protocol in ('paper', 'held_out'))
+        noise = held_out.get('noise') or {}
+        rows.append(
+            (
+                tables.words(name),
+                tables.cell(summary['cost'][name]['forward_passes']),
+                tables.with_interval(paper, 'balanced_accuracy'),
+                tables.with_interval(held_out, 'balanced_accuracy'),
+                tables.with_interval(held_out, 'auroc'),
+                tables.cell(noise.get('called_at_5_fpr')),
+            )
+        )
+    header = (
+        *('Method', 'Forward passes', 'Balanced accuracy, protocol paper', 'held out'),
+        *('AUROC, held out', 'Noise called at 5 % FPR'),
+    )
+    body = tables.markdown(tables.Table('', header, rows)).split('\n\n', 1)[1]
+    return f'{line}\n\n{body}\n'
+
+
+def _entry(found, name):
+    return found['overall'] if name == 'detector' else found['baselines'][name]

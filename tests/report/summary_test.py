@@ -1,0 +1,33 @@
+"""Published numbers are those of the runs that are kept beside the configs."""
+
+import json
+
+import pytest
+
+from occjax.report import summary
+from tests.conftest import ROOT
+
+KEPT = sorted((ROOT / 'configs' / 'results').glob('*.json'))
+
+
+@pytest.mark.parametrize('path', KEPT, ids=lambda path: path.stem)
+def test_a_page_s_tables_are_the_run_s(path):
+    assert path.stat().st_size < 200_000
+    found = summary.table(json.loads(path.read_text()))
+    assert found in (ROOT / 'configs' / 'README.md').read_text()
+
+
+def test_a_summary_is_small_and_says_what_the_results_say(finished):
+    run, _ = finished
+    report = run.workdir / 'report'
+    results = json.loads((report / 'results.json').read_text())
+    kept = json.loads((report / 'summary.json').read_text())
+    assert (report / 'summary.json').stat().st_size < 100_000
+    for protocol, found in kept['detection'].items():
+        whole = results['detection'][protocol]
+        for key in ('balanced_accuracy', 'auroc'):
+            assert found['overall'][key] == whole['overall'][key]
+            assert found['baselines']['map_mean'][key] == whole['baselines']['map_mean'][key]
+    text = summary.table(kept)
+    assert f'{results["classifier"]["test_accuracy"]:.3f}' in text
+    assert text.count('\n| ') == 2 + 1 + len(results['detection']['held_out']['baselines'])
