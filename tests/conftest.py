@@ -1,5 +1,6 @@
 """Puts the repository's root on the path, and keeps the tests off the user's own files."""
 
+import fcntl
 import os
 import pathlib
 import sys
@@ -14,9 +15,10 @@ os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='occjax-tests-')
 # Tests compile the same programs again and again: each is compiled once a session.
 os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='occjax-tests-')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-# Four devices, so that the paths of several are the ones under test.
+# Four devices, so that the paths of several are the ones under test; and programs that run for
+# milliseconds are not worth optimizing for seconds.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
-    ' --xla_force_host_platform_device_count=4'
+    ' --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
 )
 
 
@@ -39,10 +41,13 @@ def small_plan(monkeypatch):
 
 @pytest.fixture(scope='session')
 def finished(tmp_path_factory):
-    """A whole run and its tables, made once; tests only read it."""
+    """A whole run and its tables, made once, also for several workers; tests only read it."""
     from tests import small_run
 
-    with pytest.MonkeyPatch.context() as patch:
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if 'PYTEST_XDIST_WORKER' in os.environ else root
+    with pytest.MonkeyPatch.context() as patch, open(root / 'finished.lock', 'w') as lock:
         patch.setitem(small_run.run_lib.PLANS, 'vgg11', small_run.SMALL)
-        run = small_run.make_run(tmp_path_factory.mktemp('finished') / 'run')
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = small_run.make_run(root / 'finished' / 'run')
         return run, small_run.run_all(run)
