@@ -200,6 +200,7 @@ def test_the_paper_s_split_is_80_to_20_of_all_maps(finished):
     assert set(division.is_fitted.sum(axis=1)) == {round(0.8 * count)}
 
 
+@pytest.mark.slow
 def test_a_finished_run_computes_nothing_again(finished, monkeypatch):
     run, tables = finished
     for module, name in ((shard, 'attack_batch'), (shard, 'map_batch'), (stages, 'predict')):
@@ -222,6 +223,7 @@ def test_shrunk_images_are_averages_and_train_the_same_network(tmp_path):
         sides.append(side)
         return shrink(images, side=side)
 
+@pytest.mark.slow
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, 'shrink', watched)
         stages.train(run)
@@ -349,6 +351,7 @@ def test_a_classifier_that_is_never_right_is_reported_too(finished, tmp_path, mo
         nothing = np.zeros(len(labels), bool)
         return attack.Outcome(nothing, nothing, after.argmax(-1))
 
+@pytest.mark.slow
     monkeypatch.setattr(attack, 'outcome', never_right)
     tables = run_all(run)
     assert 'no correct or adversarial maps' in tables

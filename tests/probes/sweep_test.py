@@ -10,6 +10,7 @@ from occjax.experiment import devices, stages, store
 from occjax.probes import sweep
 from tests.small_run import make_run
 
+@pytest.mark.slow
 pytestmark = pytest.mark.usefixtures('small_plan')
 
 
