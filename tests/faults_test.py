@@ -213,6 +213,7 @@ def test_a_run_killed_inside_a_write_goes_on_to_equal_results(undisturbed, tmp_p
     assert code == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_sigterm_ends_at_once_with_a_code_of_its_own(undisturbed, tmp_path):
     seconds = undisturbed[2] / 2
     _, code, took, errors = kill_and_resume(

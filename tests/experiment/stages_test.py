@@ -209,6 +209,7 @@ def test_a_finished_run_computes_nothing_again(finished, monkeypatch):
     assert run_all(make_run(run.workdir)) == tables
 
 
+@pytest.mark.slow
 def test_shrunk_images_are_averages_and_train_the_same_network(tmp_path):
     images = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
     np.testing.assert_array_equal(stages.shrink(images, side=8), images)
@@ -231,6 +232,7 @@ def test_shrunk_images_are_averages_and_train_the_same_network(tmp_path):
     assert len(sides) % 3 == 0
 
 
+@pytest.mark.slow
 def test_resuming_equals_an_uninterrupted_run(finished, tmp_path, monkeypatch):
     """Killed in the second epoch, then after the first shard, then going on with other flags."""
     run, tables = finished
@@ -360,6 +362,7 @@ def test_a_classifier_that_is_never_right_is_reported_too(finished, tmp_path, mo
     assert results['detection']['paper']['overall']['auroc'] is None
 
 
+@pytest.mark.slow
 def test_a_classifier_is_taken_along_to_another_attack(finished, tmp_path, monkeypatch):
     run, _ = finished
     shutil.copytree(run.workdir / 'classifier', tmp_path / 'run' / 'classifier')

@@ -14,6 +14,7 @@ from tests.small_run import make_run
 pytestmark = pytest.mark.usefixtures('small_plan')
 
 
+@pytest.mark.slow
 def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
     """FGSM at the config's epsilon is what is stored already; the rest is counted."""
     run = make_run(tmp_path / 'run')
