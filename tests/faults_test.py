@@ -131,10 +131,20 @@ def damage_and_follow(probed, tmp_path, number):
     return kind, how, outcome, path.relative_to(workdir), said
 
 
-_SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (0, 9, 14)]
+def test_a_damaged_shard_is_made_again_and_nothing_else_changes(finished, tmp_path):
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    shards = sorted((tmp_path / 'run' / 'heatmaps').glob('*.npz'))
+    before = [path.read_bytes() for path in shards]
+    damage(shards[0], 'flipped', np.random.default_rng(0))
+    with pytest.raises(UsageError, match=f'{shards[0].name} is damaged: delete it and run --mode'):
+        run_all(make_run(tmp_path / 'run'))
+    shards[0].unlink()
+    assert run_all(make_run(tmp_path / 'run')) == finished[1]
+    assert [path.read_bytes() for path in shards] == before
 
 
-@pytest.mark.parametrize('number', [5, *_SLOW])  # A shard; the config, a sweep part, a checkpoint.
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [0, 5, 9, 14])  # Config, shard, sweep part, checkpoint.
 def test_damage_is_named_or_mended_and_the_advice_leads_to_equal_results(probed, tmp_path, number):
     print(*damage_and_follow(probed, tmp_path, number))
 

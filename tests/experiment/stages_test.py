@@ -224,7 +224,6 @@ def test_shrunk_images_are_averages_and_train_the_same_network(tmp_path):
         sides.append(side)
         return shrink(images, side=side)
 
-@pytest.mark.slow
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, 'shrink', watched)
         stages.train(run)
@@ -353,7 +352,6 @@ def test_a_classifier_that_is_never_right_is_reported_too(finished, tmp_path, mo
         nothing = np.zeros(len(labels), bool)
         return attack.Outcome(nothing, nothing, after.argmax(-1))
 
-@pytest.mark.slow
     monkeypatch.setattr(attack, 'outcome', never_right)
     tables = run_all(run)
     assert 'no correct or adversarial maps' in tables

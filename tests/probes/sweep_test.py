@@ -10,7 +10,6 @@ from occjax.experiment import devices, stages, store
 from occjax.probes import sweep
 from tests.small_run import make_run
 
-@pytest.mark.slow
 pytestmark = pytest.mark.usefixtures('small_plan')
 
 
