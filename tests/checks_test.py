@@ -76,6 +76,7 @@ def test_images_that_are_none_are_refused(fn, images, message):
         fn(images, LABELS[: len(images)])
 
 
+@pytest.mark.slow
 @each_function
 def test_rounding_is_no_other_range(fn):
     fn(np.clip(IMAGES + 2e-7, 0, 1 + 2e-7), LABELS)
@@ -136,6 +137,7 @@ def test_a_scale_of_two_class_logits_changes_nothing(attack_fn, scale):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('attack_fn', [ATTACKS[name] for name in GRADIENTS], ids=GRADIENTS)
 def test_a_saturated_network_of_many_classes_is_attacked_as_an_unsaturated_one(attack_fn):
     """The strongest other class takes over as the scale grows; the image must move all the same."""

@@ -200,7 +200,6 @@ def test_the_paper_s_split_is_80_to_20_of_all_maps(finished):
     assert set(division.is_fitted.sum(axis=1)) == {round(0.8 * count)}
 
 
-@pytest.mark.slow
 def test_a_finished_run_computes_nothing_again(finished, monkeypatch):
     run, tables = finished
     for module, name in ((shard, 'attack_batch'), (shard, 'map_batch'), (stages, 'predict')):
