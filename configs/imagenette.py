@@ -1,15 +1,6 @@
 """The paper on Imagenette: `python launch.py --config=configs/imagenette.py --data_dir=<folder>`.
 
-Not yet run as a whole: it wants an accelerator. The paper: test accuracy .81, attack success .814,
-accuracy of the detectors .75.
-
-A part of it that 2 x86-64 cores train in an hour, most of it on shrunk images (test accuracy .508):
-
-    python launch.py --config=configs/imagenette.py --data_dir=<folder> --workdir=runs/imagenette4k
-        --config.data.train_images=4000 --config.data.test_images=500 --config.classifier.epochs=14
-        --config.classifier.batch_size=32 --config.classifier.learning_rate=5e-5
-        "--config.classifier.resize=(64,64,64,64,64,64,64,64,64,64,64,64,128)"
-        --config.occlusion.train_images=20 --config.occlusion.test_images=300
+Not yet run as a whole: it wants an accelerator. configs/README.md has a part of it.
 """
 
 from occjax.config import Attack, Classifier, Config, Data, Detector, Occlusion
