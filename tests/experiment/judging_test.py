@@ -231,6 +231,7 @@ def test_a_histogram_counts_every_score_once():
     assert len(found['edges']) == 31
     assert sum(found['clean']) == pytest.approx(1) and sum(found['attacked']) == pytest.approx(1)
     assert not any(found['noise'])
+    assert judging.histogram({'clean': np.zeros(0), 'attacked': np.zeros(0)}) is None
     middle = np.searchsorted(found['edges'], 5)
     assert sum(found['clean'][:middle]) == pytest.approx(1)
     assert sum(found['attacked'][middle:]) == pytest.approx(1)
