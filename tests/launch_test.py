@@ -161,7 +161,7 @@ def ran(command, monkeypatch, *arguments, result=lambda run: run.config):
 
 def test_none_can_be_given_by_a_flag(command, monkeypatch):
     """The digits' config pools and divides anew; another's own split is kept."""
-    assert ran(command, monkeypatch, '--workdir=a').data.resplit_per_class == 80
+    assert ran(command, monkeypatch, '--workdir=a').data.resplit_per_class == 100
     for name, value, expected in [('b', 'None', None), ('c', 'none', None), ('d', '7', 7)]:
         flag = f'--config.data.resplit_per_class={value}'
         config = ran(command, monkeypatch, f'--workdir={name}', flag)

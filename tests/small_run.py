@@ -10,7 +10,8 @@ SMALL = (8, 'M', 16, 'M')
 def get_config():
     """Returns an experiment that takes seconds; its attack succeeds often and for many classes."""
     config = digits.get_config()
-    config.data.image_size, config.data.train_images, config.data.test_images = 16, 300, 200
+    config.data.image_size, config.data.resplit_per_class = 16, 80
+    config.data.train_images, config.data.test_images = 300, 200
     config.classifier.hidden, config.classifier.epochs = 32, 3
     config.classifier.batch_size, config.classifier.learning_rate = 32, 3e-3
     config.attack.epsilon = 0.3
