@@ -376,6 +376,7 @@ class WriteTest(parameterized.TestCase):
         ((0.7, 0.8), (0.5, 0.6), 'add to it'),
         ((0.3, 0.4), (0.5, 0.6), 'do worse'),
         ((0.4, 0.55), (0.5, 0.6), 'not shown to add'),
+        ((0.55, 0.8), (0.5, 0.6), 'not shown to add'),
         ((0.4, 0.55), None, 'cannot be told'),
     )
     def test_more_than_confidence_is_said_only_where_intervals_do_not_meet(
