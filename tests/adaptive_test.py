@@ -68,6 +68,7 @@ def test_who_evades_is_wrong_and_silent_and_nobody_else(attack_fn):
     assert seen == {True, False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('attack_fn', ATTACKS)
 def test_an_image_that_evades_stays_as_it_is_and_the_steps_are_counted(attack_fn):
     """With as many steps as it took it arrives at the same image, with one less it doesn't."""

@@ -103,6 +103,7 @@ def test_steps_that_are_none_are_refused(settings):
         attack.bim(logits_fn, IMAGES, LABELS, **dict(epsilon=0.1, steps=2) | settings)
 
 
+@pytest.mark.slow
 @each_attack
 def test_an_image_out_of_bounds_moves_by_epsilon_at_most_under_jit(attack_fn):
     """There its pixels are not known: the step is clipped, and not the image."""
