@@ -41,13 +41,14 @@ def toy_groups(counts, balance='undersample', **settings):
     )
 
 
-    @pytest.mark.slow
 class BankTest(parameterized.TestCase):
     @parameterized.parameters(((4, 4), 113_409), ((14, 14), 159_489))
     def test_has_the_paper_s_size(self, grid, parameters):
         bank = detector.init_bank(jax.random.key(0), num_classes=3, grid=grid)
         self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(bank)), 3 * parameters)
         self.assertEqual({len(leaf) for leaf in jax.tree.leaves(bank)}, {3})
+
+    @pytest.mark.slow
     def test_equals_separate_fits(self):
         """Classes of unequal size, one of them without adversarial maps."""
         groups = toy_groups([(30, 10), (8, 50), (20, 0)])
