@@ -1,7 +1,10 @@
-"""The 3x3 convolution of stride 1, in the form that each backend and shape runs best.
+"""Convolutions and pools in the forms that each backend and shape runs best.
 
-Images are [N, H, W, C], kernels [3, 3, C, O]; a result [N, H', W', O] has the wider dtype of the
-two. GPUs and TPUs take XLA's own convolution. On CPU wide layers become matrix products by
+`accelerate` puts them into any function. GPUs and TPUs take XLA's own; on CPU a convolution of 1x1
+is a matrix product, a depthwise one a sum of shifted products, a small pool one of slices.
+
+The 3x3 convolution of stride 1 takes images [N, H, W, C] and kernels [3, 3, C, O]; a result [N, H',
+W', O] has the wider dtype of the two. On CPU wide layers become matrix products by
 Winograd's minimal filtering (Lavin & Gray, https://arxiv.org/abs/1509.09308): F(2x2), F(3x3) or
 F(4x4), each within 1e-5 of the largest output in float32. Gradients take the best form of their
 own, in forward and reverse mode and at any order.
@@ -12,6 +15,8 @@ written images x side, C -> O.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +24,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from occjax import tracing
 
 Array = jax.Array
 
@@ -339,3 +346,140 @@ def _chunks(images, size):
     size = math.ceil(len(images) / count)
     fill = [(0, count * size - len(images))] + [(0, 0)] * (images.ndim - 1)
     return jnp.pad(images, fill).reshape(count, size, *images.shape[1:])
+
+
+# --- Other forms of operations, for any function. -------------------------------------------------
+
+
+def accelerate(fn: Callable) -> Callable:
+    """Returns the same function with convolutions and pools in the forms that run best.
+
+    Args:
+        fn: maps arrays, or pytrees of them, to such. It is traced, as by `jax.jit`, and arrays that
+            it closes over may be tracers.
+    """
+
+    @functools.wraps(fn)
+    def accelerated(*args):
+        program = tracing.trace(fn, *args)
+        outputs = tracing.evaluate(program, *jax.tree.leaves(args), bind_fn=bind)
+        return jax.tree.unflatten(program.tree, outputs)
+
+    return accelerated
+
+
+def bind(primitive: Any, params: dict, operands: Sequence[Array]) -> tuple[Array, ...]:
+    """Returns a primitive's results, by the form of it that runs best; see `tracing.Bind`."""
+    find = _FORMS.get(primitive.name)
+    form = find(params, *operands) if find else None
+    if form is None:
+        return tracing.bind(primitive, params, operands)
+    if isinstance(form, Array):
+        return (form,)
+
+    def plain(*operands):
+        return tracing.bind(primitive, params, operands)[0]
+
+    return (lax.platform_dependent(*operands, cpu=form, default=plain),)
+
+
+def _convolution(params, images, kernel):
+    """Returns a form for a convolution of [N, H, W, C]; None for what XLA does as well."""
+    numbers, strides, pads = (
+        params[name] for name in ('dimension_numbers', 'window_strides', 'padding')
+    )
+    groups, sides = params['feature_group_count'], [kernel.shape[i] for i in numbers.rhs_spec[2:]]
+    dilations = {*params['lhs_dilation'], *params['rhs_dilation'], params['batch_group_count']}
+    if images.ndim != 4 or dilations != {1}:
+        return None
+    c, o = kernel.shape[numbers.rhs_spec[1]], kernel.shape[numbers.rhs_spec[0]]
+    if groups == 1 and sides == [3, 3] and strides == (1, 1):
+        products = _products_3x3
+    elif groups == 1 and sides == [1, 1]:
+        products = _products_1x1
+    elif c == 1 and groups == o:
+        products = _shifted_products
+    elif groups == 1 and o >= _MIN_CHANNELS:
+        products = _column_products
+    else:
+        return None
+
+    def form(images, kernel):
+        to = numbers.lhs_spec
+        images = images.transpose(to[0], *to[2:], to[1])
+        to = numbers.rhs_spec
+        out = products(images, kernel.transpose(*to[2:], to[1], to[0]), strides, pads)
+        to = numbers.out_spec
+        return out.transpose(np.argsort([to[0], *to[2:], to[1]]))
+
+    return form(images, kernel) if products is _products_3x3 else form
+
+
+def _products_3x3(images, kernel, strides, pads):
+    if tuple(pads) == ((1, 1), (1, 1)):
+        return conv3x3(images, kernel)
+    return conv3x3(_padded(images, pads), kernel, padding='VALID')
+
+
+def _products_1x1(images, kernel, strides, pads):
+    return _padded(images, pads)[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
+
+
+def _shifted_products(images, kernel, strides, pads):
+    taps = kernel.reshape(-1, kernel.shape[-1])
+    return sum(
+        tap * part
+        for tap, part in zip(
+            taps, _shifted(_padded(images, pads), kernel.shape[:2], strides), strict=True
+        )
+    )
+
+
+def _column_products(images, kernel, strides, pads):
+    columns = _shifted(_padded(images, pads), kernel.shape[:2], strides)
+    return jnp.concatenate(columns, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _padded(images, pads, value=0.0):
+    """Returns `[N, H, W, C]` images with pads of rows and columns, which may be negative."""
+    if not np.any(pads):
+        return images
+    config = [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)]
+    return lax.pad(images, jnp.asarray(value, images.dtype), config)
+
+
+def _shifted(images, sides, strides):
+    """Returns what each tap of a window sees of `[N, H, W, C]`."""
+    h, w = (
+        (n - k) // s + 1 for n, k, s in zip(images.shape[1:3], sides, strides, strict=True)
+    )
+    return [
+        images[:, i : i + (h - 1) * strides[0] + 1 : strides[0]][
+            :, :, j : j + (w - 1) * strides[1] + 1 : strides[1]
+        ]
+        for i in range(sides[0])
+        for j in range(sides[1])
+    ]
+
+
+def _pool(params, images, *, combine, fill):
+    """Returns a form for a small pool of [N, H, W, C] maps."""
+    sides, strides = params['window_dimensions'], params['window_strides']
+    ones = {*params['base_dilation'], *params['window_dilation']} | {
+        x for each in (sides, strides) for x in (each[0], each[-1])
+    }
+    if images.ndim != 4 or ones != {1} or math.prod(sides) > 9 or np.any(params['padding'][::3]):
+        return None
+
+    def form(images):
+        padded = _padded(images, params['padding'][1:3], fill)
+        return functools.reduce(combine, _shifted(padded, sides[1:3], strides[1:3]))
+
+    return form
+
+
+_FORMS = {
+    'conv_general_dilated': _convolution,
+    'reduce_window_max': functools.partial(_pool, combine=jnp.maximum, fill=-math.inf),
+    'reduce_window_sum': functools.partial(_pool, combine=jnp.add, fill=0.0),
+}

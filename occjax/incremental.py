@@ -1,11 +1,20 @@
-"""Exact occlusion heatmaps of a VGG at a fraction of the arithmetic.
+"""Exact occlusion heatmaps of any network, computing again only what a window changes.
 
-A window changes only what it can reach: its own pixels, one more on each side after every
-convolution, half as many after every pool. So the unoccluded image is classified once, and for
-each window just that patch of every layer is computed again, pasted into a slice of the
-unoccluded layer before it. XLA needs patches of one shape: a layer's is the largest over all
-windows, and those near an edge move inwards until it fits, which computes some unchanged values
-again but no wrong ones. The linear layers see whole feature maps.
+A function of images is traced for one image, and each of its operations gets a `Rule`: which axes
+of its operands are axes of its result, and which indices an index of the result reads (a
+convolution, a pool, a slice and an addition differ in nothing else). From rules alone follows, on
+the host, a `Region` for every value: the box that each window changes. XLA needs boxes of one
+shape: a value's is the largest of all windows, and those near an edge move inwards until it fits,
+which computes some unchanged numbers again but no wrong ones. The unoccluded image is evaluated
+once; for each window an operation is evaluated on its box alone, from operands cut out of
+unoccluded values with the changed boxes pasted into them. What no rule confines (a global mean,
+attention) is a region like others, the whole value, and so is all that follows from it.
+
+Two knobs make less of it, each exact at its default of 1. `threshold` stops the growth of regions:
+what reads its neighbours widens them to no more than this share of a side, and beyond it unoccluded
+numbers stay (the projective field threshold τ of Krypton; unlike there, the share is never taken
+from what is changed already). `every` computes every n-th window a side, the last one included, and
+interpolates the logits of the others: windows overlap, so maps are smooth.
 
 Dimensions: B batch, H W C image, K classes, h w heatmap grid, P = h * w windows.
 
@@ -13,120 +22,451 @@ References:
     Nakandala et al., https://adalabucsd.github.io/papers/2019_Krypton_SIGMOD.pdf
 """
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from occjax import checks, occlusion, vgg
-from occjax.types import Array
+from occjax import checks, convolution, occlusion, tracing
+from occjax.tracing import Operation, Program, Value
+from occjax.types import Array, LogitsFn
 
-
-class Patch(NamedTuple):
-    """Where a layer's output changes: `shape` is one for all windows, `start` is each one's own."""
-
-    shape: tuple[int, int]
-    start: np.ndarray  # i32[P, 2], row and column
+# --- Rules: what an index of the result reads of each operand. ------------------------------------
 
 
-def patches(
-    image_shape: tuple[int, int],
+class Link(NamedTuple):
+    """Index i of the result's `axis` reads `reach` indices from `i * stride - pad` on."""
+
+    axis: int
+    stride: int = 1
+    pad: int = 0
+    reach: int = 1
+
+
+def _as_before(boxed, shape):
+    return {}
+
+
+class Rule(NamedTuple):
+    """How an operation may be evaluated on a box of its result.
+
+    An operand's axis without a link is read whole; a result's axis that none leads to changes whole
+    with the operand.
+    """
+
+    links: tuple[dict[int, Link], ...]  # of each operand, by its axis
+    params: Callable = _as_before  # (axes that a box is shorter in, its shape) -> new parameters
+    fill: Any = 0.0  # what is read beyond an edge
+
+
+def _only(values, value, places, boxed):
+    """Returns `values` with `value` for those whose place is among the boxed axes."""
+    return tuple(
+        value if place in boxed else old for old, place in zip(values, places, strict=True)
+    )
+
+
+def _same_axes(operation, gone=()):
+    """What reads just the same index of every axis, but for those that are gone."""
+    (out, *_), links = operation.results, []
+    for shape in operation.shapes:
+        same = [i for i, n in enumerate(shape) if n == out.shape[i] and i not in gone]
+        links.append({i: Link(i) for i in same})
+    return Rule(tuple(links))
+
+
+def _along(name):
+    """The rule of what mixes along one axis, which the parameter of that name tells."""
+
+    def rule(operation):
+        axis = operation.params[name]
+        return _same_axes(operation, axis if isinstance(axis, tuple) else (axis,))
+
+    return rule
+
+
+def _custom_jvp(operation):
+    (out, *_), called = operation.results, (operation.primitive, operation.params)
+    return _same_axes(operation) if tracing.is_pointwise(*called, out.shape) else None
+
+
+def _convolution(operation):
+    numbers, params = operation.params['dimension_numbers'], operation.params
+    axes = zip(numbers.lhs_spec[2:], numbers.out_spec[2:], numbers.rhs_spec[2:], strict=True)
+    links = {}
+    for i, (axis, to, taps) in enumerate(axes):
+        if params['lhs_dilation'][i] == 1:
+            reach = (operation.shapes[1][taps] - 1) * params['rhs_dilation'][i] + 1
+            links[axis] = Link(to, params['window_strides'][i], params['padding'][i][0], reach)
+
+    def boxed_params(boxed, shape):
+        return {'padding': _only(params['padding'], (0, 0), numbers.out_spec[2:], boxed)}
+
+    return Rule((links, {}), boxed_params)
+
+
+def _pool(operation, fill=None):
+    params, axes = operation.params, range(len(operation.shapes[0]))
+    if fill is None:  # A function of one's own, with the value that it starts from.
+        if len(operation.operands) != 2:
+            return None
+        fill = operation.operands[1]
+    links = {}
+    for i in axes:
+        if params['base_dilation'][i] == 1:
+            reach = (params['window_dimensions'][i] - 1) * params['window_dilation'][i] + 1
+            links[i] = Link(i, params['window_strides'][i], params['padding'][i][0], reach)
+
+    def boxed_params(boxed, shape):
+        return {'padding': _only(params['padding'], (0, 0), axes, boxed)}
+
+    return Rule((links, {})[: len(operation.operands)], boxed_params, fill)
+
+
+def _pad(operation):
+    config, axes = operation.params['padding_config'], range(len(operation.shapes[0]))
+    links = {i: Link(i, pad=low) for i, (low, _, inner) in enumerate(config) if not inner}
+
+    def boxed_params(boxed, shape):
+        return {'padding_config': _only(config, (0, 0, 0), axes, boxed)}
+
+    return Rule((links, {}), boxed_params, operation.operands[1])
+
+
+def _slice(operation):
+    params, axes = operation.params, range(len(operation.shapes[0]))
+    starts, stops = params['start_indices'], params['limit_indices']
+    strides = params['strides'] or (1,) * len(starts)
+
+    def boxed_params(boxed, shape):
+        limits = [
+            (shape[i] - 1) * strides[i] + 1 if i in boxed else stop for i, stop in enumerate(stops)
+        ]
+        return {'start_indices': _only(starts, 0, axes, boxed), 'limit_indices': tuple(limits)}
+
+    return Rule(({i: Link(i, strides[i], -starts[i]) for i in axes},), boxed_params)
+
+
+def _transpose(operation):
+    return Rule(({axis: Link(i) for i, axis in enumerate(operation.params['permutation'])},))
+
+
+def _broadcast(operation):
+    (shape,), to = operation.shapes, operation.params['broadcast_dimensions']
+    out = operation.results[0].shape
+    links = {i: Link(to[i]) for i, n in enumerate(shape) if n == out[to[i]]}
+    return Rule((links,), lambda boxed, shape: {'shape': shape})
+
+
+def _reshape(operation):
+    # An axis stays one if as many elements are before it, and it is as long.
+    (shape,), out = operation.shapes, operation.results[0].shape
+    to = {(math.prod(out[:j]), n): j for j, n in enumerate(out) if n > 1}
+    places = [(math.prod(shape[:i]), n) for i, n in enumerate(shape)]
+    links = {i: Link(to[place]) for i, place in enumerate(places) if place in to}
+    key = 'new_sizes' if operation.name == 'reshape' else None
+    return Rule((links,), lambda boxed, shape: {key: shape} if key else {})
+
+
+def _reduction(operation):
+    axes = operation.params['axes']
+    left = [i for i in range(len(operation.shapes[0])) if i not in axes]
+    return Rule(({i: Link(j) for j, i in enumerate(left)},))
+
+
+def _product(operation):
+    contracted, batched = operation.params['dimension_numbers']
+    links, place = [], len(batched[0])
+    for shape, gone, batch in zip(operation.shapes, contracted, batched, strict=True):
+        free = [i for i in range(len(shape)) if i not in gone and i not in batch]
+        places = [*range(len(batch)), *range(place, place + len(free))]
+        links.append({i: Link(j) for i, j in zip([*batch, *free], places, strict=True)})
+        place += len(free)
+    return Rule(tuple(links))
+
+
+# One entry an operation: its name, and what returns its rule. What has none is computed whole.
+RULES: dict[str, Callable[[Operation], Rule | None]] = {
+    **dict.fromkeys(tracing.POINTWISE, _same_axes),
+    'custom_jvp_call': _custom_jvp,
+    'conv_general_dilated': _convolution,
+    'reduce_window': _pool,
+    'reduce_window_max': functools.partial(_pool, fill=-math.inf),
+    'reduce_window_min': functools.partial(_pool, fill=math.inf),
+    'reduce_window_sum': functools.partial(_pool, fill=0.0),
+    'pad': _pad,
+    'slice': _slice,
+    'transpose': _transpose,
+    'broadcast_in_dim': _broadcast,
+    **dict.fromkeys(('reshape', 'squeeze', 'expand_dims'), _reshape),
+    **dict.fromkeys(('reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod'), _reduction),
+    **dict.fromkeys(('reduce_and', 'reduce_or', 'argmax', 'argmin'), _reduction),
+    'dot_general': _product,
+    'concatenate': _along('dimension'),
+    'rev': _along('dimensions'),
+    **dict.fromkeys(('split', 'cumsum', 'cumprod', 'cummax', 'cummin'), _along('axis')),
+    'cumlogsumexp': _along('axis'),
+}
+
+
+# --- Planning, on the host: the region of every value, and how each box is put together. ----------
+
+# A box that is this share of a value is the whole of it: nothing is cut and pasted then.
+_WHOLE = 0.9
+
+
+class Region(NamedTuple):
+    """What each window changes of a value: nothing outside of [low, stop)."""
+
+    low: np.ndarray  # i64[P, axes]
+    stop: np.ndarray  # i64[P, axes]
+    shape: tuple[int, ...]  # of every window's box
+    start: np.ndarray  # i64[P, axes], where it is: moved inwards at the far edges
+
+
+def _region(low, stop, sides):
+    shape = (stop - low).max(axis=0)
+    if math.prod(shape) >= _WHOLE * math.prod(sides):
+        low, stop, shape = np.zeros_like(low), np.broadcast_to(sides, low.shape), np.array(sides)
+    return Region(low, stop, tuple(map(int, shape)), np.minimum(low, sides - shape))
+
+
+class Read(NamedTuple):
+    """How a box of an operand is put together for each window."""
+
+    source: Any  # a `Value`, or an array that is known
+    first: np.ndarray  # i64[P, axes] where to cut: in the changed box, or the padded clean value
+    extent: tuple[int, ...]  # what to cut
+    pads: tuple[tuple[int, int], ...] | None = None  # of the clean value; None: in the changed box
+    fill: Any = 0.0  # with what it is padded
+    at: np.ndarray | None = None  # i64[P, axes] where to paste the changed box
+    trim: tuple[tuple[int, int], ...] = ()  # margins to take off again
+
+    @property
+    def key(self) -> tuple:
+        """What tells padded values apart."""
+        fill = self.fill if np.any(self.pads) else None
+        return id(self.source), self.pads, fill if isinstance(fill, float) else id(fill)
+
+
+class Step(NamedTuple):
+    """An operation on the boxes of its operands."""
+
+    operation: Operation
+    params: dict[str, Any]
+    reads: tuple[Read, ...]
+    shape: tuple[int, ...]  # of the box of its first result
+
+    @property
+    def share(self) -> float:
+        """How much of the operation a window computes."""
+        return math.prod(self.shape) / max(1, math.prod(self.operation.results[0].shape))
+
+
+class Plan(NamedTuple):
+    """What is computed once an image, and what for each of its windows."""
+
+    program: Program
+    origins: np.ndarray  # i32[P, 2]
+    steps: list[Step]
+    tail: int  # the first of the steps that are taken for all windows of all chunks at once
+    logits: Read
+    knots: tuple[list[int], list[int]]  # the rows and columns of the grid that are computed
+    grid: tuple[int, int]
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer multiplications a map's windows take than in full."""
+        full = sum(map(multiplications, self.program.operations))
+        window = sum(multiplications(step.operation) * step.share for step in self.steps)
+        return full * math.prod(self.grid) / max(1, window * len(self.origins))
+
+
+def plan(
+    logits_fn: LogitsFn,
+    image_shape: tuple[int, int, int],
     *,
     size: int,
     stride: int,
     grid: str = 'paper',
-    plan: vgg.Plan = vgg.VGG11,
-) -> list[Patch]:
-    """Returns the occluder itself and then the patch of each layer of the plan."""
-    origins = occlusion.window_origins(image_shape, size=size, stride=stride, grid=grid)
-    return patches_at(image_shape, origins, size=size, plan=plan)
-
-
-def patches_at(
-    image_shape: tuple[int, int],
-    origins: np.ndarray,
-    *,
-    size: int,
-    plan: vgg.Plan,
     threshold: float = 1.0,
-) -> list[Patch]:
-    """Returns the patches of windows at any `origins`; see `approximate` for the threshold."""
-    start, width, sides = origins, np.array([size, size]), np.array(image_shape)
-    result = [Patch((size, size), start)]
-    for layer in plan:
-        if layer == 'M':
-            sides = sides // 2
-            low, stop = start // 2, np.minimum(-(-(start + width) // 2), sides)
-            width = (stop - low).max(axis=0)
-            start = np.minimum(low, sides - width)
-        else:
-            low, stop = np.maximum(start - 1, 0), np.minimum(start + width + 1, sides)
-            exact = (stop - low).max(axis=0)
-            # What is there already stays: a patch never has less than its input's share of it.
-            grown = np.maximum(np.minimum(exact, np.floor(threshold * sides)), width).astype(int)
-            start = np.clip(start - (grown - width) // 2, 0, sides - grown)
-            width = grown
-        result.append(Patch(tuple(map(int, width)), start.astype(np.int32)))
-    return result
-
-
-def multiplications(
-    shapes: list[tuple[int, int]], *, image_shape: tuple[int, int], **network
-) -> int:
-    """Returns those of one forward pass whose layers' outputs have the given shapes."""
-    rows = vgg.summary(image_size=image_shape, **network)
-    total = sum(row.parameters - row.output_shape[1] for row in rows if 'Linear' in row.layer)
-    channels = 3 * network.get('levels', 1)
-    for layer, shape in zip(network['plan'], shapes, strict=True):
-        if layer != 'M':
-            total += math.prod(shape) * 9 * channels * layer
-            channels = layer
-    return total
-
-
-def full_shapes(image_shape: tuple[int, int], plan: vgg.Plan) -> list[tuple[int, int]]:
-    """Returns the height and width of each layer's output for a whole image."""
-    shapes, (height, width) = [], image_shape
-    for layer in plan:
-        if layer == 'M':
-            height, width = height // 2, width // 2
-        shapes.append((height, width))
-    return shapes
-
-
-def flop_ratio(
-    image_shape: tuple[int, int],
-    *,
-    size: int,
-    stride: int,
-    grid: str = 'paper',
-    plan: vgg.Plan = vgg.VGG11,
-    num_classes: int = 10,
-    hidden: int = 4096,
-    levels: int = 1,
-) -> float:
-    """Returns how many times fewer multiplications a window takes than in full, from shapes alone.
+    every: int = 1,
+    dtype: Any = jnp.float32,
+) -> Plan:
+    """Returns what windows change of each value between images and logits.
 
     Args:
-        image_shape: `(H, W)`.
+        logits_fn: see `occluded_logits`.
+        image_shape: `(H, W, C)`.
         size, stride, grid: see `occlusion.occluded_logits`.
-        plan: the VGG.
-        num_classes, hidden, levels: see `vgg.init`; all its layers count on both sides.
-
-    >>> round(flop_ratio((224, 224), size=32, stride=14), 1)
-    6.0
+        threshold, every: see `occluded_logits`.
+        dtype: of the images.
     """
-    network = dict(num_classes=num_classes, hidden=hidden, levels=levels, plan=plan)
-    regions = patches(image_shape, size=size, stride=stride, grid=grid, plan=plan)[1:]
-    full = multiplications(full_shapes(image_shape, plan), image_shape=image_shape, **network)
-    shapes = [patch.shape for patch in regions]
-    return full / multiplications(shapes, image_shape=image_shape, **network)
+    if not 0 < threshold <= 1:
+        raise ValueError(f'Expected 0 < threshold <= 1, got {threshold}.')
+    if every < 1:
+        raise ValueError(f'Expected every >= 1, got {every}.')
+    geometry = dict(size=size, stride=stride, grid=grid)
+    origins = occlusion.window_origins(image_shape[:2], **geometry)
+    shape = occlusion.grid_shape(image_shape[:2], **geometry)
+    knots = tuple(sorted({*range(0, count, every), count - 1}) for count in shape)
+    origins = origins.reshape(*shape, 2)[np.ix_(*knots)].reshape(-1, 2)
+    image = jax.ShapeDtypeStruct((1, *image_shape), dtype)
+    program = tracing.trace(checks.logits_fn(logits_fn), image)
+    low = np.pad(origins.astype(np.int64), ((0, 0), (1, 1)))
+    stop = low + [1, size, size, image_shape[-1]]
+    regions, steps = {program.arguments[0]: _region(low, stop, image.shape)}, []
+    for operation in program.operations:
+        step = _step(operation, regions, threshold)
+        steps += [step] if step else []
+    (logits,) = program.outputs
+    everything = np.zeros((len(origins), 2), int), np.shape(logits)
+    logits = _read(logits, regions.get(logits), *everything, 0.0)
+    return Plan(program, origins, steps, _tail(steps), logits, knots, shape)
+
+
+def _step(operation, regions, threshold):
+    """Returns how an operation is computed again, and adds its results' regions; None if not."""
+    changed = [regions.get(x) if isinstance(x, Value) else None for x in operation.operands]
+    if not any(changed):
+        return None
+    rule = RULES.get(operation.name, lambda operation: None)(operation)
+    if rule is None or isinstance(rule.fill, Value):
+        rule = Rule(({},) * len(changed))
+    found = [_changes(rule, changed, result.shape, threshold) for result in operation.results]
+    if not found[0]:
+        return None
+    regions.update(zip(operation.results, found, strict=True))
+    region, sides = found[0], operation.results[0].shape
+    boxed = [i for i, n in enumerate(sides) if region.shape[i] < n]
+    reads = []
+    for x, before, links in zip(operation.operands, changed, rule.links, strict=True):
+        extent = list(np.shape(x))
+        first = np.zeros((len(region.start), len(extent)), int)
+        for i, link in links.items():
+            if link.axis in boxed:
+                first[:, i] = region.start[:, link.axis] * link.stride - link.pad
+                extent[i] = (region.shape[link.axis] - 1) * link.stride + link.reach
+        reads.append(_read(x, before, first, tuple(extent), rule.fill))
+    params = operation.params | rule.params(boxed, region.shape)
+    return Step(operation, params, tuple(reads), region.shape)
+
+
+def _changes(rule, changed, sides, threshold):
+    """Returns the region of a result; None if no window reaches it."""
+    lows, stops = [], []
+    for region, links in zip(changed, rule.links, strict=True):
+        if region is None:
+            continue
+        low = np.zeros((len(region.low), len(sides)), int)
+        stop = low + np.array(sides, int)
+        for i, (axis, stride, pad, reach) in links.items():
+            first = -((region.low[:, i] + pad - reach + 1) // -stride)
+            low[:, axis] = np.clip(first, 0, sides[axis])
+            last = (region.stop[:, i] - 1 + pad) // stride + 1
+            stop[:, axis] = np.clip(last, low[:, axis], sides[axis])
+            if reach > stride and threshold < 1:
+                least = math.ceil(region.shape[i] / stride)
+                width = np.minimum(
+                    stop[:, axis] - low[:, axis], max(least, int(threshold * sides[axis]))
+                )
+                low[:, axis] += (stop[:, axis] - low[:, axis] - width) // 2
+                stop[:, axis] = low[:, axis] + width
+        lows.append(low)
+        stops.append(stop)
+    low, stop = np.minimum.reduce(lows), np.maximum.reduce(stops)
+    return _region(low, stop, sides) if (stop > low).all(axis=1).any() else None
+
+
+def _read(x, region, first, extent, fill):
+    """Returns how the box of that extent is read of a value of which a region has changed."""
+    at, trim = None, ()
+    if region is not None:
+        offset, width = region.start - first, np.array(region.shape)
+        if (offset <= 0).all() and (offset + width >= extent).all():
+            return Read(x, -offset, extent)
+        left = np.maximum(0, -offset.min(axis=0))
+        right = np.maximum(0, (offset + width - extent).max(axis=0))
+        first, extent = first - left, tuple(map(int, extent + left + right))
+        at, trim = offset + left, tuple(zip(left.tolist(), right.tolist(), strict=True))
+    low = np.maximum(0, -first.min(axis=0, initial=0))
+    high = np.maximum(0, (first + extent).max(axis=0, initial=0) - np.array(np.shape(x), int))
+    pads = tuple(zip(low.tolist(), high.tolist(), strict=True))
+    return Read(x, first + low, extent, pads, fill, at, trim)
+
+
+def _tail(steps):
+    """Returns from where on steps are linear layers of one row a window, and what is between.
+
+    Taken for all windows at once, they read their weights, hundreds of megabytes, once.
+    """
+    start = len(steps)
+    for i, step in reversed(list(enumerate(steps))):
+        name, shapes = step.operation.name, step.operation.shapes
+        if name.startswith(('conv', 'reduce_window')):
+            break
+        if name == 'dot_general' and math.prod(shapes[0]) == max(shapes[0]) < math.prod(shapes[1]):
+            start = i
+    return start
+
+
+def multiplications(operation: Operation) -> int:
+    """Returns those of convolutions and matrix products, from shapes."""
+    return _multiplications(
+        operation.name, operation.params, operation.shapes, operation.results[0].shape
+    )
+
+
+def _multiplications(name, params, shapes, out):
+    if name == 'conv_general_dilated':
+        numbers = params['dimension_numbers']
+        return math.prod(out) * math.prod(shapes[1]) // shapes[1][numbers.rhs_spec[0]]
+    if name == 'dot_general':
+        return math.prod(out) * math.prod(shapes[0][i] for i in params['dimension_numbers'][0][0])
+    inner = (
+        _multiplications(
+            eqn.primitive.name,
+            eqn.params,
+            [x.aval.shape for x in eqn.invars],
+            eqn.outvars[0].aval.shape,
+        )
+        for jaxpr in jax.core.jaxprs_in_params(params)
+        for eqn in jaxpr.eqns
+        if eqn.outvars
+    )
+    return sum(inner) * params.get('length', 1)
+
+
+def flop_ratio(logits_fn: LogitsFn, image_shape: tuple[int, int, int], **settings: Any) -> float:
+    """Returns how many times fewer multiplications a map's windows take than in full.
+
+    It follows from shapes; nothing is computed.
+
+    Args:
+        logits_fn: see `occluded_logits`.
+        image_shape: `(H, W, C)`.
+        **settings: size, stride, grid, threshold and every, see `occluded_logits`.
+    """
+    return planned(logits_fn, image_shape, **settings).ratio
+
+
+def planned(logits_fn: LogitsFn, image_shape: tuple[int, int, int], **settings: Any) -> Plan:
+    """Returns `plan`, of which shapes alone are meant: nothing is computed."""
+    found = []
+    jax.eval_shape(lambda: found.append(plan(logits_fn, image_shape, **settings)))
+    return found[0]
+
+
+# --- Evaluation. ----------------------------------------------------------------------------------
 
 
 def occluded_logits(
-    variables: vgg.Variables,
+    logits_fn: LogitsFn,
     images: Array,
     *,
     size: int,
@@ -134,121 +474,151 @@ def occluded_logits(
     fill: float | Array = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
-    plan: vgg.Plan = vgg.VGG11,
+    threshold: float = 1.0,
+    every: int = 1,
 ) -> Array:
-    """Returns `occlusion.occluded_logits` of `vgg.logits`, computing only what a window changes.
+    """Returns `occlusion.occluded_logits`, computing only what a window changes.
 
     Args:
-        variables: of the VGG.
+        logits_fn: maps `[B, H, W, C]` images to `[B, K]` logits, deterministically and each image
+            on its own. It is traced for one image, and mapped over by `vmap`.
         images: `[B, H, W, C]` in [0, 1]; H and W may differ.
         size, stride, fill, grid: see `occlusion.occluded_logits`.
         chunk_size: windows that are computed at once; None chooses for the device.
-        plan: the plan that `variables` was made with.
+        threshold: share of a side, in (0, 1], to which what a window changes may grow.
+        every: how many grid cells a side there are for one that is computed.
 
     Returns:
-        `[B, h, w, K]`, equal to the plain form's up to the rounding of sums.
+        `[B, h, w, K]`, by default equal to the plain form's up to the rounding of sums.
 
     Raises:
-        ValueError: as `occlusion.occluded_logits` and `vgg.logits`.
+        ValueError: as `occlusion.occluded_logits`, and for a knob out of its range.
     """
     images = checks.images(images, slack=checks.NEAR)
-    geometry = dict(size=size, stride=stride, grid=grid)
-    origins = occlusion.window_origins(images.shape[1:3], **geometry)
-    regions = patches_at(images.shape[1:3], origins, size=size, plan=plan)
-    logits = logits_at(variables, images, regions, fill=fill, chunk_size=chunk_size, plan=plan)
-    return logits.reshape(len(images), *occlusion.grid_shape(images.shape[1:3], **geometry), -1)
+    settings = dict(size=size, stride=stride, grid=grid, threshold=threshold, every=every)
+    found = plan(logits_fn, images.shape[1:], **settings, dtype=images.dtype)
+    chunk_size = occlusion.default_chunk(images.shape[1:]) if chunk_size is None else chunk_size
+    logits = _evaluate(found, images, checks.fill(fill, images), size, chunk_size)
+    logits = logits.reshape(len(images), *map(len, found.knots), -1)
+    if every == 1:
+        return logits
+    rows, columns = map(_weights, found.grid, found.knots)
+    return jnp.einsum('bijk,hi,wj->bhwk', logits, rows, columns, precision='highest')
 
 
-def logits_at(
-    variables: vgg.Variables,
-    images: Array,
-    regions: list[Patch],
-    *,
-    fill: float | Array,
-    chunk_size: int | None,
-    plan: vgg.Plan,
-) -> Array:
-    """Returns the `[B, P, K]` logits under the windows whose patches are given."""
-    inputs, features = _unoccluded(variables, images, plan)
-    fill = vgg.normalize(variables, checks.fill(fill, images))
-    shapes = [patch.shape for patch in regions]
-    starts = [jnp.asarray(patch.start) for patch in regions]
-    windows = len(starts[0])
+def _weights(count, knots):
+    """Returns the `[count, knots]` matrix of a cubic interpolation that keeps the knots."""
+    weights = np.zeros((count, len(knots)))
+    for cell in range(count):
+        # Lagrange's polynomial through the four nearest: unlike a spline's, its reach is bounded.
+        first = np.clip(np.searchsorted(knots, cell, 'right') - 2, 0, max(0, len(knots) - 4))
+        near = range(first, min(first + 4, len(knots)))
+        for i in near:
+            others = [knots[j] for j in near if j != i]
+            weights[cell, i] = np.prod([(cell - x) / (knots[i] - x) for x in others])
+    return weights.astype(np.float32)
 
-    def features_of(pair):
-        """Returns the last feature map under each of a chunk of (image, window) pairs."""
+
+def _evaluate(found, images, fill, size, chunk_size):
+    """Returns the `[B * P, K]` logits under all windows."""
+    program, windows, (argument,) = found.program, len(found.origins), found.program.arguments
+    values = [argument, *(x for operation in program.operations for x in operation.results)]
+
+    def unoccluded(image):
+        env = {argument: image[None]}
+        for operation in program.operations:
+            tracing.run(operation, env, convolution.bind)
+        return [env[x] for x in values]
+
+    # Whatever no window reads, XLA leaves out.
+    clean = dict(zip(values, jax.vmap(unoccluded)(images), strict=True))
+    reads = [read for step in found.steps for read in step.reads] + [found.logits]
+    padded = {read.key: _padded(read, clean) for read in reads if read.pads is not None}
+
+    def take(steps, env, image, window):
+        for step in steps:
+            operands = [_boxed(read, env, padded, image, window) for read in step.reads]
+            primitive, results = step.operation.primitive, step.operation.results
+            is_own = step.shape != results[0].shape and primitive.name == 'custom_jvp_call'
+            bind_fn = tracing.bind_pointwise if is_own else convolution.bind
+            env.update(zip(results, bind_fn(primitive, step.params, operands), strict=True))
+
+    head, tail = found.steps[: found.tail], found.steps[found.tail :]
+    made = {argument, *(x for step in head for x in step.operation.results)}
+    wanted = [read for step in tail for read in step.reads] + [found.logits]
+    live = list(dict.fromkeys(r.source for r in wanted if isinstance(r.source, Value)))
+    live = [x for x in live if x in made]
+
+    def one(pair):
         image, window = pair // windows, pair % windows
-        layers, corners = vgg.layers(variables, plan), [start[window] for start in starts]
-        x = _cut(fill, image, corners[0], shapes[0])
-        steps = zip(plan, inputs, shapes[1:], corners, corners[1:], strict=False)
-        for layer, before, shape, old, new in steps:
-            if layer == 'M':
-                # The pool drops the last of an odd side, which the patch before may hold.
-                around = [
-                    2 * k + side % 2 for k, side in zip(shape, before.shape[1:], strict=False)
-                ]
-                x = vgg.max_pool(_paste(_cut(before, image, 2 * new, around), x, old - 2 * new))
-            else:
-                # `before` is padded by one, so `new` there is the corner of the patch's inputs.
-                around = [k + 2 for k in shape]
-                x = _paste(_cut(before, image, new, around), x, old + 1 - new)
-                x = vgg.conv_block(x, *next(layers), padding='VALID')
-        return _paste(features[image], x, corners[-1])
+        corner = jnp.asarray(found.origins)[window]
+        box = lax.dynamic_slice(
+            fill, (image, *corner, 0), (1, size, size, fill.shape[-1])
+        )
+        env = {argument: box}
+        take(head, env, image, window)
+        return [env[x] for x in live]
 
-    # The linear layers read hundreds of megabytes of weights: once for all chunks.
-    mapped = occlusion.map_chunks(
-        features_of,
-        len(images) * windows,
-        chunk_size=chunk_size or occlusion.default_chunk(images.shape[1:]),
+    def finish(pair, values):
+        image, window = pair // windows, pair % windows
+        env = dict(zip(live, values, strict=True))
+        take(tail, env, image, window)
+        return _boxed(found.logits, env, padded, image, window)[0]
+
+    count = len(images) * windows
+    values = occlusion.map_chunks(jax.vmap(one), count, chunk_size=chunk_size)
+    return jax.vmap(finish)(jnp.arange(count), values)
+
+
+def _padded(read, clean):
+    """Returns the unoccluded value that a box is cut out of, `[B, ...]` if it is an image's."""
+    is_known = not isinstance(read.source, Value)
+    x = jnp.asarray(read.source) if is_known else clean[read.source]
+    if not np.any(read.pads):
+        return x
+    fill = read.fill
+    if isinstance(fill, float) and jnp.issubdtype(x.dtype, jnp.integer):
+        fill = int(np.clip(fill, jnp.iinfo(x.dtype).min, jnp.iinfo(x.dtype).max))
+    lead = [] if is_known else [(0, 0, 0)]
+    return lax.pad(x, jnp.asarray(fill, x.dtype), lead + [(*pad, 0) for pad in read.pads])
+
+
+def _boxed(read, env, padded, image, window):
+    """Returns one window's box of an operand."""
+    if read.pads is None:
+        return _cut(env[read.source], read.first, read.extent, window)
+    lead = image if isinstance(read.source, Value) else None
+    x = _cut(padded[read.key], read.first, read.extent, window, lead)
+    if read.at is None:
+        return x
+    x = lax.dynamic_update_slice(x, env[read.source], _corner(read.at, window))
+    return lax.slice(
+        x,
+        [left for left, _ in read.trim],
+        [n - right for n, (_, right) in zip(x.shape, read.trim, strict=True)],
     )
-    return vgg.head(variables, mapped).reshape(len(images), windows, -1)
 
 
-def _unoccluded(variables, images, plan):
-    """Returns every layer's input, for convolutions padded by one, and the output of the last."""
-    x, layers, inputs = vgg.normalize(variables, images), vgg.layers(variables, plan), []
-    for layer in plan:
-        if layer != 'M':
-            x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        inputs.append(x)
-        x = vgg.max_pool(x) if layer == 'M' else vgg.conv_block(x, *next(layers), padding='VALID')
-    return inputs, x
+def _cut(x, first, extent, window, image=None):
+    """Returns one window's box of `x`, and of one image if `x` has them in front."""
+    corner = _corner(first, window)
+    if image is None:
+        return x if x.shape == extent else lax.dynamic_slice(x, corner, extent)
+    if x.shape[1:] == extent:
+        return lax.dynamic_index_in_dim(x, image, keepdims=False)
+    return lax.dynamic_slice(x, [image, *corner], [1, *extent])[0]
 
 
-def _cut(x, image, corner, shape):
-    """Returns `[n, *shape, C]` pieces of `[B, H, W, C]`, from each one's image and corner."""
-
-    def one(image, corner):
-        start = (image, *corner, jnp.zeros_like(image))
-        return jax.lax.dynamic_slice(x, start, (1, *shape, x.shape[-1]))[0]
-
-    return jax.vmap(one)(image, corner)
+def _corner(first, window):
+    """Returns one window's corner; what is the same for all windows is no index."""
+    is_same = (first == first[0]).all(axis=0)
+    moving = jnp.asarray(first, jnp.int32)[window]
+    return [int(first[0, i]) if same else moving[i] for i, same in enumerate(is_same)]
 
 
-def _paste(onto, x, corner):
-    """Returns `onto` with `x` at each one's corner."""
-
-    def one(onto, x, corner):
-        return jax.lax.dynamic_update_slice(onto, x, (*corner, jnp.zeros_like(corner[0])))
-
-    return jax.vmap(one)(onto, x, corner)
-
-
-def heatmaps(
-    variables: vgg.Variables,
-    images: Array,
-    classes: Array,
-    *,
-    size: int,
-    stride: int,
-    fill: float | Array = 0.5,
-    grid: str = 'paper',
-    chunk_size: int | None = None,
-    plan: vgg.Plan = vgg.VGG11,
-) -> Array:
-    """Returns `occlusion.heatmaps` of `vgg.logits`: `[B, h, w]`; see `occluded_logits`."""
-    geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
+def heatmaps(logits_fn: LogitsFn, images: Array, classes: Array, **settings: Any) -> Array:
+    """Returns `occlusion.heatmaps`, `[B, h, w]`; the settings are `occluded_logits`'."""
     images = checks.images(images, slack=checks.NEAR)
-    classes = checks.classes(classes, images, vgg.num_classes(variables), name='classes')
-    logits = occluded_logits(variables, images, **geometry, plan=plan)
-    return occlusion.probabilities(logits, classes)
+    classes = checks.classes(classes, images, name='classes')
+    logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
+    return occlusion.probabilities(occluded_logits(logits_fn, images, **settings), classes)

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax.convolution import conv3x3
 from occjax.types import Array, promoting
 
 Plan = tuple[int | str, ...]
@@ -222,13 +221,19 @@ def layers(variables: Variables, plan: Plan) -> Iterator[tuple[dict, dict]]:
     return zip(variables.params['conv'], variables.batch_stats, strict=True)
 
 
+def _convolve(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+
 @promoting
-def conv_block(x: Array, layer: dict, stats: dict, *, padding: str = 'SAME') -> Array:
+def _conv_block(x, layer, stats):
     """Returns convolution, batch normalisation by running statistics, and ReLU."""
     # Fixed statistics fold into kernel and bias, once instead of at every pixel.
     scale = layer['scale'] * jax.lax.rsqrt(stats['var'] + BATCH_NORM_EPSILON)
     bias = layer['offset'] + (layer['bias'] - stats['mean']) * scale
-    return jax.nn.relu(conv3x3(x, layer['kernel'] * scale, padding=padding) + bias)
+    return jax.nn.relu(_convolve(x, layer['kernel'] * scale) + bias)
 
 
 def _features(variables: Variables, images: Array, plan: Plan, block_fn: Callable) -> Array:
@@ -243,7 +248,7 @@ def _features(variables: Variables, images: Array, plan: Plan, block_fn: Callabl
 
 def features(variables: Variables, images: Array, *, plan: Plan = VGG11) -> Array:
     """Returns the last `[B, h, w, C]` feature map, of which `head` makes the logits."""
-    return _features(variables, images, plan, conv_block)
+    return _features(variables, images, plan, _conv_block)
 
 
 @promoting
@@ -306,7 +311,7 @@ def train_logits(
     batch_stats = []
 
     def block_fn(x, layer, stats):
-        x = conv3x3(x, layer['kernel']) + layer['bias']
+        x = _convolve(x, layer['kernel']) + layer['bias']
         mean, var = jnp.mean(x, axis=(0, 1, 2)), jnp.var(x, axis=(0, 1, 2))
         count = x.size // x.shape[-1]
         # As in PyTorch, the running variance is the unbiased one.
