@@ -165,11 +165,11 @@ _FIDELITY_THRESHOLDS = flags.DEFINE_list(
 def main(_):
     """Opens the work directory and runs the stages that the mode names."""
     from occjax.experiment import memory, storage
-    from occjax.experiment.run import PLANS, Run, Speed
+    from occjax.experiment.run import Run, Speed
 
     config = flags.FLAGS.config
     config.validate()
-    check_size(config, PLANS[config.classifier.plan])
+    check_size(config)
     limit = memory.parse(_MEMORY_LIMIT.value) if _MEMORY_LIMIT.value is not None else None
     shares = thresholds()
     check_settings()
@@ -235,10 +235,13 @@ def thresholds() -> tuple[float, ...]:
     return values
 
 
-def check_size(config, plan):
-    """Refuses images of which the plan's pools would leave nothing."""
-    least, size = 2 ** plan.count('M'), config.data.image_size
-    if size < least:
+def check_size(config):
+    """Refuses images of which the pools of our VGG would leave nothing."""
+    from occjax import vgg
+
+    plan, size = vgg.PLANS[config.classifier.plan], config.data.image_size
+    least = 2 ** plan.count('M')
+    if config.classifier.source == 'vgg' and size < least:
         raise UsageError(
             f'config.data.image_size is {size}: expected at least {least}, as '
             f'{config.classifier.plan} halves images {plan.count("M")} times.'

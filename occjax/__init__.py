@@ -12,7 +12,6 @@ import typing
 if typing.TYPE_CHECKING:  # What editors and type checkers see; the rest of us get it on first use.
     from occjax import (
         adaptive,
-        approximate,
         attack,
         classifier,
         comparators,
@@ -24,19 +23,24 @@ if typing.TYPE_CHECKING:  # What editors and type checkers see; the rest of us g
         incremental,
         methods,
         metrics,
+        networks,
         occlusion,
+        resnet,
         sources,
+        tracing,
         types,
         verdict,
         vgg,
     )
     from occjax.attack import fgsm
-    from occjax.occlusion import grid_shape, heatmaps, occluded_logits
+    from occjax.convolution import accelerate
+    from occjax.engine import heatmaps, occluded_logits
+    from occjax.occlusion import grid_shape
     from occjax.verdict import margins
 
 __all__ = [
+    'accelerate',
     'adaptive',
-    'approximate',
     'attack',
     'classifier',
     'comparators',
@@ -52,19 +56,23 @@ __all__ = [
     'margins',
     'methods',
     'metrics',
+    'networks',
     'occluded_logits',
     'occlusion',
+    'resnet',
     'sources',
+    'tracing',
     'types',
     'verdict',
     'vgg',
 ]
 _FUNCTIONS = {
+    'accelerate': 'convolution',
     'fgsm': 'attack',
     'grid_shape': 'occlusion',
-    'heatmaps': 'occlusion',
+    'heatmaps': 'engine',
     'margins': 'verdict',
-    'occluded_logits': 'occlusion',
+    'occluded_logits': 'engine',
 }
 
 

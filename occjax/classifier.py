@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from occjax import attack, vgg
+from occjax import attack, convolution, vgg
 from occjax.types import Array, Batch
 
 
@@ -60,14 +60,11 @@ def train_step(
         The next state, and the batch's `loss` and `accuracy`.
     """
 
+    settings = dict(key=jax.random.fold_in(key, state.step), dropout_rate=dropout_rate, plan=plan)
+    train_logits = convolution.accelerate(functools.partial(vgg.train_logits, **settings))
+
     def mean_loss(params):
-        logits, batch_stats = vgg.train_logits(
-            state.variables._replace(params=params),
-            images,
-            key=jax.random.fold_in(key, state.step),
-            dropout_rate=dropout_rate,
-            plan=plan,
-        )
+        logits, batch_stats = train_logits(state.variables._replace(params=params), images)
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
         losses = optax.softmax_cross_entropy(logits, targets)
         return losses.mean(), (batch_stats, jnp.mean(jnp.argmax(logits, -1) == labels))
@@ -100,7 +97,7 @@ def attack_half(
     References:
         Kurakin et al., https://arxiv.org/abs/1611.01236
     """
-    logits_fn = functools.partial(vgg.logits, source, plan=plan)
+    logits_fn = convolution.accelerate(functools.partial(vgg.logits, source, plan=plan))
     half = images[: len(images) // 2]
     if not len(half):
         return images

@@ -104,7 +104,10 @@ class Data:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Classifier:
-    """The VGG and its training (§III-B).
+    """The classifier: a VGG and its training (§III-B), or one that is trained.
+
+    `source` is 'vgg', '<file.py>:<function>' or 'torchvision:<name>:<file>', see `networks.load`;
+    but for 'vgg' no other field of these is read.
 
     `flip` mirrors half of the training images, others in each epoch. `resize` has the side to which
     images are shrunk in each of the first epochs: an epoch at 64 pixels costs a twelfth of one at
@@ -118,6 +121,7 @@ class Classifier:
     (https://openreview.net/forum?id=S18Su--CW).
     """
 
+    source: str = 'vgg'
     plan: str = one_of(*names.PLANS)
     hidden: int = number(1, 2**14, 4096)
     epochs: int = number(1, 10**4)

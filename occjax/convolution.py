@@ -450,9 +450,7 @@ def _padded(images, pads, value=0.0):
 
 def _shifted(images, sides, strides):
     """Returns what each tap of a window sees of `[N, H, W, C]`."""
-    h, w = (
-        (n - k) // s + 1 for n, k, s in zip(images.shape[1:3], sides, strides, strict=True)
-    )
+    h, w = ((n - k) // s + 1 for n, k, s in zip(images.shape[1:3], sides, strides, strict=True))
     return [
         images[:, i : i + (h - 1) * strides[0] + 1 : strides[0]][
             :, :, j : j + (w - 1) * strides[1] + 1 : strides[1]
@@ -468,7 +466,9 @@ def _pool(params, images, *, combine, fill):
     ones = {*params['base_dilation'], *params['window_dilation']} | {
         x for each in (sides, strides) for x in (each[0], each[-1])
     }
-    if images.ndim != 4 or ones != {1} or math.prod(sides) > 9 or np.any(params['padding'][::3]):
+    is_float = jnp.issubdtype(images.dtype, jnp.floating)
+    ends = params['padding'][0] + params['padding'][-1]
+    if images.ndim != 4 or not is_float or ones != {1} or math.prod(sides) > 9 or any(ends):
         return None
 
     def form(images):
@@ -478,8 +478,13 @@ def _pool(params, images, *, combine, fill):
     return form
 
 
+def _first_largest(a, b):
+    """The larger of two; of equals the first has the gradient, as in a pool of XLA or PyTorch."""
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)
+
+
 _FORMS = {
     'conv_general_dilated': _convolution,
-    'reduce_window_max': functools.partial(_pool, combine=jnp.maximum, fill=-math.inf),
+    'reduce_window_max': functools.partial(_pool, combine=_first_largest, fill=-math.inf),
     'reduce_window_sum': functools.partial(_pool, combine=jnp.add, fill=0.0),
 }

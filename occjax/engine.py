@@ -1,102 +1,140 @@
-"""The engines that make heat maps of a VGG, and what a map costs in each.
+"""The engines that make heat maps of a classifier, and what a map costs in each.
 
 `full` runs every masked image through the network, `incremental` computes only what a window
 changes. Their numbers differ in the last float bits, so the choice between them is a flag and no
-config. `approximate` is not exact: what it leaves out is in the config.
+config. `approximate` is incremental with knobs, and not exact: they are in the config.
 
 Dimensions: B batch, H W C image, K classes, h w heatmap grid, P = h * w windows.
 """
 
 import math
-from typing import Any
 
 import jax
 
-from occjax import approximate, incremental, occlusion, vgg
-from occjax.types import Array
+from occjax import checks, convolution, incremental, names, occlusion
+from occjax.incremental import Plan
+from occjax.types import Array, LogitsFn
 
 # Times fewer multiplications from which `incremental` pays. Cutting out and pasting is not among
-# them: on CPU 1.1 times fewer took 0.9 to 1.1 times less time, 1.2 took 1.15, 1.4 took 1.35; and
-# compiling takes twice as long.
-_PAYS = 1.2
+# them, nor that it reads the weights of the last layers once for all windows: at 1.07 (VGG11 at 32
+# pixels, windows of 15) it took 1.1 times less time.
+_PAYS = 1.05
 
 
-def choose(wanted: str, image_shape: tuple[int, int], *, plan: vgg.Plan, **geometry: Any) -> str:
+def choose(wanted: str, plan: Plan) -> str:
     """Returns the engine that `wanted` names; 'auto' takes the one with less to do.
 
     Args:
         wanted: 'auto', or the engine itself.
-        image_shape: `(H, W)`.
-        plan: the VGG.
-        **geometry: size, stride and grid, see `occlusion.grid_shape`.
+        plan: of the network, see `incremental.planned`.
     """
     if wanted != 'auto':
         return wanted
-    ratio = incremental.flop_ratio(image_shape, plan=plan, **geometry)
-    return 'incremental' if ratio >= _PAYS else 'full'
+    return 'incremental' if plan.ratio >= _PAYS and not plan.calls_host else 'full'
 
 
 def occluded_logits(
-    variables: vgg.Variables, images: Array, *, engine: str, plan: vgg.Plan, **settings: Any
+    logits_fn: LogitsFn,
+    images: Array,
+    *,
+    size: int,
+    stride: int,
+    fill: float | Array = 0.5,
+    grid: str = 'paper',
+    chunk_size: int | None = None,
+    engine: str = 'auto',
+    **knobs: float,
 ) -> Array:
-    """Returns `[B, h, w, K]` logits under every window, as `occlusion.occluded_logits` does.
+    """Returns the classifier's logits under every window of every image.
 
     Args:
-        variables: of the VGG.
-        images: `[B, H, W, C]` in [0, 1].
-        engine: 'full', 'incremental' or 'approximate'.
-        plan: the plan that `variables` was made with.
-        **settings: size, stride, fill, grid and chunk_size, see `occlusion.occluded_logits`, and
-            of the approximate engine its knobs.
+        logits_fn: maps `[B, H, W, C]` images to `[B, K]` logits, deterministically, each image on
+            its own.
+        images, size, stride, fill, grid, chunk_size: see `occlusion.occluded_logits`.
+        engine: 'full', 'incremental', 'approximate', or 'auto' for the one with less to do: what
+            cannot be looked into, or calls the host, runs in full.
+        **knobs: of the approximate engine, see `incremental.occluded_logits`.
+
+    Returns:
+        `[B, h, w, K]`.
+
+    Raises:
+        ValueError: as `occlusion.occluded_logits`, and for an unknown engine.
     """
+    images = checks.images(images, slack=checks.NEAR)
+    geometry = dict(size=size, stride=stride, grid=grid)
+    if engine == 'auto':
+        engine = _engine_for(logits_fn, images, geometry)
+    if engine not in names.ENGINES:
+        raise ValueError(f"Expected engine 'auto' or one of {names.ENGINES}, got {engine!r}.")
+    settings = geometry | dict(fill=fill, chunk_size=chunk_size)
     if engine != 'full':
-        module = approximate if engine == 'approximate' else incremental
-        return module.occluded_logits(variables, images, plan=plan, **settings)
-
-    def features_fn(images):
-        return vgg.features(variables, images, plan=plan)
-
-    # The first linear layer's weights may be hundreds of megabytes: they are read once for all
-    # windows of all images, not once a chunk.
-    features = occlusion.occluded_outputs(features_fn, images, **settings)
-    shape = jax.eval_shape(features_fn, images[:1]).shape[1:]
-    logits = vgg.head(variables, features.reshape(-1, *shape))
-    return logits.reshape(*features.shape[:3], -1)
+        return incremental.occluded_logits(logits_fn, images, **settings, **knobs)
+    if not isinstance(logits_fn, jax.stages.Compiled):
+        logits_fn = convolution.accelerate(logits_fn)
+    return occlusion.occluded_logits(logits_fn, images, **settings)
 
 
-def flops_per_map(
-    engine: str,
-    image_shape: tuple[int, int],
+def _engine_for(logits_fn, images, geometry):
+    """Returns the engine with less to do for any function."""
+    if isinstance(logits_fn, jax.stages.Compiled):
+        return 'full'
+    occlusion.window_origins(images.shape[1:3], **geometry)  # Mistakes of these are told first.
+    try:
+        return choose('auto', incremental.planned(logits_fn, images.shape[1:], **geometry))
+    except Exception:  # Whatever a function raises of a single image, if not in full.
+        return 'full'
+
+
+def heatmaps(
+    logits_fn: LogitsFn,
+    images: Array,
+    classes: Array,
     *,
-    plan: vgg.Plan,
-    num_classes: int = 10,
-    hidden: int = 4096,
-    levels: int = 1,
-    **geometry: Any,
-) -> int:
-    """Returns the additions and multiplications of a map's convolutions and linear layers.
+    size: int,
+    stride: int,
+    fill: float | Array = 0.5,
+    grid: str = 'paper',
+    chunk_size: int | None = None,
+    engine: str = 'auto',
+    **knobs: float,
+) -> Array:
+    """Returns the probability of each image's class while each window is covered.
+
+    Args:
+        logits_fn: maps `[B, H, W, C]` images to `[B, K]` logits, deterministically, each image on
+            its own.
+        images: `[B, H, W, C]` in [0, 1]; H and W may differ.
+        classes: `[B]`, the class explained in each image, in the paper the predicted one.
+        size, stride, fill, grid, chunk_size: see `occlusion.occluded_logits`.
+        engine, **knobs: see `occluded_logits`; `choose('auto', incremental.planned(…))` tells.
+
+    Returns:
+        `[B, h, w]` heatmaps in [0, 1].
+
+    Raises:
+        ValueError: as `occluded_logits`, and if `classes` is not one class for each image.
+    """
+    images = checks.images(images, slack=checks.NEAR)
+    classes = checks.classes(classes, images, name='classes')
+    logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
+    settings = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
+    logits = occluded_logits(logits_fn, images, engine=engine, **settings, **knobs)
+    return occlusion.probabilities(logits, classes)
+
+
+def flops_per_map(engine: str, plan: Plan) -> int:
+    """Returns the additions and multiplications of a map's convolutions and matrix products.
 
     They follow from shapes alone: whatever form a convolution takes on a device, it counts as
-    2 · 9 · inputs · outputs a pixel.
+    2 · sides of the kernel · inputs · outputs a pixel.
 
     Args:
         engine: 'full', 'incremental' or 'approximate'.
-        image_shape: `(H, W)`.
-        plan: the VGG.
-        num_classes, hidden, levels: see `vgg.init`.
-        **geometry: size, stride and grid, see `occlusion.grid_shape`, and of the approximate
-            engine its knobs.
-
-    >>> flops_per_map('full', (224, 224), plan=vgg.VGG11, size=32, stride=14) // 196 // 2
-    7605035008
+        plan: of the network, see `incremental.planned`.
     """
-    head = dict(num_classes=num_classes, hidden=hidden, levels=levels, plan=plan)
-    shapes = incremental.full_shapes(image_shape, plan)
-    once = 2 * incremental.multiplications(shapes, image_shape=image_shape, **head)
-    where = {name: value for name, value in geometry.items() if name not in ('threshold', 'every')}
-    windows = math.prod(occlusion.grid_shape(image_shape, **where))
+    once = 2 * sum(map(incremental.multiplications, plan.program.operations))
+    windows = math.prod(plan.grid)
     if engine == 'full':
         return windows * once
-    module = approximate if engine == 'approximate' else incremental
-    # And the unoccluded image once.
-    return round(windows * once / module.flop_ratio(image_shape, **geometry, **head)) + once
+    return round(windows * once / plan.ratio) + once  # And the unoccluded image once.

@@ -286,6 +286,11 @@ class Plan(NamedTuple):
         window = sum(multiplications(step.operation) * step.share for step in self.steps)
         return full * math.prod(self.grid) / max(1, window * len(self.origins))
 
+    @property
+    def calls_host(self) -> bool:
+        """Whether the network calls Python, which `vmap` may not know how to map."""
+        return any('callback' in operation.name for operation in self.program.operations)
+
 
 def plan(
     logits_fn: LogitsFn,
@@ -442,23 +447,39 @@ def _multiplications(name, params, shapes, out):
     return sum(inner) * params.get('length', 1)
 
 
-def flop_ratio(logits_fn: LogitsFn, image_shape: tuple[int, int, int], **settings: Any) -> float:
+def flop_ratio(
+    fn: Callable[..., Array], image_shape: tuple[int, int, int], *weights: Any, **settings: Any
+) -> float:
     """Returns how many times fewer multiplications a map's windows take than in full.
 
-    It follows from shapes; nothing is computed.
+    Args:
+        fn, image_shape, *weights, **settings: see `planned`.
+    """
+    return planned(fn, image_shape, *weights, **settings).ratio
+
+
+def planned(
+    fn: Callable[..., Array], image_shape: tuple[int, int, int], *weights: Any, **settings: Any
+) -> Plan:
+    """Returns a plan of which shapes alone are meant: nothing is computed.
 
     Args:
-        logits_fn: see `occluded_logits`.
+        fn: maps weights, if any are given, and images to logits.
         image_shape: `(H, W, C)`.
+        *weights: arrays or shapes.
         **settings: size, stride, grid, threshold and every, see `occluded_logits`.
+
+    >>> from occjax import vgg
+    >>> weights = jax.eval_shape(lambda: vgg.init(jax.random.key(0), image_size=224))
+    >>> round(planned(vgg.logits, (224, 224, 3), weights, size=32, stride=14).ratio, 1)
+    6.0
     """
-    return planned(logits_fn, image_shape, **settings).ratio
-
-
-def planned(logits_fn: LogitsFn, image_shape: tuple[int, int, int], **settings: Any) -> Plan:
-    """Returns `plan`, of which shapes alone are meant: nothing is computed."""
     found = []
-    jax.eval_shape(lambda: found.append(plan(logits_fn, image_shape, **settings)))
+
+    def look(*weights):
+        found.append(plan(functools.partial(fn, *weights), image_shape, **settings))
+
+    jax.eval_shape(look, *weights)
     return found[0]
 
 
@@ -552,9 +573,7 @@ def _evaluate(found, images, fill, size, chunk_size):
     def one(pair):
         image, window = pair // windows, pair % windows
         corner = jnp.asarray(found.origins)[window]
-        box = lax.dynamic_slice(
-            fill, (image, *corner, 0), (1, size, size, fill.shape[-1])
-        )
+        box = lax.dynamic_slice(fill, (image, *corner, 0), (1, size, size, fill.shape[-1]))
         env = {argument: box}
         take(head, env, image, window)
         return [env[x] for x in live]
@@ -616,9 +635,22 @@ def _corner(first, window):
     return [int(first[0, i]) if same else moving[i] for i, same in enumerate(is_same)]
 
 
-def heatmaps(logits_fn: LogitsFn, images: Array, classes: Array, **settings: Any) -> Array:
-    """Returns `occlusion.heatmaps`, `[B, h, w]`; the settings are `occluded_logits`'."""
+def heatmaps(
+    logits_fn: LogitsFn,
+    images: Array,
+    classes: Array,
+    *,
+    size: int,
+    stride: int,
+    fill: float | Array = 0.5,
+    grid: str = 'paper',
+    chunk_size: int | None = None,
+    **knobs: float,
+) -> Array:
+    """Returns `occlusion.heatmaps`, `[B, h, w]`; for the knobs see `occluded_logits`."""
     images = checks.images(images, slack=checks.NEAR)
     classes = checks.classes(classes, images, name='classes')
     logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
-    return occlusion.probabilities(occluded_logits(logits_fn, images, **settings), classes)
+    settings = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
+    logits = occluded_logits(logits_fn, images, **settings, **knobs)
+    return occlusion.probabilities(logits, classes)

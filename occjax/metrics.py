@@ -337,3 +337,52 @@ def over_seeds(entries: Sequence[dict], *, judged_over_fitted: float) -> dict:
     if notes and result['auroc'] is None:
         result['note'] = notes[0]
     return result | {'interval': intervals, 'over': over}
+
+
+def ssim(first: np.ndarray, second: np.ndarray, *, window: int = 7) -> np.ndarray:
+    """Returns the mean structural similarity of each pair of maps.
+
+    As in Krypton and scikit-image: uniform windows wholly inside the map, unbiased variances,
+    values that span [0, 1], K1 = 0.01 and K2 = 0.03.
+
+    Args:
+        first, second: `[M, h, w]`.
+        window: side of the windows; in a smaller map the largest odd one that fits.
+
+    Returns:
+        `[M]`, 1 for equal maps.
+
+    Raises:
+        ValueError: if the maps' shapes differ or are no maps.
+
+    References:
+        Wang et al., https://ece.uwaterloo.ca/~z70wang/publications/ssim.pdf
+    """
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if first.shape != second.shape or first.ndim != 3:
+        raise ValueError(f'Expected two arrays [M, h, w], got {first.shape} and {second.shape}.')
+    window = min(window, (min(first.shape[1:]) - 1) // 2 * 2 + 1)
+
+    def mean(values):
+        views = np.lib.stride_tricks.sliding_window_view(values, (window, window), axis=(1, 2))
+        return views.mean(axis=(-2, -1))
+
+    unbiased = window**2 / max(1, window**2 - 1)
+    a, b = mean(first), mean(second)
+    var_a, var_b = unbiased * (mean(first**2) - a**2), unbiased * (mean(second**2) - b**2)
+    covariance = unbiased * (mean(first * second) - a * b)
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * a * b + c1) / (a**2 + b**2 + c1)
+    return (luminance * (2 * covariance + c2) / (var_a + var_b + c2)).mean(axis=(1, 2))
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Returns `[M]`, the rank correlation of each pair of `[M, h, w]` maps; nan for a constant."""
+    from scipy.stats import rankdata  # comes with scikit-learn, which not every machine has
+
+    ranks = [
+        rankdata(maps.reshape(len(maps), -1), axis=1) for maps in map(np.asarray, (first, second))
+    ]
+    a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
+    norms = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+    return np.divide((a * b).sum(axis=1), norms, where=norms > 0, out=np.full(len(a), np.nan))

@@ -6,7 +6,7 @@ Modules that take seconds to import build their tables from these.
 STAGES = ('train', 'heatmaps', 'detectors', 'report')
 MODES = (*STAGES, 'all', 'detect', 'sweep', 'adaptive', 'benchmark', 'fidelity')
 ENGINES = ('full', 'incremental', 'approximate')
-PEERS = ('captum',)
+PEERS = ('captum', 'captum-compiled')
 
 PLANS = ('vgg11', 'vgg13', 'vgg16', 'vgg19')
 GRIDS = ('paper', 'floor', 'cover')

@@ -42,7 +42,7 @@ class Operation(NamedTuple):
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The operands' shapes."""
-        return [np.shape(x) if not isinstance(x, Value) else x.shape for x in self.operands]
+        return list(map(np.shape, self.operands))
 
     @property
     def values(self) -> list[Value]:
@@ -102,7 +102,7 @@ def called(primitive: Any, params: dict) -> tuple[Any, Sequence] | None:
 
 
 def _walk(jaxpr, consts, operands, fn):
-    """Returns a jaxpr's outputs, its calls opened, by `fn(primitive, params, operands, results)`."""
+    """Returns a jaxpr's outputs, its calls opened: `fn(primitive, params, operands, results)`."""
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *operands], strict=True))
 
     def read(atom):
@@ -140,14 +140,14 @@ def read(x: Any, env: dict[Value, jax.Array]) -> jax.Array:
 
 # --- Operations of one value after another, which may be evaluated at any shape. ------------------
 
-POINTWISE = frozenset(
-    'abs acos acosh add and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp '
-    'convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 '
-    'expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne '
-    'neg nextafter not or population_count pow real reduce_precision rem round rsqrt select_n '
-    'shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square '
-    'stop_gradient sub tan tanh xor'.split()
-)
+_POINTWISE = """
+abs acos acosh add and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor
+ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or
+population_count pow real reduce_precision rem round rsqrt select_n shift_left
+shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+"""
+POINTWISE = frozenset(_POINTWISE.split())
 
 
 def is_pointwise(primitive: Any, params: dict, shape: tuple[int, ...]) -> bool:

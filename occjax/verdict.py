@@ -7,35 +7,33 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from occjax import detector, engine, vgg
+from occjax import convolution, detector, engine
 from occjax.methods import Method
-from occjax.types import Array, HeatmapSet
+from occjax.types import Array, HeatmapSet, LogitsFn
 
 
 def margins(
-    variables: vgg.Variables,
+    logits_fn: LogitsFn,
     bank: detector.Bank,
     thresholds: Array,
     images: Array,
     *,
     method: Method,
-    plan: vgg.Plan,
     **settings: Any,
 ) -> Array:
     """Returns `[B]` scores less their thresholds: above 0 an image is called adversarial.
 
     Args:
-        variables: of the classifier.
+        logits_fn: the classifier, see `engine.occluded_logits`.
         bank: of detectors.
         thresholds: `[K]`, one for each class that the classifier may name.
         images: `[B, H, W, C]` in [0, 1].
         method: what the detectors see.
-        plan: the plan that `variables` was made with.
         **settings: of `engine.occluded_logits`: engine, size, stride, fill, grid, chunk_size.
     """
     maps = HeatmapSet(
-        logits=engine.occluded_logits(variables, images, plan=plan, **settings),
-        unoccluded=vgg.logits(variables, images, plan=plan),
+        logits=engine.occluded_logits(logits_fn, images, **settings),
+        unoccluded=convolution.accelerate(logits_fn)(images),
         # What follows is not known of an image in use, and no detector sees it.
         label=jnp.zeros(len(images), int),
         image_id=jnp.zeros(len(images), int),

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from occjax import names
 from occjax.types import Array, promoting
 
 Plan = tuple[int | str, ...]
@@ -27,6 +28,7 @@ VGG11: Plan = (64, 'M', 128, 'M', 256, 256, 'M', 512, 512, 'M', 512, 512, 'M')
 VGG13: Plan = (64, 64, 'M', 128, 128, 'M', 256, 256, 'M', 512, 512, 'M', 512, 512, 'M')
 VGG16: Plan = (64, 64, 'M', 128, 128, 'M') + 3 * (256,) + ('M',) + 2 * (3 * (512,) + ('M',))
 VGG19: Plan = (64, 64, 'M', 128, 128, 'M') + 4 * (256,) + ('M',) + 2 * (4 * (512,) + ('M',))
+PLANS = dict(zip(names.PLANS, (VGG11, VGG13, VGG16, VGG19), strict=True))
 
 BATCH_NORM_EPSILON = 1e-5
 POOLED_SIDE = 7  # to which torchvision's head pools the last feature map
@@ -158,11 +160,9 @@ def batch_norm(x: Array, layer: dict, mean: Array, var: Array) -> Array:
 
 def max_pool(x: Array) -> Array:
     """Returns the maxima of the 2×2 blocks of `[B, H, W, C]`; an odd last row or column drops."""
-    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    x = x[:, :height, :width]
-    return jnp.maximum(
-        jnp.maximum(x[:, ::2, ::2], x[:, 1::2, ::2]), jnp.maximum(x[:, ::2, 1::2], x[:, 1::2, 1::2])
-    )
+    lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
+    windows = (1, 2, 2, 1)
+    return jax.lax.reduce_window(x, lowest, jax.lax.max, windows, windows, 'VALID')
 
 
 def _pool_to(x: Array, side: int) -> Array:

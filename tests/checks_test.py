@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import occjax
-from occjax import adaptive, approximate, attack, incremental, occlusion, vgg
+from occjax import adaptive, attack, incremental, occlusion, vgg
 
 PLAN, SIDE = (4, 'M', 8, 'M'), 8
 VARIABLES = vgg.init(jax.random.key(0), image_size=SIDE, num_classes=3, hidden=8, plan=PLAN)
@@ -43,12 +43,11 @@ GRADIENTS = [name for name in ATTACKS if name != 'square']
 SCALELESS = [name for name in GRADIENTS if name != 'joint_pgd']  # It weighs two losses.
 MAPS = {
     'heatmaps': functools.partial(occjax.heatmaps, logits_fn, **WINDOWS),
+    'occlusion.heatmaps': functools.partial(occlusion.heatmaps, logits_fn, **WINDOWS),
     'occluded_logits': lambda x, y, **kw: occjax.occluded_logits(logits_fn, x, **WINDOWS, **kw),
-    'incremental.heatmaps': functools.partial(
-        incremental.heatmaps, VARIABLES, plan=PLAN, **WINDOWS
-    ),
-    'approximate.heatmaps': functools.partial(
-        approximate.heatmaps, VARIABLES, plan=PLAN, threshold=0.5, **WINDOWS
+    'incremental.heatmaps': functools.partial(incremental.heatmaps, logits_fn, **WINDOWS),
+    'approximate heatmaps': functools.partial(
+        incremental.heatmaps, logits_fn, threshold=0.5, **WINDOWS
     ),
 }
 ALL = {name: functools.partial(fn, logits_fn, epsilon=0.1) for name, fn in ATTACKS.items()} | MAPS

@@ -34,9 +34,10 @@ def forgets_compiled_programs():
 @pytest.fixture
 def small_plan(monkeypatch):
     """Makes `vgg11` a VGG of two layers."""
+    from occjax import vgg
     from tests import small_run
 
-    monkeypatch.setitem(small_run.run_lib.PLANS, 'vgg11', small_run.SMALL)
+    monkeypatch.setitem(vgg.PLANS, 'vgg11', small_run.SMALL)
 
 
 @pytest.fixture(scope='session')

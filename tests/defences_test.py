@@ -136,7 +136,7 @@ def test_both_engines_map_a_classifier_with_a_thermometer():
     classes, where = jnp.zeros(8, int), dict(size=5, stride=4)
     logits_fn = functools.partial(vgg.logits, encoded, plan=SMALL)
     expected = occlusion.heatmaps(logits_fn, IMAGES, classes, **where)
-    actual = incremental.heatmaps(encoded, IMAGES, classes, plan=SMALL, **where)
+    actual = incremental.heatmaps(logits_fn, IMAGES, classes, **where)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
     assert expected.std() > 1e-4
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import occjax
-from occjax import adaptive, approximate, attack, comparators, detector, incremental, vgg
+from occjax import adaptive, attack, comparators, convolution, detector, incremental, vgg
 
 PLAN, SIDE = (4, 'M', 8, 'M'), 8
 IMAGES = np.random.default_rng(0).uniform(size=(3, SIDE, SIDE, 3)).astype(np.float32)
@@ -82,9 +82,10 @@ FUNCTIONS = {
     },
     'sign_noise': lambda: attack.sign_noise(IMAGES, key=key(), epsilon=0.1),
     'heatmaps': lambda: occjax.heatmaps(network(), IMAGES, LABELS, **WINDOWS),
-    'incremental': lambda: incremental.heatmaps(variables(), IMAGES, LABELS, plan=PLAN, **WINDOWS),
-    'approximate': lambda: approximate.heatmaps(
-        variables(), IMAGES, LABELS, plan=PLAN, threshold=0.5, every=2, **WINDOWS
+    'accelerate': lambda: convolution.accelerate(network())(IMAGES),
+    'incremental': lambda: incremental.heatmaps(network(), IMAGES, LABELS, **WINDOWS),
+    'approximate': lambda: incremental.heatmaps(
+        network(), IMAGES, LABELS, threshold=0.5, every=2, **WINDOWS
     ),
     'bank': bank,
     'bank, standardized': lambda: bank(standardize=True),

@@ -33,14 +33,15 @@ def train_step(variables, images):
 
 def logits(variables, images, name):
     knobs = dict(threshold=0.5, every=2) if name == 'approximate' else {}
-    settings = WINDOWS | knobs
-    return engine.occluded_logits(variables, images, engine=name, plan=PLAN, **settings)
+    settings, logits_fn = WINDOWS | knobs, functools.partial(vgg.logits, variables, plan=PLAN)
+    return engine.occluded_logits(logits_fn, images, engine=name, **settings)
 
 
 def margins(variables, images, name):
     bank = occjax.detector.init_bank(jax.random.key(0), num_classes=10, grid=(3, 3))
-    settings = dict(method=METHODS['detector'], plan=PLAN, engine=name, **WINDOWS)
-    return verdict.margins(variables, bank, jnp.zeros(10), images, **settings)
+    settings = dict(method=METHODS['detector'], engine=name, **WINDOWS)
+    logits_fn = functools.partial(vgg.logits, variables, plan=PLAN)
+    return verdict.margins(logits_fn, bank, jnp.zeros(10), images, **settings)
 
 
 PROGRAMS = {'fgsm': fgsm, 'train_step': train_step} | {

@@ -4,34 +4,18 @@ import functools
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import parameterized
 from hypothesis import strategies as st
 
-import occjax
-from occjax import incremental, vgg
-
-# Few channels, for XLA's convolution, and enough of them for the one by matrix products on CPU.
-PLANS = [(4, 'M', 5, 'M'), (3, 4, 'M', 'M', 5), ('M', 3, 3, 3)]
-WIDE = (4, 'M', 32, 32, 'M')
-THIN_VGG11 = tuple(layer if layer == 'M' else layer // 64 for layer in vgg.VGG11)
+from occjax import convolution, engine, incremental, occlusion, tracing, vgg
+from tests import any_network
+from tests.any_network import NETWORKS
 
 # Almost all of these tests' time is compilation, so little is asked of it.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-OPTIONS = ('plan', 'size', 'stride', 'grid', 'chunk_size')
-
-
-def random_variables(image_shape, plan, seed=0):
-    """Variables in which no bias, offset or statistic is at its neutral value."""
-    options = dict(image_size=image_shape, num_classes=5, hidden=16, plan=plan)
-    variables = vgg.init(jax.random.key(seed), **options, mean=0.4, std=[0.2, 0.3, 0.5])
-    rng = np.random.default_rng(seed)
-
-    def moved(leaf):
-        return leaf + rng.uniform(0.1, 0.5, size=leaf.shape) * (leaf.ndim == 1)
-
-    return jax.tree.map(lambda leaf: moved(leaf).astype(np.float32), variables)
+SETTINGS = ('fn', 'size', 'stride', 'grid', 'chunk_size', 'threshold', 'every')
 
 
 def random_images(count, image_shape, seed=0):
@@ -39,163 +23,420 @@ def random_images(count, image_shape, seed=0):
     return rng.uniform(size=(count, *image_shape, 3)).astype(np.float32)
 
 
-@functools.partial(jit, static_argnames=OPTIONS)
-def plain_logits(variables, images, fill, *, plan, **geometry):
-    logits_fn = functools.partial(vgg.logits, variables, plan=plan)
-    return occjax.occluded_logits(logits_fn, images, fill=fill, **geometry)
+@functools.partial(jit, static_argnames=SETTINGS)
+def plain_logits(weights, images, fill=0.5, *, fn, **settings):
+    fn = functools.partial(fn, weights)
+    return occlusion.occluded_logits(fn, images, fill=fill, **settings)
 
 
-@functools.partial(jit, static_argnames=OPTIONS)
-def incremental_logits(variables, images, fill, **options):
-    return incremental.occluded_logits(variables, images, fill=fill, **options)
+@functools.partial(jit, static_argnames=SETTINGS)
+def incremental_logits(weights, images, fill=0.5, *, fn, **settings):
+    fn = functools.partial(fn, weights)
+    return incremental.occluded_logits(fn, images, fill=fill, **settings)
+
+
+def assert_equal(actual, expected, *, atol=1e-5):
+    """Up to rounding: of the largest logit, and of what windows change, however little that is."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol * np.abs(expected).max())
+    spread = np.ptp(expected, axis=(1, 2)).max()
+    assert np.abs(actual - expected).max() <= 0.02 * spread
+
+
+GEOMETRIES = [((32, 32), dict(size=8, stride=5)), ((37, 29), dict(size=7, stride=6, grid='cover'))]
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize(('image_shape', 'geometry'), GEOMETRIES)
+def test_every_kind_of_network_is_the_plain_form(name, image_shape, geometry):
+    fn, make = NETWORKS[name]
+    weights, images = make(0), random_images(2, image_shape)
+    fill = random_images(2, image_shape, seed=1)
+    expected = plain_logits(weights, images, fill, fn=fn, **geometry)
+    assert_equal(incremental_logits(weights, images, fill, fn=fn, **geometry), expected)
+
+
+@pytest.mark.parametrize('name', ['vgg', 'resnet', 'convnext', 'mobilenet', 'channels first'])
+def test_gradients_are_the_plain_forms(name):
+    fn, make = NETWORKS[name]
+    weights, images = make(0), random_images(1, (24, 20))
+    geometry = dict(size=6, stride=5, chunk_size=4)
+
+    def loss(of, weights, images):
+        logits = of(functools.partial(fn, weights), images, **geometry)
+        return (jnp.sin(3 * logits) * jnp.arange(1, 6)).sum()
+
+    found = [
+        jit(jax.grad(functools.partial(loss, module.occluded_logits), argnums=(0, 1)))(
+            weights, images
+        )
+        for module in (occlusion, incremental)
+    ]
+    for expected, actual in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(found[0][1]).max() > 0
+
+
+def test_a_derivative_of_ones_own_is_kept_on_boxes():
+    """A ReLU has no gradient at 0, where its parts would have half of one."""
+    images = np.full((1, 12, 12, 3), 0.5, np.float32)
+
+    def logits_fn(images):
+        x = jax.nn.relu(any_network.conv(images - 0.5, np.ones((1, 1, 3, 2), np.float32)))
+        return x.sum((1, 2))
+
+    def loss(images):
+        return incremental.occluded_logits(logits_fn, images, size=4, stride=4).sum()
+
+    np.testing.assert_array_equal(jit(jax.grad(loss))(images), np.zeros_like(images))
 
 
 @st.composite
-def settings(draw):
-    """A geometry that leaves the grid a cell."""
-    plan = draw(st.sampled_from(PLANS))
-    smallest = 2 ** plan.count('M')
-    image_shape = tuple(draw(st.integers(smallest, 21)) for _ in range(2))
-    size = draw(st.integers(1, min(image_shape)))
+def random_network(draw):
+    """Layers by their numbers, and a geometry that leaves the grid a cell."""
+    layers, channels = [], 3
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(['conv', 'conv', 'pool', 'residual', 'norm']))
+        if kind == 'conv':
+            groups = draw(st.sampled_from([1, channels]))
+            width = groups * draw(st.integers(1, 3)) if groups > 1 else draw(st.integers(1, 6))
+            low, high = draw(st.integers(-1, 3)), draw(st.integers(-1, 3))
+            size = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
+            strides, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+            layers.append((kind, channels, width, groups, size, strides, dilation, (low, high)))
+            channels = width
+        elif kind == 'pool':
+            padding = draw(st.integers(0, 1))
+            layers.append((kind, draw(st.integers(2, 3)), draw(st.integers(1, 3)), padding))
+        else:
+            layers.append((kind, channels, draw(st.sampled_from([1, 3, 5]))))
+    image_shape = tuple(draw(st.integers(17, 30)) for _ in range(2))
+    size = draw(st.integers(1, 14))
     grid = draw(st.sampled_from(['paper', 'floor', 'cover']))
-    hypothesis.assume(grid != 'paper' or size < min(image_shape))
-    geometry = dict(size=size, stride=draw(st.integers(2, 9)), grid=grid)
-    fill = draw(st.sampled_from(['value', 'channels', 'image']))
-    return plan, image_shape, geometry, fill, draw(st.sampled_from([1, 3, None]))
+    geometry = dict(size=size, stride=draw(st.integers(3, 9)), grid=grid)
+    return layers, channels, image_shape, geometry, draw(st.sampled_from([1, 3, None]))
 
 
-class EnginesTest(parameterized.TestCase):
-    @pytest.mark.slow
-    @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
-    @hypothesis.given(settings())
-    def test_agree(self, setting):
-        plan, image_shape, geometry, fill, chunk_size = setting
-        variables, images = random_variables(image_shape, plan), random_images(2, image_shape)
-        fill = {
-            'value': np.float32(0.5),
-            'channels': np.array([0.1, 0.9, 0.4], np.float32),
-            'image': random_images(2, image_shape, seed=1),
-        }[fill]
-        expected = plain_logits(variables, images, fill, plan=plan, **geometry)
-        actual = incremental_logits(
-            variables, images, fill, plan=plan, **geometry, chunk_size=chunk_size
-        )
-        self.assertEqual(actual.shape, expected.shape)
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(actual / scale, expected / scale, atol=2e-5)
-
-    @parameterized.parameters(1, 5, 11, 12, 13, 24, 100)
-    def test_chunk_size_does_not_change_the_result(self, chunk_size):
-        plan, image_shape, geometry = PLANS[0], (13, 16), dict(size=5, stride=3)
-        variables, images = random_variables(image_shape, plan), random_images(2, image_shape)
-        options = dict(plan=plan, **geometry)
-        expected = incremental_logits(variables, images, 0.5, **options)
-        actual = incremental_logits(variables, images, 0.5, **options, chunk_size=chunk_size)
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
-
-    @parameterized.parameters((WIDE, (17, 20), 6), (THIN_VGG11, (40, 72), 9))
-    def test_agree_on_more_layers(self, plan, image_shape, size):
-        variables, images = random_variables(image_shape, plan), random_images(2, image_shape)
-        options = dict(size=size, stride=5, plan=plan)
-        expected = plain_logits(variables, images, 0.5, **options)
-        actual = incremental_logits(variables, images, 0.5, **options)
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(actual / scale, expected / scale, atol=2e-5)
-
-    def test_heatmaps_are_the_plain_ones(self):
-        plan, classes, geometry = PLANS[1], np.array([4, 1]), dict(size=6, stride=4, fill=0.2)
-        variables, images = random_variables((17, 20), plan), random_images(2, (17, 20))
-        logits_fn = functools.partial(vgg.logits, variables, plan=plan)
-        expected = jit(lambda x: occjax.heatmaps(logits_fn, x, classes, **geometry))(images)
-        actual = jit(lambda x: incremental.heatmaps(variables, x, classes, **geometry, plan=plan))(
-            images
-        )
-        np.testing.assert_allclose(actual, expected, atol=1e-5)
+def apply(layers, seed, x):
+    """Returns the logits of a random network, or None where images vanish in it."""
+    weights = any_network.Weights(seed)
+    for kind, *rest in layers:
+        if kind == 'conv':
+            inputs, width, groups, size, stride, dilation, pads = rest
+            kernel = weights(*size, inputs // groups, width)
+            settings = dict(groups=groups, dilation=dilation, padding=(pads, pads))
+            x = jax.nn.relu(any_network.conv(x, kernel, stride, **settings))
+        elif kind == 'pool':
+            size, stride, pad = rest
+            x = any_network.pool(x, size, stride, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        elif kind == 'residual':
+            channels, size = rest
+            x = x + jnp.tanh(any_network.conv(x, weights(size, size, channels, channels)))
+        else:
+            x = any_network.norm(x, weights(rest[0]) + 1, axes=(-1,))
+        if not x.size:
+            return None
+    return x.reshape(len(x), -1) @ weights(int(np.prod(x.shape[1:])), 3)
 
 
-class TransformTest(parameterized.TestCase):
-    def setUp(self):
-        super().setUp()
-        self.plan, self.classes = PLANS[0], np.array([2])
-        self.variables = random_variables((12, 14), self.plan)
-        self.image = random_images(1, (12, 14))
-        self.geometry = dict(size=5, stride=3, chunk_size=4)
-
-    def mean_of_map(self, image):
-        options = dict(**self.geometry, plan=self.plan)
-        return incremental.heatmaps(self.variables, image, self.classes, **options).mean()
-
-    def plain_mean_of_map(self, image):
-        logits_fn = functools.partial(vgg.logits, self.variables, plan=self.plan)
-        return occjax.heatmaps(logits_fn, image, self.classes, **self.geometry).mean()
-
-    def test_gradient_is_the_plain_forms(self):
-        expected = jit(jax.grad(self.plain_mean_of_map))(self.image)
-        actual = jit(jax.grad(self.mean_of_map))(self.image)
-        scale = np.abs(expected).max()
-        self.assertGreater(scale, 0)
-        np.testing.assert_allclose(actual / scale, expected / scale, atol=1e-4)
-
-    def test_gradient_equals_finite_differences(self):
-        gradient = jit(jax.grad(self.mean_of_map))(self.image)
-        # Along the gradient, so that what is compared is far above rounding.
-        direction = gradient / np.linalg.norm(gradient)
-        at, step = jit(lambda t: self.mean_of_map(self.image + t * direction)), 3e-3
-        numeric = (at(step) - at(-step)) / (2 * step)
-        np.testing.assert_allclose(np.linalg.norm(gradient), numeric, rtol=0.02)
-
-    def test_vmap_over_models(self):
-        """Two networks at once, as an ensemble is explained."""
-        both = [self.variables, random_variables((12, 14), self.plan, seed=1)]
-        options = dict(**self.geometry, plan=self.plan)
-
-        def one(variables):
-            return incremental.occluded_logits(variables, self.image, **options)
-
-        expected = np.stack([jit(one)(variables) for variables in both])
-        actual = jit(jax.vmap(one))(jax.tree.map(lambda *leaves: np.stack(leaves), *both))
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.slow
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(random_network(), st.integers(0, 99))
+def test_random_networks_are_the_plain_form(network, seed):
+    layers, _, image_shape, geometry, chunk_size = network
+    images = random_images(2, image_shape, seed)
+    hypothesis.assume(apply(layers, seed, jnp.asarray(images)) is not None)
+    fn = functools.partial(apply, layers, seed)
+    fill = np.float32([0.1, 0.9, 0.4])
+    expected = jit(lambda x: occlusion.occluded_logits(fn, x, fill=fill, **geometry))(images)
+    settings = geometry | dict(fill=fill, chunk_size=chunk_size)
+    actual = jit(lambda x: incremental.occluded_logits(fn, x, **settings))(images)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * scale + 1e-7)
 
 
-class ArithmeticTest(parameterized.TestCase):
-    @parameterized.parameters(
+@pytest.mark.parametrize('chunk_size', [1, 5, 12, 13, 100])
+def test_chunk_size_does_not_change_the_result(chunk_size):
+    fn, make = NETWORKS['vgg']
+    weights, images, geometry = make(0), random_images(2, (13, 16)), dict(size=5, stride=3)
+    expected = incremental_logits(weights, images, fn=fn, **geometry)
+    actual = incremental_logits(weights, images, fn=fn, **geometry, chunk_size=chunk_size)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_vmap_over_models_and_over_images():
+    fn, make = NETWORKS['resnet']
+    both, images, geometry = [make(0), make(1)], random_images(2, (20, 24)), dict(size=6, stride=5)
+
+    def one(weights, image):
+        logits_fn = functools.partial(fn, weights)
+        return incremental.occluded_logits(logits_fn, image[None], **geometry)[0]
+
+    expected = [incremental_logits(weights, images, fn=fn, **geometry) for weights in both]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *both)
+    actual = jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(stacked, images)
+    np.testing.assert_allclose(actual, np.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_heatmaps_are_probabilities():
+    fn, classes = any_network.bound('vgg'), np.array([4, 1])
+    images, geometry = random_images(2, (17, 20)), dict(size=6, stride=4, fill=0.2)
+    expected, actual, auto = (
+        jit(lambda x, module=module: module.heatmaps(fn, x, classes, **geometry))(images)
+        for module in (occlusion, incremental, engine)
+    )
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+    np.testing.assert_allclose(auto, expected, atol=1e-6)
+
+
+def test_weights_are_arguments():
+    """None is baked into a compiled program, of which it would be a constant of its size."""
+    fn, make = NETWORKS['wide vgg']
+    images = jax.ShapeDtypeStruct((1, 20, 20, 3), jnp.float32)
+    shapes = jax.eval_shape(lambda: make(0))
+    text = incremental_logits.lower(shapes, images, fn=fn, size=5, stride=5).as_text()
+    # One kernel's 9 * 32 * 32 numbers of four bytes are twice as many hexadecimal digits.
+    assert max(map(len, text.splitlines())) < 9 * 32 * 32 * 8
+
+
+def test_nothing_is_computed_for_a_plan():
+    fn, make = NETWORKS['resnet']
+    geometry = dict(size=8, stride=8)
+    shapes = jax.eval_shape(lambda: make(0))
+    ratio = incremental.flop_ratio(fn, (64, 64, 3), shapes, **geometry)
+    assert ratio == incremental.flop_ratio(any_network.bound('resnet'), (64, 64, 3), **geometry)
+    assert ratio > 1.5
+
+
+@pytest.mark.parametrize(
+    ('side', 'size', 'stride', 'expected'),
+    [
         (224, 32, 14, [34, 20, 13, 15, 10, 12, 9, 11]),
         (224, 16, 4, [18, 12, 8, 10, 8, 10, 8, 10]),
         (32, 15, 5, [17, 11, 8, 8, 4, 4, 2, 2]),
+    ],
+)
+def test_widths_of_vgg11(side, size, stride, expected):
+    plan = planned_vgg(side, size=size, stride=stride)
+    steps = [s for s in plan.steps if s.operation.name == 'conv_general_dilated']
+    assert [step.shape[1:3] for step in steps] == [(width, width) for width in expected]
+
+
+def planned_vgg(side, plan=vgg.VGG11, **settings):
+    init = functools.partial(vgg.init, image_size=side, plan=plan)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    fn = functools.partial(vgg.logits, plan=plan)
+    return incremental.planned(fn, (side, side, 3), shapes, **settings)
+
+
+@pytest.mark.parametrize(
+    ('side', 'size', 'stride', 'expected'),
+    [(224, 32, 14, 6.0), (224, 16, 4, 8.4), (32, 15, 5, 1.07)],
+)
+def test_flop_ratio_of_vgg11(side, size, stride, expected):
+    # The paper's ten classes; at 32 pixels §III-B's shorter head.
+    ratio = planned_vgg(side, size=size, stride=stride).ratio
+    assert ratio == pytest.approx(expected, abs=0.01 if expected < 2 else 0.05)
+
+
+def test_linear_layers_are_taken_for_all_windows_at_once():
+    plan = planned_vgg(224, size=32, stride=14)
+    tail = [step.operation.name for step in plan.steps[plan.tail :]]
+    assert tail.count('dot_general') == 3
+    assert 'conv_general_dilated' not in tail
+
+
+def test_attention_leaves_nothing_to_save():
+    plan = incremental.planned(any_network.bound('attention'), (32, 32, 3), size=8, stride=4)
+    assert plan.ratio == pytest.approx(1, abs=0.35)
+    wider = incremental.planned(any_network.bound('attention'), (32, 32, 3), size=30, stride=1)
+    assert engine.choose('auto', wider) == 'full'
+
+
+def test_an_operation_without_a_rule_is_computed_whole(monkeypatch):
+    """And with one more entry in the table it is not."""
+    fn, images, geometry = (
+        any_network.bound('vgg'),
+        random_images(1, (24, 24)),
+        dict(size=6, stride=5),
     )
-    def test_widths(self, side, size, stride, expected):
-        regions = incremental.patches((side, side), size=size, stride=stride)[1:]
-        widths = [
-            patch.shape for layer, patch in zip(vgg.VGG11, regions, strict=True) if layer != 'M'
-        ]
-        self.assertEqual(widths, [(width, width) for width in expected])
+    with_rule = incremental.flop_ratio(fn, (24, 24, 3), **geometry)
+    expected = jit(lambda x: occlusion.occluded_logits(fn, x, **geometry))(images)
+    for name in ('custom_jvp_call', 'reduce_window_max'):
+        rule = incremental.RULES[name]
+        monkeypatch.delitem(incremental.RULES, name)
+        assert incremental.flop_ratio(fn, (24, 24, 3), **geometry) < with_rule
+        actual = jit(lambda x: incremental.occluded_logits(fn, x, **geometry))(images)
+        assert_equal(actual, expected)
+        monkeypatch.setitem(incremental.RULES, name, rule)
 
-    @parameterized.parameters((224, 32, 14, 6.0), (224, 16, 4, 8.4), (32, 15, 5, 1.07))
-    def test_flop_ratio(self, side, size, stride, expected):
-        # The paper's ten classes; at 32 pixels §III-B's shorter head, which `summary` knows of.
-        ratio = incremental.flop_ratio((side, side), size=size, stride=stride)
-        self.assertAlmostEqual(ratio, expected, delta=0.01 if expected < 2 else 0.05)
 
-    @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
-    @hypothesis.given(settings())
-    def test_patches_stay_inside(self, setting):
-        plan, image_shape, geometry, *_ = setting
-        sides = np.array(image_shape)
-        first, *rest = incremental.patches(image_shape, **geometry, plan=plan)
-        self.assertEqual(first.shape, (geometry['size'],) * 2)
-        for layer, patch in zip(plan, rest, strict=True):
-            sides = sides // 2 if layer == 'M' else sides
-            self.assertTrue((patch.start >= 0).all())
-            self.assertTrue((patch.start + patch.shape <= sides).all())
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.given(random_network(), st.floats(0.05, 1))
+def test_regions_stay_inside_and_hold_what_changes(network, threshold):
+    layers, _, image_shape, geometry, _ = network
+    shape = jax.eval_shape(
+        functools.partial(apply, layers, 0), jax.ShapeDtypeStruct((1, *image_shape, 3), jnp.float32)
+    )
+    hypothesis.assume(shape is not None)
+    fn = functools.partial(apply, layers, 0)
+    plan = incremental.planned(fn, (*image_shape, 3), **geometry, threshold=threshold)
+    exact = incremental.planned(fn, (*image_shape, 3), **geometry)
+    assert plan.ratio >= exact.ratio * 0.999
+    for step in plan.steps:
+        for read in step.reads:
+            if read.pads is not None:
+                padded = [n + sum(p) for n, p in zip(np.shape(read.source), read.pads, strict=True)]
+                assert (read.first >= 0).all()
+                assert (read.first + read.extent <= padded).all()
 
-    def test_refuses(self):
-        variables, images = random_variables((8, 8), PLANS[0]), random_images(1, (8, 8))
-        options = dict(size=3, stride=2, plan=PLANS[0])
-        with self.assertRaisesRegex(ValueError, 'The plan has convolutions'):
-            incremental.occluded_logits(variables, images, size=3, stride=2, plan=PLANS[1])
-        with self.assertRaisesRegex(ValueError, r'Expected images \[B, H, W, C\]'):
-            incremental.occluded_logits(variables, images[0], **options)
-        with self.assertRaisesRegex(ValueError, 'Expected 1 integer classes'):
-            incremental.heatmaps(variables, images, np.array([0, 1]), **options)
-        with self.assertRaisesRegex(ValueError, 'exceeds the image side'):
-            incremental.flop_ratio((8, 8), size=9, stride=2, plan=PLANS[0])
+
+# --- Approximate maps. ----------------------------------------------------------------------------
+
+SMALL = dict(size=7, stride=3)
+
+
+@functools.cache
+def small_logits(**knobs):
+    fn, make = NETWORKS['vgg']
+    images = random_images(2, (24, 28))
+    return np.asarray(incremental_logits(make(0), images, fn=fn, **SMALL, **knobs))
+
+
+def test_one_is_exact_bit_for_bit():
+    np.testing.assert_array_equal(small_logits(threshold=1.0, every=1), small_logits())
+
+
+def test_agreement_and_arithmetic_grow_with_the_threshold():
+    errors = [
+        np.abs(small_logits(threshold=share) - small_logits()).mean() for share in (0.2, 0.5, 1.0)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0 == errors[-1]
+    ratios = [planned_vgg(224, size=32, stride=14, threshold=t).ratio for t in (0.2, 0.4, 0.7, 1.0)]
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[0] > 2 * ratios[-1]
+
+
+@pytest.mark.parametrize(
+    ('threshold', 'every', 'name'),
+    [(0.0, 1, 'threshold'), (1.1, 1, 'threshold'), (0.5, 0, 'every')],
+)
+def test_refuses_knobs_out_of_range(threshold, every, name):
+    with pytest.raises(ValueError, match=name):
+        incremental.occluded_logits(
+            any_network.bound('vgg'),
+            random_images(1, (20, 20)),
+            **SMALL,
+            threshold=threshold,
+            every=every,
+        )
+
+
+def test_computed_cells_are_exact():
+    actual, expected = small_logits(every=3), small_logits()
+    rows, columns = [0, 3, 5], [0, 3, 6]
+    assert actual.shape == expected.shape
+    expected = expected[:, rows][:, :, columns]
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual[:, rows][:, :, columns], expected, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(('count', 'every'), [(14, 2), (14, 3), (9, 4), (2, 5), (1, 2), (5, 1)])
+def test_interpolation_keeps_cubics(count, every):
+    knots = sorted({*range(0, count, every), count - 1})
+    weights = incremental._weights(count, knots)
+    np.testing.assert_allclose(weights[knots], np.eye(len(knots)))
+    for degree in range(min(4, len(knots))):
+        values = (np.arange(count) / count) ** degree
+        np.testing.assert_allclose(weights @ values[knots], values, atol=1e-5)
+
+
+def test_every_second_window_is_a_quarter_of_the_arithmetic():
+    one, two = (planned_vgg(224, size=32, stride=14, every=n).ratio for n in (1, 2))
+    # Of fourteen cells a side, eight: 0, 2, ..., 12 and 13.
+    # A little less still, as the regions of fewer windows are less wide.
+    assert 1 <= two / one / (14 / 8) ** 2 < 1.1
+
+
+# --- Choosing, and forms. -------------------------------------------------------------------------
+
+
+def test_what_calls_the_host_runs_in_full():
+    images, geometry = random_images(1, (24, 24)), dict(size=4, stride=4)
+
+    def logits_fn(images):
+        x = jax.nn.relu(any_network.conv(images, np.ones((3, 3, 3, 2), np.float32)))
+        shape = jax.ShapeDtypeStruct((len(images), 2), np.float32)
+        return jax.pure_callback(lambda x: np.float32(x).sum((1, 2)), shape, x)
+
+    plan = incremental.planned(logits_fn, (24, 24, 3), **geometry)
+    assert engine.choose('auto', plan) == 'full'
+    expected = occlusion.occluded_logits(logits_fn, images, **geometry)
+    np.testing.assert_array_equal(engine.occluded_logits(logits_fn, images, **geometry), expected)
+
+
+def test_what_takes_no_single_image_runs_in_full():
+    def logits_fn(images):
+        assert len(images) == 4
+        return images.mean((1, 2))
+
+    images, settings = random_images(1, (8, 8)), dict(size=4, stride=4, grid='floor', chunk_size=4)
+    assert engine.occluded_logits(logits_fn, images, **settings).shape == (1, 2, 2, 3)
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(ValueError, match='Expected engine'):
+        engine.occluded_logits(
+            any_network.bound('vgg'), random_images(1, (20, 20)), **SMALL, engine='fast'
+        )
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_accelerate_changes_nothing(name):
+    fn, make = NETWORKS[name]
+    weights, images = make(0), random_images(3, (32, 28))
+
+    def loss(fn, weights, images):
+        logits = fn(weights, images)
+        return (jnp.sin(3 * logits) * jnp.arange(1, 6)).sum(), logits
+
+    plain, fast = (
+        jit(jax.grad(functools.partial(loss, f), argnums=(0, 1), has_aux=True))(weights, images)
+        for f in (fn, convolution.accelerate(fn))
+    )
+    for expected, actual in zip(*map(jax.tree.leaves, (plain, fast)), strict=True):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=3e-5 * scale + 1e-7)
+
+
+def test_accelerate_keeps_the_tree():
+    found = convolution.accelerate(lambda a, b: {'x': (a + 1, 2.0), 'y': b['z']})(
+        jnp.ones(2), {'z': jnp.zeros(3)}
+    )
+    assert jax.tree.map(np.shape, found) == {'x': ((2,), ()), 'y': (3,)}
+
+
+def test_a_program_holds_only_what_depends_on_its_arguments():
+    weights = jnp.ones((3, 2))
+
+    def fn(x):
+        unused = x**3
+        del unused
+        return jax.jit(lambda x: x @ jnp.exp(weights))(x)
+
+    program = tracing.trace(fn, jax.ShapeDtypeStruct((4, 3), jnp.float32))
+    assert [operation.name for operation in program.operations] == ['dot_general']
+    (found,) = tracing.evaluate(program, jnp.ones((4, 3)))
+    np.testing.assert_allclose(found, np.full((4, 2), 3 * np.e), rtol=1e-6)
+
+
+def test_refuses():
+    fn, images = any_network.bound('vgg'), random_images(1, (8, 8))
+    with pytest.raises(ValueError, match=r'Expected images \[B, H, W, C\]'):
+        incremental.occluded_logits(fn, images[0], size=3, stride=2)
+    with pytest.raises(ValueError, match='Expected 1 integer classes'):
+        incremental.heatmaps(fn, images, np.array([0, 1]), size=3, stride=2)
+    with pytest.raises(ValueError, match='exceeds the image side'):
+        incremental.flop_ratio(fn, (8, 8, 3), size=9, stride=2)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from occjax import metrics
@@ -313,3 +314,53 @@ class IntervalTest(parameterized.TestCase):
         self.assertEqual((over['auroc'], over['tpr_at_1_fpr']), ([5, 9], [2, 3]))
         self.assertEmpty(metrics.over_seeds(seeds[:1] * 2, judged_over_fitted=0.5)['over'])
         self.assertEmpty(metrics.over_seeds(seeds[2:], judged_over_fitted=0.5)['over'])
+
+
+def random_maps(count=3, shape=(9, 12)):
+    return np.random.default_rng(count).uniform(size=(count, *shape))
+
+
+class MeasureTest(parameterized.TestCase):
+    @parameterized.parameters(3, 5, 7)
+    def test_ssim_is_scikit_images(self, window):
+        peer = pytest.importorskip('skimage.metrics')
+        first = random_maps()
+        second = np.clip(first + 0.3 * random_maps(3)[:, ::-1] - 0.15, 0, 1)
+        expected = [
+            peer.structural_similarity(a, b, win_size=window, data_range=1.0)
+            for a, b in zip(first, second, strict=True)
+        ]
+        np.testing.assert_allclose(metrics.ssim(first, second, window=window), expected)
+
+    def test_ssim_in_closed_form(self):
+        """Of constants only the luminance differs; of a map with its negative, only the sign."""
+        constants = np.full((1, 7, 7), 0.2), np.full((1, 7, 7), 0.6)
+        expected = (2 * 0.12 + 1e-4) / (0.04 + 0.36 + 1e-4)
+        np.testing.assert_allclose(metrics.ssim(*constants), [expected])
+        board = np.where(np.indices((4, 4)).sum(axis=0) % 2, 0.75, 0.25)[None]
+        # One window of 3x3 has five of one and four of the other: its mean moves, so no 1.
+        self.assertLess(metrics.ssim(board, 1 - board)[0], -0.9)
+
+    @parameterized.parameters(((4, 4),), ((2, 9),), ((1, 1),))
+    def test_ssim_of_small_maps(self, shape):
+        maps = random_maps(2, shape)
+        np.testing.assert_allclose(metrics.ssim(maps, maps), [1, 1])
+
+    def test_ssim_refuses(self):
+        with self.assertRaisesRegex(ValueError, r'Expected two arrays \[M, h, w\]'):
+            metrics.ssim(random_maps()[0], random_maps()[0])
+
+    def test_spearman_is_scipys(self):
+        stats = pytest.importorskip('scipy.stats')
+        first, second = random_maps().round(1), random_maps(4)[:3]
+        expected = [
+            stats.spearmanr(a.ravel(), b.ravel()).statistic
+            for a, b in zip(first, second, strict=True)
+        ]
+        np.testing.assert_allclose(metrics.spearman(first, second), expected)
+
+    def test_spearman_sees_order_alone(self):
+        maps = random_maps()
+        np.testing.assert_allclose(metrics.spearman(maps, maps**3), [1, 1, 1])
+        np.testing.assert_allclose(metrics.spearman(maps, -maps), [-1, -1, -1])
+        self.assertTrue(np.isnan(metrics.spearman(maps, np.ones_like(maps))).all())

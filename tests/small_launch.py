@@ -32,10 +32,11 @@ def kill_at_write(number):
 
 if __name__ == '__main__':
     sys.path.insert(0, str(ROOT))
+    from occjax import vgg
     from tests import small_run
 
     if 'KILL_AT_WRITE' in os.environ:
         kill_at_write(int(os.environ['KILL_AT_WRITE']))
-    small_run.run_lib.PLANS['vgg11'] = small_run.SMALL
+    vgg.PLANS['vgg11'] = small_run.SMALL
     sys.argv.insert(1, f'--config={small_run.__file__}')
     runpy.run_path(str(ROOT / 'launch.py'), run_name='__main__')

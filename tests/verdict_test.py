@@ -9,11 +9,10 @@ import pytest
 from occjax import data, metrics, verdict
 from occjax.experiment import judging, stages, store
 from occjax.methods import METHODS
-from tests.small_run import SMALL
 
 pytestmark = pytest.mark.usefixtures('small_plan')
 
-SETTINGS = dict(plan=SMALL, size=5, stride=4, fill=0.5, engine='full')
+SETTINGS = dict(size=5, stride=4, fill=0.5, engine='full')
 LEVELS = np.linspace(-1, 1, 10)  # Any thresholds: those of 5 % are infinite in so small a run.
 
 
@@ -38,8 +37,9 @@ def test_a_verdict_is_what_the_stored_maps_say(finished, method):
     images = data.take(run.dataset.test, maps.image_id[clean])
     for engine in ('full', 'incremental'):
         settings = SETTINGS | {'engine': engine, 'method': METHODS[method]}
-        margins_fn = jax.jit(functools.partial(verdict.margins, **settings))
-        margins = margins_fn(variables, bank, LEVELS, images)
+        logits_fn = functools.partial(run.network.fn, variables)
+        margins_fn = functools.partial(verdict.margins, logits_fn, bank, LEVELS, **settings)
+        margins = jax.jit(margins_fn)(images)
         expected = scores[clean] - LEVELS[maps.predicted[clean]]
         np.testing.assert_allclose(margins, expected, rtol=1e-3, atol=1e-3)
 
@@ -59,7 +59,8 @@ def test_the_gradient_of_a_verdict_is_right(finished, method, engine):
     def margin_fn(image):
         settings = SETTINGS | {'engine': engine}
         settings |= {'method': METHODS[method]}
-        return verdict.margins(variables, bank, LEVELS, image, **settings)[0]
+        logits_fn = functools.partial(run.network.fn, variables)
+        return verdict.margins(logits_fn, bank, LEVELS, image, **settings)[0]
 
     gradient = jax.grad(margin_fn)(image)
     assert np.abs(gradient).max() > 0

@@ -3,7 +3,7 @@
 Every engine maps the same images with the same weights: the trained classifier and test images
 of the work directory where there are any, else random ones. Compiling is timed apart, and a
 warm-up is not timed. What an engine is compared with is `occlusion.occluded_logits` of
-`vgg.logits`, the definition, on the first batch of images.
+the classifier, the definition, on the first batch of images.
 
 Dimensions: B batch, H W C image, K classes, h w heatmap grid, P = h * w windows.
 """
@@ -16,12 +16,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import approximate, data, names, occlusion, vgg
+from occjax import data, metrics, names, occlusion, vgg
 from occjax import engine as engine_lib
 from occjax.benchmark import peer
 from occjax.benchmark.peer import Timing
@@ -45,8 +46,9 @@ def benchmark(run: Run, timing: Timing) -> str:
     wanted = run.speed.engine
     chosen = names.ENGINES if wanted == 'auto' else (wanted,)
     peer.check(timing.peer, levels=run.config.classifier.thermometer)
+    shapes = jax.eval_shape(lambda: random_variables(run))
     for name in chosen:
-        run.mapping(NUM_CLASSES, name)  # Before anything is computed: is there memory?
+        run.mapping(shapes, name)  # Before anything is computed: is there memory?
     variables, images, weights = _subject(run, timing.images)
     dtype = jnp.dtype(timing.dtype)
     types = ('float32', dtype.name) if jax.default_backend() == 'cpu' else ('float32', 'bfloat16')
@@ -58,7 +60,7 @@ def benchmark(run: Run, timing: Timing) -> str:
         'devices': jax.device_count(),
         'versions': {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib')},
         'weights': weights,
-        'plan': run.config.classifier.plan,
+        'network': run.network_name,
         'image_size': run.config.data.image_size,
         **{name: getattr(run.config.occlusion, name) for name in ('size', 'stride', 'grid')},
         'windows_per_map': math.prod(run.grid),
@@ -142,15 +144,15 @@ def _subject(run, count):
     return devices.replicate(random_variables(run)), images, 'random'
 
 
-def random_variables(run: Run) -> vgg.Variables:
-    """Returns an untrained classifier, of `NUM_CLASSES`."""
+def random_variables(run: Run) -> Any:
+    """Returns an untrained classifier, of `NUM_CLASSES`, or the one that is trained already."""
+    if run.trained:
+        return jax.tree.map(jnp.asarray, run.trained.variables)
     # Compiled as one, or each random number's way to its value would be kept in memory.
     init = functools.partial(
         vgg.init,
-        image_size=run.config.data.image_size,
         num_classes=NUM_CLASSES,
-        **run.widths,
-        plan=run.plan,
+        **run.layers,
     )
     return jax.jit(init)(run.key(Stream.CLASSIFIER_INIT))
 
@@ -160,16 +162,14 @@ def _maps(logits, unoccluded):
     return np.asarray(occlusion.probabilities(logits, jnp.argmax(unoccluded, axis=-1)))
 
 
-def plain_maps(
-    run: Run, variables: vgg.Variables, images: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def plain_maps(run: Run, variables: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first images' `[B, K]` logits, and their `[B, h, w]` maps by definition."""
-    mapping = run.mapping(vgg.num_classes(variables), 'full')
+    mapping = run.mapping(variables, 'full')
     images = images[: mapping.batch_size // jax.device_count()]
 
     @jax.jit
     def plain(variables, images, fill):
-        logits_fn = functools.partial(vgg.logits, variables, plan=run.plan)
+        logits_fn = run.network.classifier(variables)
         settings = dict(fill=fill, chunk_size=mapping.chunk_size, **run.geometry)
         return logits_fn(images), occlusion.occluded_logits(logits_fn, images, **settings)
 
@@ -181,7 +181,7 @@ def measure(
     run: Run,
     timing: Timing,
     name: str,
-    variables: vgg.Variables,
+    variables: Any,
     images: np.ndarray,
     expected: tuple[np.ndarray, np.ndarray],
     **knobs: float,
@@ -197,15 +197,16 @@ def measure(
         expected: `plain_maps` of them.
         **knobs: of the approximate engine.
     """
-    mapping = run.mapping(vgg.num_classes(variables), name)
+    mapping = run.mapping(variables, name)
     per_device = math.ceil(len(images) / jax.device_count())
     batch_size = min(mapping.batch_size, per_device * jax.device_count())
     cast, dtype = _cast(variables, timing.dtype), jnp.dtype(timing.dtype)
     fill = shard.fill_of(run, variables)
-    settings = dict(mesh=devices.mesh(), plan=run.plan, engine=name, chunk_size=mapping.chunk_size)
+    settings = dict(mesh=devices.mesh(), network=run.network, engine=name)
     began = time.perf_counter()
     batch = devices.divide(images[np.arange(batch_size) % len(images)])
-    program = shard.map_batch.lower(cast, batch, fill, **settings, **run.geometry, **knobs)
+    settings |= dict(chunk_size=mapping.chunk_size, **run.geometry, **knobs)
+    program = shard.map_batch.lower(cast, batch, fill, **settings)
     program = program.compile()
     compile_seconds = time.perf_counter() - began
 
@@ -219,21 +220,20 @@ def measure(
     logits = compute(images[: len(maps)]).astype(np.float32)  # The warm-up.
     seconds = [seconds_of(lambda: compute(images)) for _ in range(timing.repeats)]
     windows = maps[0].size
-    head = dict(num_classes=vgg.num_classes(variables), **run.widths)
-    network = dict(image_shape=run.image_shape, plan=run.plan, **head, **run.geometry)
-    flops = engine_lib.flops_per_map(name, **network, **knobs)
+    plan = run.planned(variables, **knobs)
+    flops = engine_lib.flops_per_map(name, plan)
     ours, rates = _maps(logits, unoccluded), _rates(seconds, len(images), windows)
     return rates | {
         'compile_seconds': compile_seconds,
         'flops_per_map': flops,
-        'flops_per_map_in_full': engine_lib.flops_per_map('full', **network),
+        'flops_per_map_in_full': engine_lib.flops_per_map('full', plan),
         'flops_per_second': flops * rates['maps_per_second'],
         'chunk_size': mapping.chunk_size,
         'batch_size': batch_size,
         'estimated_bytes': mapping.estimated_bytes,
         'temporary_bytes': program.memory_analysis().temp_size_in_bytes,
         'largest_difference': float(np.max(np.abs(ours - maps))),
-        'ssim': float(np.mean(approximate.ssim(ours, maps))),
+        'ssim': float(np.mean(metrics.ssim(ours, maps))),
         'how': run.provenance(name, **knobs) | {'dtype': dtype.name},
         **knobs,
     }
@@ -254,4 +254,6 @@ def _rates(seconds, maps, windows):
 def _cast(variables, dtype):
     """Returns variables in another type; pixels and their normalisation stay float32, for free."""
     cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
+    if not hasattr(cast, '_replace'):
+        return cast
     return cast._replace(pixel_stats=variables.pixel_stats)

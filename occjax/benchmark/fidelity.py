@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
-from occjax import approximate, data, metrics
+from occjax import data, metrics
 from occjax.benchmark import engines, peer
 from occjax.benchmark.peer import Timing
 from occjax.experiment import judging, shard, stages, storage, store
@@ -63,8 +63,8 @@ def fidelity(run: Run, timing: Timing, thresholds: Sequence[float]) -> str:
             rows.append(
                 knobs
                 | {
-                    'ssim': float(np.mean(approximate.ssim(maps.maps, exact.maps))),
-                    'spearman': float(np.nanmean(approximate.spearman(maps.maps, exact.maps))),
+                    'ssim': float(np.mean(metrics.ssim(maps.maps, exact.maps))),
+                    'spearman': float(np.nanmean(metrics.spearman(maps.maps, exact.maps))),
                     'judges': {
                         name: _compared(division, aurocs[name], reference[name]) for name in judges
                     },

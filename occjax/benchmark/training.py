@@ -98,7 +98,7 @@ def _step(run, variables, images, labels) -> Callable[[], None]:
             key=jax.random.key(0),
             learning_rate=settings.learning_rate,
             dropout_rate=settings.dropout_rate,
-            plan=run.plan,
+            plan=run.layers['plan'],
         )
         jax.block_until_ready(state)
 

@@ -14,8 +14,11 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from occjax import convolution, incremental, occlusion, vgg
+from occjax import convolution
+from occjax.incremental import Plan
+from occjax.tracing import Value
 from occjax.types import UsageError
 
 # Python, JAX, and what compiling takes: on CPU they share the memory with the maps.
@@ -103,53 +106,58 @@ def sharers() -> int:
     return jax.local_device_count() if jax.default_backend() == 'cpu' else 1
 
 
-def needs(
-    name: str,
-    image_shape: tuple[int, int],
-    *,
-    plan: vgg.Plan,
-    num_classes: int = 10,
-    hidden: int = 4096,
-    levels: int = 1,
-    **geometry: Any,
-) -> Needs:
+def needs(name: str, plan: Plan, variables: Any) -> Needs:
     """Returns an upper bound of what `engine.occluded_logits` takes, its arguments included.
 
     Args:
         name: of the engine; the approximate one takes no more than the incremental.
-        image_shape: `(H, W)`.
-        plan: the VGG.
-        num_classes, hidden, levels: see `vgg.init`.
-        **geometry: size, stride and grid, see `occlusion.grid_shape`.
+        plan: of the network, see `incremental.planned`.
+        variables: of the network, or their shapes.
     """
-    head = dict(num_classes=num_classes, hidden=hidden, levels=levels)
-    rows = vgg.summary(image_size=image_shape, plan=plan, **head)
-    grid = math.prod(occlusion.grid_shape(image_shape, **geometry))
-    regions = incremental.patches(image_shape, plan=plan, **geometry)[1:]
-    on_cpu = jax.default_backend() == 'cpu'
-    # Weights twice: they are read from disk or made at random before they lie on the device.
-    fixed = 2 * sum(row.parameters for row in rows)
-    sides, channels, clean, whole, patch, tiles = image_shape, 3 * levels, 0, 0, 0, 0
-    for layer, region in zip(plan, regions, strict=True):
-        inputs = math.prod(sides) * channels
-        scale, margin = (2, 1) if layer == 'M' else (1, 2)
-        cut = math.prod(scale * side + margin for side in region.shape) * channels
-        if layer == 'M':
-            sides = [side // 2 for side in sides]
-        else:
-            if on_cpu:  # Winograd, of 6x6 kernels and with tiles of at most 4 times the pixels.
-                fixed += 36 * channels * layer
-                tiles = max(tiles, 4 * math.prod(sides) * (channels + layer))
-            channels = layer
-        outputs = math.prod(sides) * channels
-        clean += 2 * inputs  # As it is, and padded.
-        whole = max(whole, 2 * inputs + 4 * outputs)
-        patch = max(patch, 2 * cut + 4 * math.prod(region.shape) * channels)
+    operations, (image,) = plan.program.operations, plan.program.arguments
+    on_cpu, grid = jax.default_backend() == 'cpu', math.prod(plan.grid)
+    # Weights twice: they are read from disk or made at random before they lie on the device. Once
+    # more as the network lays them out, its normalisation folded in.
+    fixed = 3 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
+    tiles = 0
+    for operation in operations if on_cpu else ():
+        kernel, shape = operation.shapes[-1], operation.results[0].shape
+        if operation.name == 'conv_general_dilated' and sorted(kernel)[:2] == [3, 3]:
+            # Winograd, of 6x6 kernels and with tiles of at most 4 times the pixels.
+            fixed += 4 * math.prod(kernel)
+            tiles = max(tiles, 4 * (math.prod(shape) + math.prod(operation.shapes[0])))
     fixed += 3 * max(tiles, convolution._TILE_BYTES // _FLOAT)
-    # All windows' last features wait for the linear layers, twice where they are laid out anew.
-    image = 2 * math.prod(image_shape) * 3 + grid * (3 * outputs + 3 * hidden + 2 * num_classes)
-    window = whole
+    whole = 2 * _peak([(operation, operation.shapes, 1) for operation in operations])
+    pixels, classes = math.prod(image.shape), math.prod(plan.logits.extent)
+    per_image, window = 2 * pixels + 2 * grid * classes, 2 * pixels + whole
     if name != 'full':
-        image, window = image + clean + whole, patch + 2 * outputs
+        # Unoccluded values are kept as they are and padded; what the last layers read, of every
+        # window, twice where it is laid out anew, and what they make of it.
+        reads = [read for step in plan.steps for read in step.reads if read.pads is not None]
+        clean = {read.key: math.prod(np.shape(read.source)) for read in reads}
+        last = plan.steps[plan.tail :]
+        waiting = sum(math.prod(step.reads[0].extent) + math.prod(step.shape) for step in last)
+        per_image += 2 * sum(clean.values()) + whole + 3 * grid * waiting
+        first = plan.steps[: plan.tail]
+        window = 2 * _peak(
+            [(s.operation, [read.extent for read in s.reads], s.share) for s in first]
+        )
     process = _PROCESS // sharers() if on_cpu else 0
-    return Needs(_FLOAT * fixed + process, _FLOAT * image, _FLOAT * window, grid)
+    return Needs(_FLOAT * fixed + process, _FLOAT * per_image, _FLOAT * window, grid)
+
+
+def _peak(steps):
+    """Returns the most numbers that are alive at once.
+
+    Args:
+        steps: operations, their operands' shapes, and the share of the result that is computed.
+    """
+    last = {x: n for n, (made, *_) in enumerate(steps) for x in (*made.values, *made.results)}
+    alive, most = {}, 0
+    for n, (operation, shapes, share) in enumerate(steps):
+        read = zip(operation.operands, shapes, strict=True)
+        alive |= {x: math.prod(shape) for x, shape in read if isinstance(x, Value)}
+        alive |= {x: math.ceil(share * math.prod(x.shape)) for x in operation.results}
+        most = max(most, sum(alive.values()))
+        alive = {x: count for x, count in alive.items() if last[x] > n}
+    return most

@@ -127,13 +127,10 @@ def cost(run: Run, shards: list[dict]) -> dict:
     They are those of the engine, knobs, device and precision that made the stored maps, the
     milliseconds from a benchmark of just these, if one is there.
     """
-    num_classes = len(run.description['class_names'])
-    head = dict(num_classes=num_classes, plan=run.plan, **run.widths)
     how = provenance(shards)
-    name = how['engine']
-    network = dict(image_shape=run.image_shape, **head, **run.geometry)
-    windows, flops = math.prod(run.grid), engine.flops_per_map(name, **network, **run.knobs)
-    once = engine.flops_per_map('full', **network) / windows
+    name, plan = how['engine'], run.planned(run.variable_shapes, **run.knobs)
+    windows, flops = math.prod(run.grid), engine.flops_per_map(name, plan)
+    once = engine.flops_per_map('full', plan) / windows
     path, milliseconds = run.workdir / 'benchmark.json', None
     if path.exists():
         timed = storage.read_record(path, mode='benchmark')['engines'].get(name)
@@ -160,12 +157,7 @@ def make_report(run: Run) -> str:
     maps, shards = store.load_shards(run, 'train')
     results = gather(run, maps, shards)
     class_names = run.description['class_names']
-    rows = vgg.summary(
-        image_size=run.config.data.image_size,
-        num_classes=len(class_names),
-        plan=run.plan,
-        **run.widths,
-    )
+    rows = [] if run.trained else vgg.summary(num_classes=len(class_names), **run.layers)
     files = page.build(
         results,
         rows=rows,

@@ -17,15 +17,13 @@ import jax
 import numpy as np
 
 from occjax import config as config_lib
-from occjax import data, names, occlusion, streams, vgg
+from occjax import data, incremental, networks, occlusion, streams, vgg
 from occjax import engine as engine_lib
 from occjax.config import Config
 from occjax.experiment import memory, storage
 from occjax.progress import Progress
 from occjax.streams import Stream
 from occjax.types import Dataset, UsageError
-
-PLANS = dict(zip(names.PLANS, (vgg.VGG11, vgg.VGG13, vgg.VGG16, vgg.VGG19), strict=True))
 
 
 class Mapping(NamedTuple):
@@ -58,16 +56,38 @@ class Run:
     cache_dir: str | None = None
     speed: Speed = Speed()
 
-    @property
-    def plan(self) -> vgg.Plan:
-        """The classifier's layers."""
-        return PLANS[self.config.classifier.plan]
+    @functools.cached_property
+    def trained(self) -> networks.Trained | None:
+        """The classifier that is trained already; None where we train a VGG."""
+        source = self.config.classifier.source
+        return None if source == 'vgg' else networks.load(source)
 
     @property
-    def widths(self) -> dict[str, int]:
-        """What else is to be known of the classifier's layers, see `vgg.init`."""
+    def network(self) -> networks.Network:
+        """The classifier's function."""
+        trained = self.trained
+        return trained.network if trained else networks.of_plan(self.layers['plan'])
+
+    @property
+    def network_name(self) -> str:
+        """What the classifier is called."""
         wanted = self.config.classifier
-        return dict(hidden=wanted.hidden, levels=wanted.thermometer)
+        return wanted.source if self.trained else wanted.plan
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """What is to be known of the layers of our VGG, beside the classes, see `vgg.init`."""
+        wanted = self.config.classifier
+        widths = dict(hidden=wanted.hidden, levels=wanted.thermometer)
+        return dict(image_size=self.image_shape[0], plan=vgg.PLANS[wanted.plan], **widths)
+
+    @property
+    def variable_shapes(self) -> Any:
+        """The classifier's weights, or their shapes."""
+        if self.trained:
+            return self.trained.variables
+        layers = self.layers | dict(num_classes=len(self.description['class_names']))
+        return jax.eval_shape(lambda: vgg.init(jax.random.key(0), **layers))
 
     @property
     def batch_size(self) -> int:
@@ -89,6 +109,8 @@ class Run:
             train_images=wanted.train_images or None,
             test_images=wanted.test_images or None,
         )
+        if self.trained:
+            dataset = _as_known(dataset, self.trained, self.config)
         path = self.workdir / 'dataset.json'
         description = {
             'name': dataset.name,
@@ -124,12 +146,12 @@ class Run:
         }
 
     def with_occlusion(self, occlusion: config_lib.Occlusion) -> 'Run':
-        """Returns the same run with other windows, and the images that it has read."""
+        """Returns the same run with other windows, and what it has read."""
         other = dataclasses.replace(
             self, config=dataclasses.replace(self.config, occlusion=occlusion)
         )
-        if 'dataset' in vars(self):
-            vars(other)['dataset'] = self.dataset
+        read = {name: vars(self)[name] for name in ('dataset', 'trained') if name in vars(self)}
+        vars(other).update(read)
         return other
 
     @property
@@ -165,14 +187,29 @@ class Run:
         """The shape of a heatmap."""
         return occlusion.grid_shape(self.image_shape, **self.geometry)
 
-    def mapping(self, num_classes: int, engine: str | None = None) -> Mapping:
+    def planned(self, variables: Any, **knobs: float) -> incremental.Plan:
+        """Returns what windows change of the classifier, see `incremental.planned`.
+
+        Args:
+            variables: of the classifier, or their shapes.
+            **knobs: that make maps approximate.
+        """
+        leaves, tree = jax.tree.flatten(variables)
+        shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+        settings = tuple((self.geometry | knobs).items())
+        return _planned(self.network, (*self.image_shape, 3), tree, shapes, settings)
+
+    def mapping(self, variables: Any, engine: str | None = None) -> Mapping:
         """Returns the engine, the chosen or the given one, and how much of it memory allows.
+
+        Args:
+            variables: of the classifier, or their shapes.
+            engine: None for the one that flags and config ask for.
 
         Raises:
             UsageError: if the memory limit is too small for one window, or the engine makes other
                 maps than the config asks for.
         """
-        where = dict(plan=self.plan, **self.geometry)
         if engine is None and self.knobs and self.speed.engine not in ('auto', 'approximate'):
             raise UsageError(
                 f'--engine={self.speed.engine} makes exact maps, but config.occlusion has '
@@ -184,9 +221,9 @@ class Run:
                 '--config.occlusion.threshold=0.5, or --config.occlusion.every=2.'
             )
         wanted = 'approximate' if self.knobs else self.speed.engine
-        engine = engine or engine_lib.choose(wanted, self.image_shape, **where)
-        head = dict(num_classes=num_classes, **self.widths)
-        needs = memory.needs(engine, self.image_shape, **where, **head)
+        plan = self.planned(variables)
+        engine = engine or engine_lib.choose(wanted, plan)
+        needs = memory.needs(engine, plan, variables)
         images, windows = needs.fit(
             self.speed.memory_limit or memory.available(),
             images=self.map_batch_size // jax.device_count(),
@@ -239,6 +276,42 @@ class Run:
     def key(self, stream: Stream, *index: int) -> jax.Array:
         """Returns `streams.key` of the config's seed."""
         return streams.key(self.config.seed, stream, *index)
+
+
+@functools.lru_cache(maxsize=16)
+def _planned(network, image_shape, tree, shapes, settings):
+    variables = jax.tree.unflatten(tree, shapes)
+    return incremental.planned(network.fn, image_shape, variables, **dict(settings))
+
+
+def _as_known(dataset, trained, config):
+    """Returns a dataset whose labels are the classes of a trained classifier, by their names."""
+    source, size = config.classifier.source, config.data.image_size
+    if trained.image_size not in (None, size):
+        raise UsageError(
+            f'config.data.image_size is {size}, but {source} takes images of '
+            f'{trained.image_size}: add --config.data.image_size={trained.image_size}.'
+        )
+    names = trained.class_names or dataset.class_names
+    image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    count = jax.eval_shape(trained.network.fn, trained.variables, image).shape[-1]
+    if count != len(names):
+        raise UsageError(
+            f'{source} has {count} classes, but there are {len(names)} names: its own function '
+            'returns them, and beside weights of torchvision a .txt file has one a line.'
+        )
+    unknown = sorted(set(dataset.class_names) - set(names))
+    if unknown:
+        raise UsageError(
+            f'The class {unknown[0]!r} of the images is none of {source}, whose first are '
+            f'{", ".join(names[:3])}: give both the same names.'
+        )
+    to = np.array([names.index(name) for name in dataset.class_names], np.int32)
+    train, test = (
+        dataclasses.replace(split, labels=to[split.labels])
+        for split in (dataset.train, dataset.test)
+    )
+    return dataset._replace(class_names=tuple(names), train=train, test=test)
 
 
 def parts(

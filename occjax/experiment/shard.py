@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import attack, comparators, data, vgg
+from occjax import attack, comparators, data
 from occjax import engine as engine_lib
 from occjax.experiment import devices
 from occjax.experiment.run import Run
@@ -29,35 +29,35 @@ class Part(NamedTuple):
     is_adversarial: bool
 
 
-@functools.partial(jax.jit, static_argnames=('plan', 'clip'))
-def attack_batch(variables, images, labels, *, epsilon, clip, plan):
+@functools.partial(jax.jit, static_argnames=('network', 'clip'))
+def attack_batch(variables, images, labels, *, epsilon, clip, network):
     """Returns FGSM images, and the `[B, K]` logits before and after."""
-    logits_fn = functools.partial(vgg.logits, variables, plan=plan)
+    logits_fn = network.classifier(variables)
     bounds = (0.0, 1.0) if clip else None
     adversarial = attack.fgsm(logits_fn, images, labels, epsilon=epsilon, bounds=bounds)
     return adversarial, logits_fn(images), logits_fn(adversarial)
 
 
-@functools.partial(jax.jit, static_argnames=('plan', 'clip'))
-def noise_batch(variables, images, ids, *, key, epsilon, clip, plan):
+@functools.partial(jax.jit, static_argnames=('network', 'clip'))
+def noise_batch(variables, images, ids, *, key, epsilon, clip, network):
     """Returns images under noise of the attack's size, each image's own, and their logits."""
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(ids)
     bounds = (0.0, 1.0) if clip else None
     noise_fn = functools.partial(attack.sign_noise, epsilon=epsilon, bounds=bounds)
     noisy = jax.vmap(lambda key, image: noise_fn(image[None], key=key)[0])(keys, images)
-    return noisy, vgg.logits(variables, noisy, plan=plan)
+    return noisy, network.classifier(variables)(noisy)
 
 
 WINDOWS = ('size', 'stride', 'grid', 'chunk_size', 'engine', 'threshold', 'every')
 
 
-@functools.partial(jax.jit, static_argnames=('mesh', 'plan', *WINDOWS))
-def map_batch(variables, images, fill, *, mesh, plan, engine='full', **geometry):
+@functools.partial(jax.jit, static_argnames=('mesh', 'network', *WINDOWS))
+def map_batch(variables, images, fill, *, mesh, network, engine='full', **geometry):
     """Returns the `[B, h, w, K]` logits under every window; each device maps its own images."""
 
     def occluded_logits(variables, images, fill):
-        settings = dict(plan=plan, engine=engine, fill=fill, **geometry)
-        return engine_lib.occluded_logits(variables, images, **settings)
+        logits_fn = functools.partial(network.fn, variables)
+        return engine_lib.occluded_logits(logits_fn, images, engine=engine, fill=fill, **geometry)
 
     by_image = jax.P('data')
     return jax.shard_map(
@@ -69,18 +69,22 @@ def map_batch(variables, images, fill, *, mesh, plan, engine='full', **geometry)
     )(variables, images, fill)
 
 
-def fill_of(run: Run, variables: vgg.Variables) -> np.ndarray:
+def fill_of(run: Run, variables: Any) -> np.ndarray:
     """Returns what covers a window, one value or one a channel; by default the training mean."""
-    return np.asarray(run.config.occlusion.fill or variables.pixel_stats['mean'], np.float32)
+    fill = run.config.occlusion.fill
+    if not fill:
+        stats = getattr(variables, 'pixel_stats', None)
+        fill = stats['mean'] if stats else data.pixel_statistics(run.dataset.train)[0]
+    return np.asarray(fill, np.float32)
 
 
 def attacked_parts(
-    run: Run, variables: vgg.Variables, images: np.ndarray, labels: np.ndarray
+    run: Run, variables: Any, images: np.ndarray, labels: np.ndarray
 ) -> dict[str, Part]:
     """Returns what the paper maps: correctly classified images, successful attacks (§III-C)."""
     settings = run.config.attack
     attack_fn = functools.partial(
-        attack_batch, variables, epsilon=settings.epsilon, clip=settings.clip, plan=run.plan
+        attack_batch, variables, epsilon=settings.epsilon, clip=settings.clip, network=run.network
     )
     adversarial, before, after = devices.in_batches(
         attack_fn, images, labels, batch_size=run.batch_size
@@ -94,7 +98,7 @@ def attacked_parts(
 
 def control_parts(
     run: Run,
-    variables: vgg.Variables,
+    variables: Any,
     parts: dict[str, Part],
     labels: np.ndarray,
     ids: np.ndarray,
@@ -107,7 +111,7 @@ def control_parts(
         key=run.key(Stream.NOISE),
         epsilon=settings.epsilon,
         clip=settings.clip,
-        plan=run.plan,
+        network=run.network,
     )
     noisy, under_noise = devices.in_batches(noise_fn, clean.images, ids, batch_size=run.batch_size)
     correct, failed = clean.is_mapped, clean.is_mapped & ~adversarial.is_mapped
@@ -118,16 +122,16 @@ def control_parts(
     }
 
 
-@functools.partial(jax.jit, static_argnames=('plan', 'bits', 'size'))
-def compare_batch(variables, autoencoder, images, *, plan, bits, size, temperature):
+@functools.partial(jax.jit, static_argnames=('network', 'bits', 'size'))
+def compare_batch(variables, autoencoder, images, *, network, bits, size, temperature):
     """Returns `[B, 3]` scores, `COMPARATORS`."""
-    logits_fn = functools.partial(vgg.logits, variables, plan=plan)
+    logits_fn = network.classifier(variables)
     squeezing = comparators.feature_squeezing(logits_fn, images, bits=bits, size=size)
     magnet = comparators.magnet(logits_fn, autoencoder, images, temperature=temperature)
     return jnp.stack([squeezing, *magnet], axis=-1)
 
 
-def compare(run: Run, variables: vgg.Variables, autoencoder: Any, images: np.ndarray) -> np.ndarray:
+def compare(run: Run, variables: Any, autoencoder: Any, images: np.ndarray) -> np.ndarray:
     """Returns the `[M, 3]` scores, `COMPARATORS`, of `[M, H, W, C]` images."""
     if not len(images):
         return np.zeros((0, len(COMPARATORS)), np.float32)
@@ -136,7 +140,7 @@ def compare(run: Run, variables: vgg.Variables, autoencoder: Any, images: np.nda
         compare_batch,
         variables,
         autoencoder,
-        plan=run.plan,
+        network=run.network,
         bits=wanted.bits,
         size=wanted.median,
         temperature=wanted.temperature,
@@ -146,7 +150,7 @@ def compare(run: Run, variables: vgg.Variables, autoencoder: Any, images: np.nda
 
 def collect(
     run: Run,
-    variables: vgg.Variables,
+    variables: Any,
     autoencoder: Any,
     split: Split,
     ids: np.ndarray,
@@ -169,7 +173,7 @@ def collect(
         [part.images[part.is_mapped] for parts in groups.values() for part in parts]
     )
     logits = map_images(run, variables, chosen)
-    engine = run.mapping(vgg.num_classes(variables)).engine
+    engine = run.mapping(variables).engine
     compared = compare(run, variables, autoencoder, chosen)
     arrays = {}
     for prefix, parts in groups.items():
@@ -203,22 +207,21 @@ def collect(
 
 
 def map_images(
-    run: Run, variables: vgg.Variables, images: np.ndarray, *, knobs: dict | None = None
+    run: Run, variables: Any, images: np.ndarray, *, knobs: dict | None = None
 ) -> np.ndarray:
     """Returns the `[M, h, w, K]` logits of `[M, H, W, C]` images under every window.
 
     The maps are those that the config asks for, or with `knobs` approximate ones of their own.
     """
-    num_classes = vgg.num_classes(variables)
     if not len(images):
-        return np.zeros((0, *run.grid, num_classes), np.float32)
-    mapping = run.mapping(num_classes, 'approximate' if knobs else None)
+        return np.zeros((0, *run.grid, len(run.description['class_names'])), np.float32)
+    mapping = run.mapping(variables, 'approximate' if knobs else None)
     map_fn = functools.partial(
         map_batch,
         variables,
         fill=fill_of(run, variables),
         mesh=devices.mesh(),
-        plan=run.plan,
+        network=run.network,
         engine=mapping.engine,
         chunk_size=mapping.chunk_size,
         **run.geometry,

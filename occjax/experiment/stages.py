@@ -25,10 +25,10 @@ from occjax.streams import Stream
 from occjax.types import UsageError
 
 
-@functools.partial(jax.jit, static_argnames='plan')
-def predict(variables, images, *, plan):
+@functools.partial(jax.jit, static_argnames='network')
+def predict(variables, images, *, network):
     """Returns the `[B]` classes that the classifier predicts."""
-    return jnp.argmax(vgg.logits(variables, images, plan=plan), axis=-1)
+    return jnp.argmax(network.classifier(variables)(images), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames='side')
@@ -53,33 +53,22 @@ def init_variables(run: Run, number: int = 0) -> vgg.Variables:
 def _init(run, number, num_classes, **stats):
     """Returns an untrained classifier."""
     key = run.key(Stream.CLASSIFIER_INIT, number)
-    shape = dict(image_size=run.config.data.image_size, num_classes=num_classes)
-    return vgg.init(key, plan=run.plan, **shape, **run.widths, **stats)
+    return vgg.init(key, num_classes=num_classes, **run.layers, **stats)
 
 
 def train(run: Run):
     """Trains the classifier, a checkpoint an epoch, and evaluates it on both splits."""
-    settings, directory = run.config.classifier, run.workdir / 'classifier'
+    directory = run.workdir / 'classifier'
     split = run.dataset.train  # Opened first: what follows is made from it.
     if (directory / 'metrics.json').exists():
         step = store.load_metrics(run)['step']
-        if (directory / str(step)).is_dir():
+        if run.trained or (directory / str(step)).is_dir():
             return
-    adversaries = []
-    for i in range(settings.ensemble):
-        say(f'classifier: adversary {i + 1}/{settings.ensemble}, trained on clean images')
-        adversaries.append(_trained(run, run.workdir / f'adversary-{i}', split, i + 1))
-
-    def attacked(variables, images, step):
-        sources = [variables, *adversaries]
-        source = sources[run.rng(Stream.ATTACK_SOURCE, step).integers(len(sources))]
-        return classifier.attack_half(
-            source, images, epsilon=settings.adversarial_epsilon, plan=run.plan
-        )
-
-    images_fn = attacked if settings.adversarial_epsilon else None
-    variables = _trained(run, directory, split, 0, images_fn)
-    predict_fn = functools.partial(predict, variables, plan=run.plan)
+    if run.trained:
+        variables, step, digest = load_trained(run), 0, run.trained.digest
+    else:
+        variables, step, digest = _train(run, directory, split)
+    predict_fn = functools.partial(predict, variables, network=run.network)
     accuracies = {
         f'{name}_accuracy': classifier.evaluate(
             lambda images: predict_fn(devices.divide(images)),
@@ -88,13 +77,28 @@ def train(run: Run):
         for name in names.SPLITS
     }
     say('classifier: ' + ', '.join(f'{name} {value:.4f}' for name, value in accuracies.items()))
-    made = storage.checkpoint_metadata(directory, mode='train', step=settings.epochs)
-    found = {
-        'step': settings.epochs,
-        'classifier': made['digest'],
-        'made_from': run.origin('train'),
-    }
+    found = {'step': step, 'classifier': digest, 'made_from': run.origin('train')}
     storage.write_record(directory / 'metrics.json', accuracies | found)
+
+
+def _train(run, directory, split):
+    """Returns a trained classifier, the number of its last epoch, and its digest."""
+    settings, adversaries = run.config.classifier, []
+    for i in range(settings.ensemble):
+        say(f'classifier: adversary {i + 1}/{settings.ensemble}, trained on clean images')
+        adversaries.append(_trained(run, run.workdir / f'adversary-{i}', split, i + 1))
+
+    def attacked(variables, images, step):
+        sources = [variables, *adversaries]
+        source = sources[run.rng(Stream.ATTACK_SOURCE, step).integers(len(sources))]
+        return classifier.attack_half(
+            source, images, epsilon=settings.adversarial_epsilon, plan=run.layers['plan']
+        )
+
+    images_fn = attacked if settings.adversarial_epsilon else None
+    variables = _trained(run, directory, split, 0, images_fn)
+    made = storage.checkpoint_metadata(directory, mode='train', step=settings.epochs)
+    return variables, settings.epochs, made['digest']
 
 
 def _trained(run, directory, split, number, images_fn=None):
@@ -133,7 +137,7 @@ def _trained(run, directory, split, number, images_fn=None):
             schedule=schedule,
             dropout_rate=settings.dropout_rate,
             label_smoothing=settings.label_smoothing,
-            plan=run.plan,
+            plan=run.layers['plan'],
             images_fn=images_fn,
             step_fn=run.profiled('train', classifier.train_step),
             on_batch=progress,
@@ -163,9 +167,18 @@ def _tell(run, number, epoch, found, left, *, step, schedule):
     )
 
 
-def load_variables(run: Run) -> vgg.Variables:
+def load_trained(run: Run) -> Any:
+    """Returns the weights of a classifier that is trained already."""
+    return devices.replicate(jax.tree.map(jnp.asarray, run.trained.variables))
+
+
+def load_variables(run: Run) -> Any:
     """Returns the trained classifier."""
     directory, metrics = run.workdir / 'classifier', store.load_metrics(run)
+    if run.trained:
+        made = {'classifier': run.trained.digest}
+        storage.check_origin(directory / 'metrics.json', metrics, made, mode='train')
+        return load_trained(run)
     # From the description, so that no image is read for the shapes.
     num_classes = len(run.description['class_names'])
     like = jax.eval_shape(lambda: classifier.init_state(_init(run, 0, num_classes)))

@@ -4,12 +4,13 @@ Dimensions: B batch, K classes.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import attack, data, vgg
+from occjax import attack, data
 from occjax.config import Occlusion
 from occjax.experiment import devices, shard, stages, store
 from occjax.experiment.run import Run, parts
@@ -32,10 +33,10 @@ ATTACKS = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=('name', 'steps', 'clip', 'plan'))
-def attack_batch(variables, images, labels, ids, *, name, epsilon, steps, key, clip, plan):
+@functools.partial(jax.jit, static_argnames=('name', 'steps', 'clip', 'network'))
+def attack_batch(variables, images, labels, ids, *, name, epsilon, steps, key, clip, network):
     """Returns attacked images, and `[B, K]` logits before and after; no image sees its batch."""
-    logits_fn = functools.partial(vgg.logits, variables, plan=plan)
+    logits_fn = network.classifier(variables)
     bounds = attack.PIXELS if clip else None
     settings = dict(epsilon=epsilon, steps=steps, bounds=bounds)
 
@@ -49,7 +50,7 @@ def attack_batch(variables, images, labels, ids, *, name, epsilon, steps, key, c
 
 def mapped(
     run: Run,
-    variables: vgg.Variables,
+    variables: Any,
     name: str,
     epsilon: float = 0.0,
     windows: Occlusion | None = None,
@@ -68,7 +69,7 @@ def mapped(
         steps=settings.steps,
         key=run.key(Stream.SWEEP_ATTACK),
         clip=run.config.attack.clip,
-        plan=run.plan,
+        network=run.network,
     )
     windows = windows or run.config.occlusion
     made_from = store.classifier_origin(run)

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from occjax import detector, metrics, sources, vgg
+from occjax import detector, metrics, sources
 from occjax.experiment import devices, judging, shard, stages, store
 from occjax.experiment.run import Run
 from occjax.methods import METHODS
@@ -72,7 +72,7 @@ def _read(files, size):
 def _judge(run, images):
     """Returns what `detect` says of each image."""
     variables, division = stages.load_variables(run), store.divide(run, 'held_out')
-    predict_fn = functools.partial(_logits, variables, plan=run.plan)
+    predict_fn = functools.partial(_logits, variables, network=run.network)
     # Few images are no reason for a whole batch; maps are made in batches of a quarter.
     speed = dataclasses.replace(run.speed, eval_batch_size=min(run.batch_size, 4 * len(images)))
     few = dataclasses.replace(run, speed=speed)
@@ -103,7 +103,9 @@ def _judge(run, images):
     ]
 
 
-_logits = jax.jit(vgg.logits, static_argnames='plan')
+@functools.partial(jax.jit, static_argnames='network')
+def _logits(variables, images, *, network):
+    return network.classifier(variables)(images)
 
 
 def _files(path):

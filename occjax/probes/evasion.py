@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from occjax import adaptive, attack, data, names, verdict, vgg
+from occjax import adaptive, attack, data, names, verdict
 from occjax.experiment import devices, shard, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
@@ -31,7 +31,7 @@ ATTACKS = dict(
         strict=True,
     )
 )
-_STATIC = ('name', 'method', 'steps', 'weight', 'clip', 'mesh', 'plan', *shard.WINDOWS)
+_STATIC = ('name', 'method', 'steps', 'weight', 'clip', 'mesh', 'network', *shard.WINDOWS)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -67,13 +67,14 @@ def _attacked(
     steps,
     weight,
     clip,
-    plan,
+    network,
     **settings,
 ):
     """Does what `attack_batch` says on one device."""
-    logits_fn = functools.partial(vgg.logits, variables, plan=plan)
-    settings = dict(method=METHODS[method], plan=plan, fill=fill, **settings)
-    margin_fn = functools.partial(verdict.margins, variables, bank, thresholds, **settings)
+    logits_fn = network.classifier(variables)
+    settings = dict(method=METHODS[method], fill=fill, **settings)
+    plain_fn = functools.partial(network.fn, variables)  # Engines accelerate by themselves.
+    margin_fn = functools.partial(verdict.margins, plain_fn, bank, thresholds, **settings)
     ball = dict(epsilon=epsilon, bounds=attack.PIXELS if clip else None)
     if name in ATTACKS:
         ball |= {'weight': weight} if name == 'joint' else {}
@@ -138,7 +139,7 @@ def _measured(run, variables, detector, images, labels, made_from, method, name,
 
     def part():
         say(f'adaptive: {name} at {epsilon:.3g} on {method}')
-        mapping = run.mapping(vgg.num_classes(variables))
+        mapping = run.mapping(variables)
         attack_fn = functools.partial(
             attack_batch,
             variables,
@@ -151,7 +152,7 @@ def _measured(run, variables, detector, images, labels, made_from, method, name,
             weight=wanted.weight,
             clip=run.config.attack.clip,
             mesh=devices.mesh(),
-            plan=run.plan,
+            network=run.network,
             engine=mapping.engine,
             chunk_size=mapping.chunk_size,
             **run.geometry,

@@ -11,7 +11,7 @@ def table(result: dict) -> str:
     size, stride, side = result['size'], result['stride'], result['image_size']
     rates = result['matrix_product_flops_per_second']
     lines = [
-        f'{result["plan"]}, {result["weights"]} weights, {result["dtype"]}: {result["images"]} '
+        f'{result["network"]}, {result["weights"]} weights, {result["dtype"]}: {result["images"]} '
         f'images of {side}x{side}, windows of {size} at stride {stride}, '
         f'{result["windows_per_map"]} a map',
         f'{result["devices"]} x {result["device"]}, matrix products at '
@@ -81,7 +81,7 @@ def plot(result: dict) -> bytes:
     axes.set_xlim(0, max(rates.values()) * 1.15)
     axes.set_xlabel('windows a second')
     axes.set_title(
-        f'{result["plan"]}, {result["image_size"]} pixels, windows of {result["size"]} '
+        f'{result["network"]}, {result["image_size"]} pixels, windows of {result["size"]} '
         f'at stride {result["stride"]}, {result["device"]}',
         fontsize=10,
     )

@@ -50,7 +50,7 @@ def build(results: dict, rows: list[vgg.Row], class_names: Sequence[str]) -> lis
     theirs = paper.numbers(class_names)
     return [
         _outcome_table(results, theirs),
-        _layer_table(rows),
+        *([_layer_table(rows)] if rows else []),
         _heatmap_table(results['heatmaps'], class_names, theirs),
         *(
             _class_table(protocol, detection, class_names, theirs)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from occjax import classifier, engine, occlusion, vgg
+from occjax import classifier, engine, incremental, occlusion, vgg
 from occjax.benchmark import engines, peer, training
 from occjax.experiment import run as run_lib
 from occjax.experiment import storage
@@ -115,27 +115,39 @@ def test_another_type_of_weights_is_another_network(tmp_path):
     assert 1e-5 < result['engines']['full']['largest_difference'] < 0.05
 
 
+def planned(side, plan, **geometry):
+    init = functools.partial(vgg.init, image_size=side, hidden=32, plan=plan)
+    variables = jax.eval_shape(init, jax.random.key(0))
+    fn = functools.partial(vgg.logits, plan=plan)
+    return incremental.planned(fn, (side, side, 3), variables, **geometry)
+
+
 def test_flops_by_hand():
-    geometry = dict(size=5, stride=4, plan=SMALL, hidden=32)
+    plan = planned(16, SMALL, size=5, stride=4)
     pixels = 16 * 16 * 9 * 3 * 8 + 8 * 8 * 9 * 8 * 16
     linear = 4 * 4 * 16 * 32 + 32 * 32 + 32 * 10
-    full = engine.flops_per_map('full', (16, 16), **geometry)
+    full = engine.flops_per_map('full', plan)
     assert full == 9 * 2 * (pixels + linear)
     # Patches, of a window in the middle: 7, then 4 (rows 3 to 10, halved outwards), then 6.
     pixels = 7 * 7 * 9 * 3 * 8 + 6 * 6 * 9 * 8 * 16
-    incremental = engine.flops_per_map('incremental', (16, 16), **geometry)
-    assert incremental == pytest.approx(9 * 2 * (pixels + linear) + full / 9)
+    found = engine.flops_per_map('incremental', plan)
+    assert found == pytest.approx(9 * 2 * (pixels + linear) + full / 9)
 
 
 @pytest.mark.parametrize(
     ('side', 'size', 'stride', 'expected'),
-    [(32, 15, 5, 'full'), (224, 32, 14, 'incremental'), (224, 16, 4, 'incremental')],
+    [
+        (32, 30, 1, 'full'),
+        (32, 15, 5, 'incremental'),
+        (224, 32, 14, 'incremental'),
+        (224, 16, 4, 'incremental'),
+    ],
 )
 def test_auto_takes_what_pays(side, size, stride, expected):
-    where = dict(plan=vgg.VGG11, size=size, stride=stride, grid='paper')
-    assert engine.choose('auto', (side, side), **where) == expected
+    plan = planned(side, vgg.VGG11, size=size, stride=stride)
+    assert engine.choose('auto', plan) == expected
     for name in ('full', 'incremental'):
-        assert engine.choose(name, (side, side), **where) == name
+        assert engine.choose(name, plan) == name
 
 
 @pytest.mark.parametrize('name', ('full', 'incremental'))
@@ -145,10 +157,9 @@ def test_the_engines_are_the_definition(name):
     for side in (28, 36):
         images = random_images(2, side)
         settings = dict(size=5, stride=4, fill=0.3, grid='cover', chunk_size=4)
-        actual = engine.occluded_logits(variables, images, engine=name, plan=SMALL, **settings)
-        expected = occlusion.occluded_logits(
-            lambda x: vgg.logits(variables, x, plan=SMALL), images, **settings
-        )
+        logits_fn = functools.partial(vgg.logits, variables, plan=SMALL)
+        actual = engine.occluded_logits(logits_fn, images, engine=name, **settings)
+        expected = occlusion.occluded_logits(logits_fn, images, **settings)
         scale = np.abs(expected).max()
         np.testing.assert_allclose(actual / scale, expected / scale, atol=1e-5)
 
@@ -176,9 +187,8 @@ def test_captum_s_maps_are_ours():
         baselines=0.3,
     )
     settings = dict(size=5, stride=5, fill=0.3, grid='floor', chunk_size=8)
-    covered = engine.occluded_logits(
-        variables, images, engine='incremental', plan=SMALL, **settings
-    )
+    logits_fn = functools.partial(vgg.logits, variables, plan=SMALL)
+    covered = engine.occluded_logits(logits_fn, images, engine='incremental', **settings)
     lost = vgg.logits(variables, images, plan=SMALL)[:, None, None] - covered
     lost = jnp.take_along_axis(lost, np.array([3, 7])[:, None, None, None], axis=-1)[..., 0]
     scale = np.abs(covered).max()

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from occjax import engine, vgg
+from occjax import engine, incremental, vgg
 from occjax.experiment import memory
 from occjax.types import UsageError
+from tests import any_network
 from tests.conftest import ROOT
 
 NARROW, WIDE = (8, 'M', 16, 'M'), (32, 64, 'M', 64, 'M')
@@ -42,12 +43,25 @@ def test_what_is_no_size_is_said(text):
         memory.parse(text)
 
 
-def bytes_planned(name, plan, side, images, windows, **geometry):
-    """Returns what XLA plans to take for so many images and windows at once."""
+def network(plan, side):
+    """Returns a VGG's function and the shapes of its weights."""
     init = functools.partial(vgg.init, image_size=side, hidden=64, plan=plan)
-    variables = jax.eval_shape(init, jax.random.key(0))
-    settings = dict(engine=name, plan=plan, chunk_size=windows, fill=0.5, **geometry)
-    function = jax.jit(functools.partial(engine.occluded_logits, **settings))
+    return functools.partial(vgg.logits, plan=plan), jax.eval_shape(init, jax.random.key(0))
+
+
+def needs_of(name, fn, variables, side, **geometry):
+    plan = incremental.planned(fn, (side, side, 3), variables, **geometry)
+    return memory.needs(name, plan, variables)
+
+
+def bytes_planned(name, fn, variables, side, images, windows, **geometry):
+    """Returns what XLA plans to take for so many images and windows at once."""
+    settings = dict(engine=name, chunk_size=windows, fill=0.5, **geometry)
+
+    @jax.jit
+    def function(variables, images):
+        return engine.occluded_logits(functools.partial(fn, variables), images, **settings)
+
     batch = jax.ShapeDtypeStruct((images, side, side, 3), jnp.float32)
     planned = function.lower(variables, batch).compile().memory_analysis()
     return sum(getattr(planned, f'{kind}_size_in_bytes') for kind in ('temp', 'argument', 'output'))
@@ -66,10 +80,22 @@ def bytes_planned(name, plan, side, images, windows, **geometry):
 )
 def test_the_estimate_is_above_what_xla_plans(name, plan, side, size, stride, images, windows):
     geometry = dict(size=size, stride=stride, grid='paper')
-    needs = memory.needs(name, (side, side), hidden=64, plan=plan, **geometry)
+    needs = needs_of(name, *network(plan, side), side, **geometry)
     process = memory._PROCESS // jax.local_device_count()
-    planned = bytes_planned(name, plan, side, images, windows, **geometry)
+    planned = bytes_planned(name, *network(plan, side), side, images, windows, **geometry)
     assert planned < needs.total(images, windows) - process
+
+
+@pytest.mark.parametrize('name', ('full', 'incremental'))
+@pytest.mark.parametrize('kind', any_network.NETWORKS)
+def test_the_estimate_holds_for_any_network(name, kind):
+    fn, make = any_network.NETWORKS[kind]
+    variables, geometry = jax.eval_shape(lambda: make(0)), dict(size=12, stride=6, grid='paper')
+    needs = needs_of(name, fn, variables, 48, **geometry)
+    process = memory._PROCESS // jax.local_device_count()
+    for images, windows in ((1, 1), (2, 30)):
+        planned = bytes_planned(name, fn, variables, 48, images, windows, **geometry)
+        assert planned < needs.total(images, windows) - process
 
 
 @pytest.mark.parametrize('name', ('full', 'incremental'))
@@ -77,15 +103,15 @@ def test_the_estimate_is_above_what_xla_plans(name, plan, side, size, stride, im
 def test_a_window_more_takes_no_more_than_is_said(name, plan, side, size):
     """What all windows share has slack; each window's own part has none to hide in."""
     geometry = dict(size=size, stride=4, grid='paper')
-    needs = memory.needs(name, (side, side), hidden=64, plan=plan, **geometry)
-    one, many = (bytes_planned(name, plan, side, 1, n, **geometry) for n in (1, 48))
+    needs = needs_of(name, *network(plan, side), side, **geometry)
+    one, many = (bytes_planned(name, *network(plan, side), side, 1, n, **geometry) for n in (1, 48))
     assert many - one <= 47 * needs.window + memory.convolution._TILE_BYTES
     assert many - one >= 47 * needs.window / 12, 'and the bound is of some use'
 
 
 @pytest.mark.parametrize('name', ('full', 'incremental'))
 def test_a_smaller_limit_never_takes_more(name):
-    needs = memory.needs(name, (40, 40), plan=WIDE, size=10, stride=6)
+    needs = needs_of(name, *network(WIDE, 40), 40, size=10, stride=6)
     least, fitted = needs.total(1, 1), []
     for limit in range(least, needs.total(12, 60), least // 20):
         images, windows = needs.fit(limit, images=10, windows=50)
@@ -100,7 +126,7 @@ def test_a_smaller_limit_never_takes_more(name):
 
 @pytest.mark.parametrize('devices', [1, 3])
 def test_the_least_limit_that_works_is_named_and_works(devices):
-    needs = memory.needs('full', (40, 40), plan=WIDE, size=10, stride=6)
+    needs = needs_of('full', *network(WIDE, 40), 40, size=10, stride=6)
     with pytest.raises(UsageError, match=r'--memory_limit=\d+MiB') as caught:
         needs.fit(2**20, images=1, windows=1, devices=devices)
     named = memory.parse(str(caught.value).split('--memory_limit=')[1].rstrip('.'))
@@ -115,15 +141,15 @@ from configs import digits
 from occjax import engine, vgg
 from occjax.benchmark import engines
 from occjax.experiment import devices, memory, run, shard
-run.PLANS['vgg11'] = plan = (32, 64, 'M', 64, 'M')
+vgg.PLANS['vgg11'] = plan = (32, 64, 'M', 64, 'M')
 config = digits.get_config()
 config.data.image_size, config.classifier.hidden = 80, 16
 config.occlusion.size, config.occlusion.stride = 10, 5
 speed = run.Speed(engine='full', eval_batch_size=4, memory_limit=json.loads(sys.argv[1]))
 run = run.Run(config=config, workdir=None, speed=speed)
-mapping = run.mapping(10)
 variables = vgg.init(jax.random.key(0), image_size=80, hidden=16, plan=plan)
-settings = dict(mesh=devices.mesh(), plan=plan, engine='full', chunk_size=mapping.chunk_size)
+mapping = run.mapping(variables)
+settings = dict(mesh=devices.mesh(), network=run.network, engine='full', chunk_size=mapping.chunk_size)
 images = np.zeros((mapping.batch_size, 80, 80, 3), np.float32)
 fill = np.array([0.5], np.float32)
 shard.map_batch(variables, images, fill, **settings, **run.geometry).block_until_ready()

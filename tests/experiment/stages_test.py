@@ -301,10 +301,10 @@ def test_the_memory_limit_and_the_engine_reach_the_maps(finished, tmp_path, monk
     for name in ('full', 'incremental'):
         # So many windows that they, and not the weights, take the memory.
         flags = dict(engine=name, chunk_size=700)
-        free = make_run(tmp_path / 'run', **flags).mapping(10)
+        free = make_run(tmp_path / 'run', **flags).mapping(variables)
         limit = int(0.97 * jax.device_count() * free.estimated_bytes)
         other = make_run(tmp_path / 'run', memory_limit=limit, **flags)
-        mapping = other.mapping(10)
+        mapping = other.mapping(variables)
         assert mapping.estimated_bytes * jax.device_count() <= limit
         assert mapping.chunk_size < free.chunk_size
         shard.collect(other, variables, autoencoder, run.dataset.test, ids)
@@ -329,7 +329,7 @@ def test_four_devices_are_one(finished):
     assert len(devices.mesh().devices) == 4
     variables = jax.device_get(stages.load_variables(run))
     images = data.take(run.dataset.test, np.arange(4))
-    geometry = dict(size=5, stride=4, grid='paper', chunk_size=None, plan=SMALL)
+    geometry = dict(size=5, stride=4, grid='paper', chunk_size=None, network=run.network)
     fill = np.array([0.5], np.float32)
     four = shard.map_batch(
         devices.replicate(variables), devices.divide(images), fill, mesh=devices.mesh(), **geometry
@@ -478,9 +478,9 @@ def test_approximate_maps_are_asked_for_by_the_config(finished, tmp_path):
     run = finished[0]
     approximate = make_run(tmp_path / 'run')
     approximate.config.occlusion.threshold = 0.4
-    assert approximate.mapping(10).engine == 'approximate'
-    variables, ids = stages.load_variables(run), np.arange(8)
-    autoencoder = stages.load_autoencoder(run)
+    variables = stages.load_variables(run)
+    assert approximate.mapping(variables).engine == 'approximate'
+    ids, autoencoder = np.arange(8), stages.load_autoencoder(run)
     ours, exact = (
         shard.collect(r, variables, autoencoder, run.dataset.test, ids)['logits']
         for r in (approximate, run)
@@ -490,4 +490,4 @@ def test_approximate_maps_are_asked_for_by_the_config(finished, tmp_path):
         speed = dataclasses.replace(run.speed, engine=engine)
         wrong = dataclasses.replace(run, config=config, speed=speed)
         with pytest.raises(UsageError, match='config.occlusion'):
-            wrong.mapping(10)
+            wrong.mapping(variables)

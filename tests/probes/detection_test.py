@@ -77,7 +77,7 @@ def test_attacked_images_as_files_are_judged_as_in_memory(judged):
     run, folder = judged
     variables, split = stages.load_variables(run), run.dataset.test
     images, labels = data.take(split, np.arange(10)), np.asarray(split.labels[:10])
-    logits_fn = functools.partial(detection._logits, variables, plan=run.plan)
+    logits_fn = functools.partial(detection._logits, variables, network=run.network)
     attacked = np.asarray(attack.fgsm(logits_fn, images, labels, epsilon=0.3))
     for i, image in enumerate(attacked):
         Image.fromarray(np.round(image * 255).astype(np.uint8)).save(folder / f'{i}.png')

@@ -1,0 +1,147 @@
+"""A classifier as the program takes it: a pure function and its weights, ours or one's own.
+
+Dimensions: B batch, H W C image, K classes.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from occjax import convolution, resnet, vgg
+from occjax.types import Array, LogitsFn, UsageError
+
+TORCHVISION = (*(f'{name}_bn' for name in vgg.PLANS), 'resnet18', 'resnet34', 'resnet50')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A function `(variables, images) -> logits`; one object is one network to `jax.jit`."""
+
+    fn: Callable[[Any, Array], Array]
+
+    def classifier(self, variables: Any) -> LogitsFn:
+        """Returns the classifier with its weights, in the forms that run best."""
+        return convolution.accelerate(functools.partial(self.fn, variables))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """A network that is trained already."""
+
+    network: Network
+    variables: Any
+    class_names: tuple[str, ...] | None  # None: those of the images that it is given
+    image_size: int | None  # None: any
+    digest: str  # of weights and code
+
+
+@functools.cache
+def of_plan(plan: vgg.Plan) -> Network:
+    """Returns a VGG of ours."""
+    return Network(functools.partial(vgg.logits, plan=plan))
+
+
+def load(source: str) -> Trained:
+    """Returns a trained network.
+
+    Args:
+        source: `'<file.py>:<function>'`, whose function returns `(fn, variables, class names, image
+            size)`, or `'torchvision:<name>:<file>'` with a `.safetensors` or `.npz` file of the
+            state dict. If beside that is `<file>.txt`, it has the classes' names, one a line.
+
+    Raises:
+        UsageError: if there is no such file or function, or it holds something else.
+    """
+    kind, *rest = source.split(':')
+    file = pathlib.Path(rest[-1] if kind == 'torchvision' else ':'.join([kind, *rest[:-1]]))
+    if not rest or (kind == 'torchvision' and len(rest) != 2):
+        raise UsageError(
+            f"config.classifier.source is {source!r}: expected 'vgg', '<file.py>:<function>' or "
+            "'torchvision:<name>:<file.safetensors or .npz>'."
+        )
+    if not file.is_file():
+        raise UsageError(f'config.classifier.source is {source!r}: there is no file {file}.')
+    content = hashlib.sha256(file.read_bytes()).hexdigest()
+    if kind == 'torchvision':
+        return _torchvision(rest[0], file, content)
+    return _own(file, rest[-1], content)
+
+
+@functools.lru_cache(maxsize=4)
+def _torchvision(name, file, digest):
+    if name not in TORCHVISION:
+        raise UsageError(
+            f'config.classifier.source names {name!r}: expected one of {", ".join(TORCHVISION)}.'
+        )
+    try:
+        state = _arrays(file)
+        if name.startswith('vgg'):
+            plan = vgg.PLANS[name.removesuffix('_bn')]
+            network, variables = of_plan(plan), vgg.from_torchvision(state)
+            vgg.layers(variables, plan)  # Another one's weights raise.
+        else:
+            network, variables = _resnet(), resnet.from_torchvision(state)
+            found = resnet.depth(variables)
+            if name != f'resnet{found}':
+                raise ValueError(f'They are those of a ResNet of {found} layers.')
+    except ValueError as error:
+        raise UsageError(f'{file} does not hold weights of {name}: {error}') from None
+    names = file.with_suffix('.txt')
+    class_names = tuple(names.read_text().splitlines()) if names.is_file() else None
+    return Trained(network, variables, class_names, None, digest)
+
+
+@functools.cache
+def _resnet():
+    return Network(resnet.logits)
+
+
+def _arrays(file):
+    """Returns a file's arrays by name. Nothing in it is executed, which pickles would be."""
+    if file.suffix == '.npz':
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    if file.suffix == '.safetensors':
+        try:
+            from safetensors.numpy import load_file
+        except ImportError:
+            raise UsageError(f'{file} needs safetensors: pip install safetensors.') from None
+        try:
+            return load_file(file)
+        except Exception as error:  # Of its own, in Rust.
+            raise ValueError(str(error)) from None
+    raise UsageError(
+        f'{file}: expected .safetensors or .npz. Of a state dict of PyTorch the former is made by '
+        'safetensors.torch.save_file(state_dict, file), so that nothing is unpickled here.'
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _own(file, function, digest):
+    where = f'config.classifier.source is {str(file)!r}:{function!r}'
+    spec = importlib.util.spec_from_file_location(re.sub(r'\W', '_', file.stem), file)
+    if spec is None:
+        raise UsageError(f'{where}: expected a Python file.')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise UsageError(f'{where}: the file has no such function.')
+    found = getattr(module, function)()
+    if not (isinstance(found, tuple) and len(found) == 4 and callable(found[0])):
+        raise UsageError(
+            f'{where}: expected it to return (fn, variables, class names, image size), with '
+            'fn(variables, images) -> logits.'
+        )
+    fn, variables, class_names, image_size = found
+    total = hashlib.sha256(digest.encode())
+    for leaf in jax.tree.leaves(variables):
+        total.update(np.ascontiguousarray(leaf))
+    return Trained(Network(fn), variables, tuple(class_names), image_size, total.hexdigest())
