@@ -269,6 +269,8 @@ class Config:
     def rules(self) -> Iterator[tuple[str, bool, str]]:
         """Yields the field, whether it fits the others, and what is expected of it."""
         side, net, windows = self.data.image_size, self.classifier, self.occlusion
+        fits = net.source == 'vgg' or ':' in net.source
+        yield 'classifier.source', fits, "'vgg', '<file.py>:<function>' or 'torchvision:…'"
         yield 'data.name', self.data.name != '', 'digits, folder or the name of a TFDS set'
         fits = len(net.resize) <= net.epochs and max(net.resize, default=0) <= side
         yield 'classifier.resize', fits, f'sides up to {side}, at most one for each epoch'

@@ -43,7 +43,8 @@ def occluded_logits(
     grid: str = 'paper',
     chunk_size: int | None = None,
     engine: str = 'auto',
-    **knobs: float,
+    threshold: float = 1.0,
+    every: int = 1,
 ) -> Array:
     """Returns the classifier's logits under every window of every image.
 
@@ -53,7 +54,7 @@ def occluded_logits(
         images, size, stride, fill, grid, chunk_size: see `occlusion.occluded_logits`.
         engine: 'full', 'incremental', 'approximate', or 'auto' for the one with less to do: what
             cannot be looked into, or calls the host, runs in full.
-        **knobs: of the approximate engine, see `incremental.occluded_logits`.
+        threshold, every: of the approximate engine, see `incremental.occluded_logits`.
 
     Returns:
         `[B, h, w, K]`.
@@ -69,6 +70,7 @@ def occluded_logits(
         raise ValueError(f"Expected engine 'auto' or one of {names.ENGINES}, got {engine!r}.")
     settings = geometry | dict(fill=fill, chunk_size=chunk_size)
     if engine != 'full':
+        knobs = dict(threshold=threshold, every=every)
         return incremental.occluded_logits(logits_fn, images, **settings, **knobs)
     if not isinstance(logits_fn, jax.stages.Compiled):
         logits_fn = convolution.accelerate(logits_fn)
@@ -97,7 +99,8 @@ def heatmaps(
     grid: str = 'paper',
     chunk_size: int | None = None,
     engine: str = 'auto',
-    **knobs: float,
+    threshold: float = 1.0,
+    every: int = 1,
 ) -> Array:
     """Returns the probability of each image's class while each window is covered.
 
@@ -107,7 +110,7 @@ def heatmaps(
         images: `[B, H, W, C]` in [0, 1]; H and W may differ.
         classes: `[B]`, the class explained in each image, in the paper the predicted one.
         size, stride, fill, grid, chunk_size: see `occlusion.occluded_logits`.
-        engine, **knobs: see `occluded_logits`; `choose('auto', incremental.planned(…))` tells.
+        engine, threshold, every: see `occluded_logits`; `choose` tells what 'auto' takes.
 
     Returns:
         `[B, h, w]` heatmaps in [0, 1].
@@ -119,7 +122,8 @@ def heatmaps(
     classes = checks.classes(classes, images, name='classes')
     logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
     settings = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
-    logits = occluded_logits(logits_fn, images, engine=engine, **settings, **knobs)
+    settings |= dict(engine=engine, threshold=threshold, every=every)
+    logits = occluded_logits(logits_fn, images, **settings)
     return occlusion.probabilities(logits, classes)
 
 

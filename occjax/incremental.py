@@ -645,12 +645,14 @@ def heatmaps(
     fill: float | Array = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
-    **knobs: float,
+    threshold: float = 1.0,
+    every: int = 1,
 ) -> Array:
-    """Returns `occlusion.heatmaps`, `[B, h, w]`; for the knobs see `occluded_logits`."""
+    """Returns `occlusion.heatmaps`, `[B, h, w]`; see `occluded_logits`."""
     images = checks.images(images, slack=checks.NEAR)
     classes = checks.classes(classes, images, name='classes')
     logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
-    settings = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
-    logits = occluded_logits(logits_fn, images, **settings, **knobs)
+    geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
+    knobs = dict(threshold=threshold, every=every)
+    logits = occluded_logits(logits_fn, images, **geometry, **knobs)
     return occlusion.probabilities(logits, classes)

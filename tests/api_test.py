@@ -24,6 +24,7 @@ FUNCTIONS = [
     and not name.startswith('_')
 ]
 
+WINDOWS = 'size, stride, fill, grid, chunk_size'
 # Other programs call these by name.
 CONTRACTS = {
     'fgsm': '(logits_fn, images, labels, *, epsilon, bounds)',
@@ -34,8 +35,12 @@ CONTRACTS = {
     'attack.mi_fgsm': '(logits_fn, images, labels, *, epsilon, steps, step_size, decay, bounds)',
     'attack.square': '(logits_fn, images, labels, *, key, epsilon, steps, bounds)',
     'grid_shape': '(image_shape, *, size, stride, grid)',
-    'occluded_logits': '(logits_fn, images, *, size, stride, fill, grid, chunk_size)',
-    'heatmaps': '(logits_fn, images, classes, *, size, stride, fill, grid, chunk_size)',
+    'occluded_logits': f'(logits_fn, images, *, {WINDOWS}, engine, threshold, every)',
+    'heatmaps': f'(logits_fn, images, classes, *, {WINDOWS}, engine, threshold, every)',
+    'occlusion.heatmaps': f'(logits_fn, images, classes, *, {WINDOWS})',
+    'incremental.heatmaps': f'(logits_fn, images, classes, *, {WINDOWS}, threshold, every)',
+    'incremental.occluded_logits': f'(logits_fn, images, *, {WINDOWS}, threshold, every)',
+    'accelerate': '(fn)',
     'vgg.init': '(key, *, image_size, num_classes, hidden, plan, channels, levels, mean, std)',
     'vgg.logits': '(variables, images, *, plan)',
     'vgg.train_logits': '(variables, images, *, key, dropout_rate, plan)',

@@ -43,12 +43,13 @@ def small_plan(monkeypatch):
 @pytest.fixture(scope='session')
 def finished(tmp_path_factory):
     """A whole run and its tables, made once, also for several workers; tests only read it."""
+    from occjax import vgg
     from tests import small_run
 
     root = tmp_path_factory.getbasetemp()
     root = root.parent if 'PYTEST_XDIST_WORKER' in os.environ else root
     with pytest.MonkeyPatch.context() as patch, open(root / 'finished.lock', 'w') as lock:
-        patch.setitem(small_run.run_lib.PLANS, 'vgg11', small_run.SMALL)
+        patch.setitem(vgg.PLANS, 'vgg11', small_run.SMALL)
         fcntl.flock(lock, fcntl.LOCK_EX)
         run = small_run.make_run(root / 'finished' / 'run')
         return run, small_run.run_all(run)

@@ -87,9 +87,9 @@ def test_both_engines_have_one_gradient(finished):
     @functools.partial(jax.jit, static_argnums=1)
     def gradient(images, engine):
         settings = SETTINGS | {'engine': engine, 'method': METHODS['detector']}
-        return jax.grad(lambda x: verdict.margins(variables, bank, LEVELS, x, **settings).sum())(
-            images
-        )
+        logits_fn = functools.partial(run.network.fn, variables)
+        margins_fn = functools.partial(verdict.margins, logits_fn, bank, LEVELS, **settings)
+        return jax.grad(lambda x: margins_fn(x).sum())(images)
 
     gradients = [gradient(images, engine) for engine in ('full', 'incremental')]
     np.testing.assert_allclose(*gradients, atol=1e-4 * np.abs(gradients[0]).max())

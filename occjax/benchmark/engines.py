@@ -45,7 +45,7 @@ def benchmark(run: Run, timing: Timing) -> str:
     """
     wanted = run.speed.engine
     chosen = names.ENGINES if wanted == 'auto' else (wanted,)
-    peer.check(timing.peer, levels=run.config.classifier.thermometer)
+    peer.check(run, timing.peer)
     shapes = jax.eval_shape(lambda: random_variables(run))
     for name in chosen:
         run.mapping(shapes, name)  # Before anything is computed: is there memory?

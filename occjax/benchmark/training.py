@@ -18,6 +18,7 @@ from occjax.experiment import devices, storage
 from occjax.experiment.run import Run
 from occjax.progress import say
 from occjax.streams import Stream
+from occjax.types import UsageError
 
 
 def benchmark(run: Run, timing: Timing) -> str:
@@ -28,7 +29,9 @@ def benchmark(run: Run, timing: Timing) -> str:
     Raises:
         UsageError: if a peer is asked for that is not installed.
     """
-    peer.check(timing.peer, levels=run.config.classifier.thermometer)
+    peer.check(run, timing.peer)
+    if run.trained:
+        raise UsageError(f'{run.network_name} is trained already: there is no step to time.')
     settings, rng = run.config.classifier, run.rng(Stream.BENCHMARK)
     shape = (settings.batch_size, *run.image_shape, 3)
     images = rng.uniform(size=shape).astype(np.float32)

@@ -52,7 +52,7 @@ def random_images(count, side):
 def measured(tmp_path_factory):
     """A benchmark, made once: its run, what it printed and what it wrote."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(run_lib.PLANS, 'vgg11', SMALL)
+        patch.setitem(vgg.PLANS, 'vgg11', SMALL)
         run = make_run(tmp_path_factory.mktemp('benchmark') / 'run')
         printed = engines.benchmark(run, TIMING)
     return run, printed, json.loads((run.workdir / 'benchmark.json').read_text())
@@ -167,7 +167,7 @@ def test_the_engines_are_the_definition(name):
 def test_the_twin_is_the_same_classifier():
     torch = pytest.importorskip('torch')
     variables, images = random_variables(20), random_images(4, 20)
-    twin = peer.twin(variables, image_size=20, plan=SMALL)
+    twin = peer.vgg_twin(variables, image_size=20, plan=SMALL)
     actual = twin(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
     expected = vgg.logits(variables, images, plan=SMALL)
     np.testing.assert_allclose(actual, expected, rtol=1e-4)
@@ -178,7 +178,7 @@ def test_captum_s_maps_are_ours():
     torch = pytest.importorskip('torch')
     attr = pytest.importorskip('captum.attr')
     variables, images = random_variables(20), random_images(2, 20)
-    twin = peer.twin(variables, image_size=20, plan=SMALL)
+    twin = peer.vgg_twin(variables, image_size=20, plan=SMALL)
     attributed = attr.Occlusion(twin).attribute(
         torch.from_numpy(images.transpose(0, 3, 1, 2)),
         sliding_window_shapes=(3, 5, 5),
