@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from occjax import convolution, engine, incremental, occlusion, tracing, vgg
+from occjax import convolution, engine, incremental, occlusion, rules, tracing, vgg
 from tests import any_network
 from tests.any_network import NETWORKS
 
@@ -264,12 +264,12 @@ def test_an_operation_without_a_rule_is_computed_whole(monkeypatch):
     with_rule = incremental.flop_ratio(fn, (24, 24, 3), **geometry)
     expected = jit(lambda x: occlusion.occluded_logits(fn, x, **geometry))(images)
     for name in ('custom_jvp_call', 'reduce_window_max'):
-        rule = incremental.RULES[name]
-        monkeypatch.delitem(incremental.RULES, name)
+        rule = rules.RULES[name]
+        monkeypatch.delitem(rules.RULES, name)
         assert incremental.flop_ratio(fn, (24, 24, 3), **geometry) < with_rule
         actual = jit(lambda x: incremental.occluded_logits(fn, x, **geometry))(images)
         assert_equal(actual, expected)
-        monkeypatch.setitem(incremental.RULES, name, rule)
+        monkeypatch.setitem(rules.RULES, name, rule)
 
 
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)

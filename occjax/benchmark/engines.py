@@ -46,7 +46,8 @@ def benchmark(run: Run, timing: Timing) -> str:
     wanted = run.speed.engine
     chosen = names.ENGINES if wanted == 'auto' else (wanted,)
     peer.check(run, timing.peer)
-    shapes = jax.eval_shape(lambda: random_variables(run))
+    trained = run.trained.variables if run.trained else None
+    shapes = trained or jax.eval_shape(lambda: random_variables(run))
     for name in chosen:
         run.mapping(shapes, name)  # Before anything is computed: is there memory?
     variables, images, weights = _subject(run, timing.images)

@@ -48,7 +48,7 @@ def fidelity(run: Run, timing: Timing, thresholds: Sequence[float]) -> str:
             f'--mode=fidelity compares with exact maps, but config.occlusion has {run.knobs}: '
             'set both to 1.'
         )
-    peer.check(timing.peer, levels=run.config.classifier.thermometer)
+    peer.check(run, timing.peer)
     variables, division = stages.load_variables(run), store.divide(run, _PROTOCOL)
     exact, rows, images = division.maps, [], _images(run, variables, division.maps)
     judges = [name for name in JUDGES if name in (*run.config.detector.methods, *metrics.BASELINES)]
