@@ -118,13 +118,9 @@ def heatmaps(
     Raises:
         ValueError: as `occluded_logits`, and if `classes` is not one class for each image.
     """
-    images = checks.images(images, slack=checks.NEAR)
-    classes = checks.classes(classes, images, name='classes')
-    logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
     settings = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
     settings |= dict(engine=engine, threshold=threshold, every=every)
-    logits = occluded_logits(logits_fn, images, **settings)
-    return occlusion.probabilities(logits, classes)
+    return occlusion.heatmaps_by(occluded_logits, logits_fn, images, classes, **settings)
 
 
 def flops_per_map(engine: str, plan: Plan) -> int:

@@ -471,10 +471,6 @@ def heatmaps(
     every: int = 1,
 ) -> Array:
     """Returns `occlusion.heatmaps`, `[B, h, w]`; see `occluded_logits`."""
-    images = checks.images(images, slack=checks.NEAR)
-    classes = checks.classes(classes, images, name='classes')
-    logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
-    geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
-    knobs = dict(threshold=threshold, every=every)
-    logits = occluded_logits(logits_fn, images, **geometry, **knobs)
-    return occlusion.probabilities(logits, classes)
+    settings = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
+    settings |= dict(threshold=threshold, every=every)
+    return occlusion.heatmaps_by(occluded_logits, logits_fn, images, classes, **settings)

@@ -256,8 +256,19 @@ def heatmaps(
     Raises:
         ValueError: as `occluded_logits`, and if `classes` is not one class for each image.
     """
+    geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
+    return heatmaps_by(occluded_logits, logits_fn, images, classes, **geometry)
+
+
+def heatmaps_by(
+    occluded_fn: Callable[..., Array],
+    logits_fn: LogitsFn,
+    images: Array,
+    classes: Array,
+    **settings: Any,
+) -> Array:
+    """Returns `heatmaps` by another form of `occluded_logits`, with its own settings."""
     images = checks.images(images, slack=checks.NEAR)
     classes = checks.classes(classes, images, name='classes')
-    geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
     logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
-    return probabilities(occluded_logits(logits_fn, images, **geometry), classes)
+    return probabilities(occluded_fn(logits_fn, images, **settings), classes)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from occjax import data, networks, occlusion, resnet, vgg
-from occjax.experiment import stages
+from occjax.experiment import stages, store
 from occjax.probes import detection
 from occjax.types import UsageError
+from tests.conftest import ROOT
 from tests.small_run import make_run, run_all
 
 # Widths and blocks of a ResNet-18 and a ResNet-50, made thin.
@@ -236,11 +237,7 @@ def test_the_whole_program_takes_any_network(own):
     assert 'Conv2d-1' not in tables, 'Table I is of a VGG'
 
 
-@pytest.mark.slow
-def test_its_maps_are_the_plain_ones(own):
-    run, _ = own
-    from occjax.experiment import store
-
+def assert_maps_are_plain(run):
     maps, _ = store.load_shards(run, 'test')
     clean = np.flatnonzero(~maps.is_adversarial)[:4]
     images = data.take(run.dataset.test, maps.image_id[clean])
@@ -248,6 +245,11 @@ def test_its_maps_are_the_plain_ones(own):
     expected = jax.jit(lambda x: occlusion.occluded_logits(fn, x, fill=0.5, **run.geometry))(images)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(maps.logits[clean], expected, rtol=0, atol=2e-5 * scale)
+
+
+@pytest.mark.slow
+def test_its_maps_are_the_plain_ones(own):
+    assert_maps_are_plain(own[0])
 
 
 @pytest.mark.slow
@@ -276,6 +278,21 @@ def test_it_is_benchmarked_and_judges_images(own, tmp_path):
     assert 'torchvision:resnet18' in printed
     lines = detection._judge(run, data.take(run.dataset.test, np.arange(2)))
     assert len(lines) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['resnet', 'convnext'])
+def test_the_networks_of_readme_go_through_the_program(tmp_path, monkeypatch, name):
+    """A Linen and an NNX one; its maps are those of the plain form."""
+    monkeypatch.chdir(tmp_path)
+    run = own_run(tmp_path, f'{ROOT}/configs/own_network.py:{name}')
+    run.config.data.image_size, run.config.occlusion.size = 32, 15
+    tables = run_all(run)
+    assert 'Table VI' in tables
+    assert store.load_metrics(run)['test_accuracy'] > 0.8
+    again = networks.load(run.config.classifier.source)  # From the file this time.
+    jax.tree.map(np.testing.assert_array_equal, again.variables, run.trained.variables)
+    assert_maps_are_plain(run)
 
 
 def test_the_twin_of_a_pooled_vgg_is_the_same_classifier():
