@@ -262,7 +262,7 @@ def _multiplications(name, params, shapes, out):
             [x.aval.shape for x in eqn.invars],
             eqn.outvars[0].aval.shape,
         )
-        for jaxpr in jax.core.jaxprs_in_params(params)
+        for jaxpr in tracing.jaxprs(params)
         for eqn in jaxpr.eqns
         if eqn.outvars
     )
@@ -408,7 +408,7 @@ def _evaluate(found, images, fill, size, chunk_size):
 
     count = len(images) * windows
     values = occlusion.map_chunks(jax.vmap(one), count, chunk_size=chunk_size)
-    return jax.vmap(finish)(jnp.arange(count), values)
+    return jax.vmap(finish)(jnp.arange(count, dtype=jnp.int32), values)
 
 
 def _padded(read, clean):

@@ -8,7 +8,7 @@ References:
     https://docs.jax.dev/en/latest/jaxpr.html
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,6 +99,15 @@ def called(primitive: Any, params: dict) -> tuple[Any, Sequence] | None:
         return None
     inner = params.get('jaxpr') or params['call_jaxpr']
     return (inner.jaxpr, inner.consts) if hasattr(inner, 'consts') else (inner, ())
+
+
+def jaxprs(params: dict) -> Iterator[Any]:
+    """Yields the jaxprs among a primitive's parameters, such as a loop's body."""
+    for value in params.values():
+        for found in value if isinstance(value, tuple) else (value,):
+            found = getattr(found, 'jaxpr', found)
+            if hasattr(found, 'eqns'):
+                yield found
 
 
 def _walk(jaxpr, consts, operands, fn):

@@ -17,6 +17,7 @@ import time
 import numpy as np
 import pytest
 
+from occjax import vgg
 from occjax.experiment import stages
 from occjax.probes import evasion, sweep
 from occjax.types import UsageError
@@ -66,7 +67,7 @@ def probed(finished, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('probed') / 'run'
     shutil.copytree(finished[0].workdir, workdir)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(small_run.run_lib.PLANS, 'vgg11', small_run.SMALL)
+        patch.setitem(vgg.PLANS, 'vgg11', small_run.SMALL)
         return workdir, probe(workdir)
 
 

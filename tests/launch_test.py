@@ -13,6 +13,7 @@ from occjax.benchmark import peer
 from occjax.experiment import stages
 from occjax.types import UsageError
 from tests.conftest import ROOT
+from tests.small_run import make_run
 
 
 def launch(*arguments, cwd, code=None, **environment):
@@ -252,11 +253,11 @@ def test_another_config_is_refused_and_nothing_is_lost(command, tmp_path):
 
 
 @pytest.mark.parametrize('missing', ['torch', 'captum'])
-def test_a_peer_that_is_not_installed_is_said(monkeypatch, missing):
+def test_a_peer_that_is_not_installed_is_said(monkeypatch, tmp_path, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setitem(sys.modules, 'captum.attr', None)
     with pytest.raises(UsageError, match='which is not installed: pip install torch captum'):
-        peer.check('captum')
+        peer.check(make_run(tmp_path / 'run'), 'captum')
 
 
 # From here on in processes of their own: exit codes, imports, environments.
