@@ -395,7 +395,8 @@ def _evaluate(found, images, fill, size, chunk_size):
     def one(pair):
         image, window = pair // windows, pair % windows
         corner = jnp.asarray(found.origins)[window]
-        box = lax.dynamic_slice(fill, (image, *corner, 0), (1, size, size, fill.shape[-1]))
+        corner = (image, *corner, np.int32(0))
+        box = lax.dynamic_slice(fill, corner, (1, size, size, fill.shape[-1]))
         env = {argument: box}
         take(head, env, image, window)
         return [env[x] for x in live]
@@ -454,7 +455,7 @@ def _corner(first, window):
     """Returns one window's corner; what is the same for all windows is no index."""
     is_same = (first == first[0]).all(axis=0)
     moving = jnp.asarray(first, jnp.int32)[window]
-    return [int(first[0, i]) if same else moving[i] for i, same in enumerate(is_same)]
+    return [np.int32(first[0, i]) if same else moving[i] for i, same in enumerate(is_same)]
 
 
 def heatmaps(

@@ -101,7 +101,7 @@ def random_network(draw):
         if kind == 'conv':
             groups = draw(st.sampled_from([1, channels]))
             width = groups * draw(st.integers(1, 3)) if groups > 1 else draw(st.integers(1, 6))
-            low, high = draw(st.integers(-1, 3)), draw(st.integers(-1, 3))
+            low, high = draw(st.integers(0, 3)), draw(st.integers(0, 3))
             size = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
             strides, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
             layers.append((kind, channels, width, groups, size, strides, dilation, (low, high)))
