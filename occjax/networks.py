@@ -124,7 +124,6 @@ def _arrays(file):
     )
 
 
-@functools.lru_cache(maxsize=4)
 def _own(file, function, digest):
     where = f'config.classifier.source is {str(file)!r}:{function!r}'
     spec = importlib.util.spec_from_file_location(re.sub(r'\W', '_', file.stem), file)

@@ -128,6 +128,16 @@ def scanned(w, x):
     return jax.checkpoint(lambda x: conv(x, w[2]))(x).mean((1, 2)) @ w[3]
 
 
+def crops(w, x):
+    """Dilated, padded by other numbers than 0, cropped, thinned out, turned, and joined again."""
+    x = jax.nn.relu(conv(x, w[0], dilation=2))
+    x = jnp.pad(x, ((0, 0), (2, 1), (1, 3), (0, 0)), constant_values=0.5)
+    x = x[:, 3:, 2:-1]
+    y = conv(x[:, 1::2, ::2], w[1], padding='VALID')
+    z = conv(x, w[2], 2, padding=((0, 1), (1, 0))).swapaxes(1, 2)[:, :-2, 1:]
+    return jnp.concatenate([y.mean((1, 2)), z.max((1, 2))], -1) @ w[3]
+
+
 # Name: a function of (weights, images), and what makes weights of a seed.
 NETWORKS = {
     'vgg': (vgg, _layers((3, 3, 3, 4), (3, 3, 4, 6), (6, 8), head=8)),
@@ -174,6 +184,7 @@ NETWORKS = {
         transposed,
         _layers((3, 3, 3, 4), (3, 3, 4, 4), (1, 3, 4, 8), head=20),
     ),
+    'crops': (crops, _layers((3, 3, 3, 4), (3, 3, 4, 4), (2, 3, 4, 4), head=8)),
     'attention': (attention, _layers((4, 4, 3, 8), (8, 8), (8, 8), (8, 8), head=8)),
     'scanned': (scanned, _layers((3, 3, 3, 4), (2, 3, 3, 4, 4), (3, 3, 4, 4), head=4)),
 }

@@ -175,6 +175,18 @@ def test_a_source_that_is_none_is_said(tmp_path, monkeypatch, source, message):
         networks.load(source)
 
 
+def test_other_weights_of_one_s_own_are_another_classifier(tmp_path):
+    source = OWN.replace(
+        'jax.random.normal(jax.random.key(0), (8, 10))', f"np.load('{tmp_path}/w.npy')"
+    )
+    (tmp_path / 'own.py').write_text(source)
+    digests = set()
+    for seed in (0, 1, 1):
+        np.save(tmp_path / 'w.npy', np.random.default_rng(seed).normal(size=(8, 10)))
+        digests.add(networks.load(f'{tmp_path}/own.py:network').digest)
+    assert len(digests) == 2
+
+
 def own_run(tmp_path, source, **data_fields):
     run = make_run(tmp_path / 'run')
     run.config.classifier.source = source
