@@ -83,7 +83,7 @@ def test_a_derivative_of_ones_own_is_kept_on_boxes():
     images = np.full((1, 12, 12, 3), 0.5, np.float32)
 
     def logits_fn(images):
-        x = jax.nn.relu(any_network.conv(images - 0.5, np.ones((1, 1, 3, 2), np.float32)))
+        x = jax.nn.relu(any_network.conv(images - 0.5, np.ones((3, 3, 3, 2), np.float32)))
         return x.sum((1, 2))
 
     def loss(images):
