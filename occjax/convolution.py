@@ -13,6 +13,7 @@ Times in comments: milliseconds on 2 x86-64 cores (AVX-512, 32 MB of cache), flo
 written images x side, C -> O.
 """
 
+import collections
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -370,17 +371,34 @@ def accelerate(fn: Callable) -> Callable:
 
 def bind(primitive: Any, params: dict, operands: Sequence[Array]) -> tuple[Array, ...]:
     """Returns a primitive's results, by the form of it that runs best; see `tracing.Bind`."""
-    find = _FORMS.get(primitive.name)
-    form = find(params, *operands) if find else None
-    if form is None:
+    found = _form(primitive.name, params, operands)
+    if found is None:
         return tracing.bind(primitive, params, operands)
-    if isinstance(form, Array):
-        return (form,)
+    form = found[1]
+    if form.func is _laid_out and form.keywords['products'] is _products_3x3:
+        return (form(*operands),)  # It knows of platforms itself.
 
     def plain(*operands):
         return tracing.bind(primitive, params, operands)[0]
 
     return (lax.platform_dependent(*operands, cpu=form, default=plain),)
+
+
+def forms(operations: Sequence[tracing.Operation]) -> dict[str, int]:
+    """Returns how many convolutions and pools are taken in which form on CPU."""
+    found = collections.Counter()
+    for operation in operations:
+        if operation.name in _FORMS:
+            taken = _form(operation.name, operation.params, operation.operands)
+            found[taken[0] if taken else "XLA's own"] += 1
+    return dict(found)
+
+
+def _form(name, params, operands):
+    """Returns the name of a form and the function that it is, None for XLA's own."""
+    find = _FORMS.get(name)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands] if find else ()
+    return find(params, *shapes) if find else None
 
 
 def _convolution(params, images, kernel):
@@ -394,25 +412,28 @@ def _convolution(params, images, kernel):
         return None
     c, o = kernel.shape[numbers.rhs_spec[1]], kernel.shape[numbers.rhs_spec[0]]
     if groups == 1 and sides == [3, 3] and strides == (1, 1):
-        products = _products_3x3
+        name, products = '3x3, Winograd where wide', _products_3x3
     elif groups == 1 and sides == [1, 1]:
-        products = _products_1x1
+        name, products = '1x1, a matrix product', _products_1x1
     elif c == 1 and groups == o:
-        products = _shifted_products
+        name, products = 'depthwise, shifted products', _shifted_products
     elif groups == 1 and o >= _MIN_CHANNELS:
-        products = _column_products
+        name, products = 'a matrix product of columns', _column_products
     else:
         return None
 
-    def form(images, kernel):
-        to = numbers.lhs_spec
-        images = images.transpose(to[0], *to[2:], to[1])
-        to = numbers.rhs_spec
-        out = products(images, kernel.transpose(*to[2:], to[1], to[0]), strides, pads)
-        to = numbers.out_spec
-        return out.transpose(np.argsort([to[0], *to[2:], to[1]]))
+    settings = dict(products=products, numbers=numbers, strides=strides, pads=pads)
+    return name, functools.partial(_laid_out, **settings)
 
-    return form(images, kernel) if products is _products_3x3 else form
+
+def _laid_out(images, kernel, *, products, numbers, strides, pads):
+    """Returns products of [N, H, W, C] and [H, W, C, O], from and in the layouts that are asked."""
+    to = numbers.lhs_spec
+    images = images.transpose(to[0], *to[2:], to[1])
+    to = numbers.rhs_spec
+    out = products(images, kernel.transpose(*to[2:], to[1], to[0]), strides, pads)
+    to = numbers.out_spec
+    return out.transpose(np.argsort([to[0], *to[2:], to[1]]))
 
 
 def _products_3x3(images, kernel, strides, pads):
@@ -471,11 +492,13 @@ def _pool(params, images, *, combine, fill):
     if images.ndim != 4 or not is_float or ones != {1} or math.prod(sides) > 9 or any(ends):
         return None
 
-    def form(images):
-        padded = _padded(images, params['padding'][1:3], fill)
-        return functools.reduce(combine, _shifted(padded, sides[1:3], strides[1:3]))
+    return 'a pool of slices', functools.partial(_sliced, params, combine=combine, fill=fill)
 
-    return form
+
+def _sliced(params, images, *, combine, fill):
+    padded = _padded(images, params['padding'][1:3], fill)
+    sides, strides = params['window_dimensions'][1:3], params['window_strides'][1:3]
+    return functools.reduce(combine, _shifted(padded, sides, strides))
 
 
 def _first_largest(a, b):

@@ -438,6 +438,15 @@ def test_where_maxima_tie_the_gradient_is_one_pixel_s(size, stride):
     np.testing.assert_allclose(fast, plain, rtol=1e-6)
 
 
+def test_forms_are_counted():
+    shape = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    found = convolution.forms(tracing.trace(any_network.bound('mobilenet'), shape).operations)
+    expected = {'1x1, a matrix product': 2, 'depthwise, shifted products': 1, "XLA's own": 1}
+    assert found == expected
+    found = convolution.forms(tracing.trace(any_network.bound('wide vgg'), shape).operations)
+    assert found == {'3x3, Winograd where wide': 2, 'a pool of slices': 2}
+
+
 def test_accelerate_keeps_the_tree():
     found = convolution.accelerate(lambda a, b: {'x': (a + 1, 2.0), 'y': b['z']})(
         jnp.ones(2), {'z': jnp.zeros(3)}

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import data, metrics, names, occlusion, vgg
+from occjax import convolution, data, metrics, names, occlusion, vgg
 from occjax import engine as engine_lib
 from occjax.benchmark import peer
 from occjax.benchmark.peer import Timing
@@ -69,6 +69,7 @@ def benchmark(run: Run, timing: Timing) -> str:
         'repeats': timing.repeats,
         'dtype': dtype.name,
         'matrix_product_flops_per_second': rates,
+        'forms': convolution.forms(run.planned(variables).program.operations),
         'engines': {},
     }
     for name in chosen:

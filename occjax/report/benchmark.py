@@ -43,6 +43,9 @@ def table(result: dict) -> str:
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines += ['  '.join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    if result['backend'] == 'cpu':
+        taken = (f'{count} of {name}' for name, count in result['forms'].items())
+        lines += ['', f'Convolutions and pools: {"; ".join(taken)}.']
     if peer_row:
         lines += ['', describe(peer_row)]
     lines += [
