@@ -7,6 +7,7 @@ and fitted to the digits the first time, in half a minute, for want of weights t
 """
 
 import functools
+import os
 import pathlib
 
 import jax
@@ -21,7 +22,7 @@ from occjax import data, sources
 def get_config():
     """Returns the digits' experiment on the Linen network."""
     config = digits.get_config()
-    config.classifier.source = f'{__file__}:resnet'
+    config.classifier.source = f'{os.path.relpath(__file__)}:resnet'
     return config
 
 
