@@ -46,10 +46,7 @@ def benchmark(run: Run, timing: Timing) -> str:
     wanted = run.speed.engine
     chosen = names.ENGINES if wanted == 'auto' else (wanted,)
     peer.check(run, timing.peer)
-    trained = run.trained.variables if run.trained else None
-    shapes = trained or jax.eval_shape(lambda: random_variables(run))
-    for name in chosen:
-        run.mapping(shapes, name)  # Before anything is computed: is there memory?
+    _check_memory(run, chosen)
     variables, images, weights = _subject(run, timing.images)
     dtype = jnp.dtype(timing.dtype)
     types = ('float32', dtype.name) if jax.default_backend() == 'cpu' else ('float32', 'bfloat16')
@@ -96,6 +93,16 @@ def benchmark(run: Run, timing: Timing) -> str:
         benchmark_report.table(result)
         + f'\nWritten: {run.workdir / "benchmark.json"}, benchmark.png\n'
     )
+
+
+def _check_memory(run, chosen):
+    """Raises `UsageError` if there is too little for an engine, before anything is computed."""
+    if run.trained:
+        shapes = run.trained.variables
+    else:
+        shapes = jax.eval_shape(functools.partial(random_variables, run))
+    for name in chosen:
+        run.mapping(shapes, name)
 
 
 def matrix_rate(dtype: str) -> float:
