@@ -75,7 +75,6 @@ def load(source: str) -> Trained:
     return _own(file, rest[-1], content)
 
 
-@functools.lru_cache(maxsize=4)
 def _torchvision(name, file, digest):
     if name not in TORCHVISION:
         raise UsageError(

@@ -150,47 +150,25 @@ def occluded_logits(
     References:
         Zeiler & Fergus, https://arxiv.org/abs/1311.2901
     """
-    geometry = dict(size=size, stride=stride, grid=grid)
-    settings = dict(fill=fill, chunk_size=chunk_size, is_exact=chunk_size is not None)
-    return occluded_outputs(checks.logits_fn(logits_fn), images, **geometry, **settings)
-
-
-def occluded_outputs(
-    fn: Callable[[Array], Array],
-    images: Array,
-    *,
-    size: int,
-    stride: int,
-    fill: float | Array = 0.5,
-    grid: str = 'paper',
-    chunk_size: int | None = None,
-    is_exact: bool = False,
-) -> Array:
-    """Returns `[B, h, w, F]` of any function of images, its outputs laid flat.
-
-    Args:
-        fn: maps `[B, H, W, C]` images to `[B, ...]`, F values each.
-        images, size, stride, fill, grid, chunk_size: see `occluded_logits`.
-        is_exact: whether a call sees just `chunk_size` images, and not fewer in equal chunks.
-    """
+    logits_fn = checks.logits_fn(logits_fn)
     images = checks.images(images, slack=checks.NEAR)
     geometry = dict(size=size, stride=stride, grid=grid)
     origins = jnp.asarray(window_origins(images.shape[1:3], **geometry))
     fill = checks.fill(fill, images)
     mask = jax.vmap(functools.partial(occlude, size=size))
 
-    def outputs_of(pairs):
+    def logits_of(pairs):
         image = pairs // len(origins)
-        return fn(mask(images[image], origins[pairs % len(origins)], fill=fill[image]))
+        return logits_fn(mask(images[image], origins[pairs % len(origins)], fill=fill[image]))
 
-    outputs = map_chunks(
-        outputs_of,
+    logits = map_chunks(
+        logits_of,
         len(images) * len(origins),
         chunk_size=default_chunk(images.shape[1:]) if chunk_size is None else chunk_size,
-        is_exact=is_exact,
-        is_traced=not isinstance(fn, jax.stages.Compiled),
+        is_exact=chunk_size is not None,
+        is_traced=not isinstance(logits_fn, jax.stages.Compiled),
     )
-    return outputs.reshape(len(images), *grid_shape(images.shape[1:3], **geometry), -1)
+    return logits.reshape(len(images), *grid_shape(images.shape[1:3], **geometry), -1)
 
 
 def map_chunks(
@@ -207,7 +185,7 @@ def map_chunks(
         fn: maps `[n]` numbers to a pytree of leading axis n.
         count: how many there are.
         chunk_size: n, or where `is_exact` is not set fewer, so that all chunks are alike.
-        is_exact: see there.
+        is_exact: whether a call sees just `chunk_size` numbers, the last one some of them again.
         is_traced: whether `fn` may be traced.
     """
     if chunk_size < 1:

@@ -159,8 +159,8 @@ shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradie
 POINTWISE = frozenset(_POINTWISE.split())
 
 
-def is_pointwise(primitive: Any, params: dict, shape: tuple[int, ...]) -> bool:
-    """Returns whether an operation with results of `shape` may be evaluated at another one."""
+def is_pointwise(primitive: Any, params: dict) -> bool:
+    """Returns whether an operation may be evaluated at another shape than it was traced for."""
     if primitive.name == 'custom_jvp_call':
         inner = params['call_jaxpr'].jaxpr
     elif found := called(primitive, params):
@@ -168,7 +168,7 @@ def is_pointwise(primitive: Any, params: dict, shape: tuple[int, ...]) -> bool:
     else:
         return primitive.name in POINTWISE
     return all(
-        is_pointwise(eqn.primitive, eqn.params, shape)
+        is_pointwise(eqn.primitive, eqn.params)
         or (eqn.primitive.name == 'broadcast_in_dim' and eqn.invars[0].aval.shape == ())
         for eqn in inner.eqns
     )

@@ -150,13 +150,13 @@ def _subject(run, count):
             'trained',
         )
     images = rng.uniform(size=(count, *run.image_shape, 3)).astype(np.float32)
+    if run.trained:
+        return stages.load_trained(run), images, 'given'
     return devices.replicate(random_variables(run)), images, 'random'
 
 
-def random_variables(run: Run) -> Any:
-    """Returns an untrained classifier, of `NUM_CLASSES`, or the one that is trained already."""
-    if run.trained:
-        return jax.tree.map(jnp.asarray, run.trained.variables)
+def random_variables(run: Run) -> vgg.Variables:
+    """Returns an untrained VGG, of `NUM_CLASSES`."""
     # Compiled as one, or each random number's way to its value would be kept in memory.
     init = functools.partial(
         vgg.init,
@@ -263,6 +263,6 @@ def _rates(seconds, maps, windows):
 def _cast(variables, dtype):
     """Returns variables in another type; pixels and their normalisation stay float32, for free."""
     cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
-    if not hasattr(cast, '_replace'):
-        return cast
-    return cast._replace(pixel_stats=variables.pixel_stats)
+    if isinstance(cast, vgg.Variables):
+        cast = cast._replace(pixel_stats=variables.pixel_stats)
+    return cast

@@ -83,7 +83,7 @@ class Run:
 
     @property
     def variable_shapes(self) -> Any:
-        """The classifier's weights, or their shapes."""
+        """The classifier's weights, or their shapes; no image is read for them."""
         if self.trained:
             return self.trained.variables
         layers = self.layers | dict(num_classes=len(self.description['class_names']))

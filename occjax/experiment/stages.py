@@ -47,13 +47,8 @@ def init_variables(run: Run, number: int = 0) -> vgg.Variables:
     stats = {}
     if run.config.classifier.normalize:
         stats = dict(zip(('mean', 'std'), data.pixel_statistics(run.dataset.train), strict=True))
-    return _init(run, number, len(run.dataset.class_names), **stats)
-
-
-def _init(run, number, num_classes, **stats):
-    """Returns an untrained classifier."""
-    key = run.key(Stream.CLASSIFIER_INIT, number)
-    return vgg.init(key, num_classes=num_classes, **run.layers, **stats)
+    key, classes = run.key(Stream.CLASSIFIER_INIT, number), len(run.dataset.class_names)
+    return vgg.init(key, num_classes=classes, **run.layers, **stats)
 
 
 def train(run: Run):
@@ -179,9 +174,7 @@ def load_variables(run: Run) -> Any:
         made = {'classifier': run.trained.digest}
         storage.check_origin(directory / 'metrics.json', metrics, made, mode='train')
         return load_trained(run)
-    # From the description, so that no image is read for the shapes.
-    num_classes = len(run.description['class_names'])
-    like = jax.eval_shape(lambda: classifier.init_state(_init(run, 0, num_classes)))
+    like = jax.eval_shape(classifier.init_state, run.variable_shapes)
     known = dict(mode='train', step=metrics['step'])
     made = {'classifier': storage.checkpoint_metadata(directory, **known)['digest']}
     storage.check_origin(directory / 'metrics.json', metrics, made, mode='train')
