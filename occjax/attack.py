@@ -4,21 +4,25 @@ Images are float32 in [0, 1], NHWC. Dimensions: B batch, H W C image, K classes.
 
 Of every attack: the result is in its ball and in `bounds`; with `epsilon=0` it is `images`, bit for
 bit; no image sees its batch, only draws depend on its position. `epsilon`, `step_size` and `decay`
-are one number or one for each image, `steps` one integer or one for each.
+are one number or one for each image, `steps` one integer or one for each. `labels=None` takes the
+classes that are predicted for the images.
 
-Gradients are those of the logarithm of the other classes' odds, logsumexp(z_others) - z_label: the
-direction of the cross-entropy's gradient, which is (1 - p_label) times this and underflows where a
-network is confident. Where a gradient is NaN its pixel stays.
+Those that climb a loss take it as `loss_fn`, which maps `[B, K]` logits and `[B]` labels to `[B]`.
+By default it is `odds`, logsumexp(z_others) - z_label: its gradient has the direction of the
+cross-entropy's, which is (1 - p_label) times this and underflows where a network is confident.
+Where a gradient is NaN its pixel stays.
 
 Images out of `bounds` and labels that are no class are refused where their values are known; under
 `jit` such an image moves no further out, and such a label makes all classes the others.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from occjax import checks
 from occjax.types import Array, LogitsFn
@@ -26,6 +30,7 @@ from occjax.types import Array, LogitsFn
 Bounds = tuple[float, float] | None
 Count = int | Array  # i32[] or i32[B]
 Number = float | Array  # f32[], f32[B] or f32[B, 1, 1, 1]
+LossFn = Callable[[Array, Array], Array]  # maps [B, K] logits and [B] labels to [B]
 
 PIXELS = (0.0, 1.0)
 
@@ -38,8 +43,38 @@ class Outcome(NamedTuple):
     predicted_after: Array  # i32[B], the class predicted for the attacked image
 
 
+def odds(logits: Array, labels: Array) -> Array:
+    """Returns `[B]` logarithms of the odds of all other classes, logsumexp(z_others) - z_label.
+
+    Its gradient has the direction of the cross-entropy's, without the factor 1 - p_label, which
+    float32 rounds to 0 where the label leads by 17 and more.
+    """
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    others = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+    return others - jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
+
+
+def dlr(logits: Array, labels: Array) -> Array:
+    """Returns `[B]` differences of logits ratios, (max z_others - z_label) / (z_1 - z_3).
+
+    z_1 and z_3 are the largest and the third largest logit; K >= 3. No scale of the logits changes
+    it.
+
+    References:
+        Croce & Hein, https://arxiv.org/abs/2003.01690, §5
+    """
+    largest = jax.lax.top_k(logits, 3)[0]
+    return -_lead(logits, labels) / jnp.maximum(largest[:, 0] - largest[:, 2], 1e-12)
+
+
 def fgsm(
-    logits_fn: LogitsFn, images: Array, labels: Array, *, epsilon: Number, bounds: Bounds = PIXELS
+    logits_fn: LogitsFn,
+    images: Array,
+    labels: Array | None = None,
+    *,
+    epsilon: Number,
+    loss_fn: LossFn = odds,
+    bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images by one signed gradient step (fast gradient sign method).
 
@@ -49,8 +84,9 @@ def fgsm(
     Args:
         logits_fn: maps `[B, H, W, C]` images to `[B, K]` logits, deterministically.
         images: `[B, H, W, C]` in [0, 1].
-        labels: `[B]` integer classes whose loss is increased.
+        labels: `[B]` integer classes whose loss is increased; None takes the predicted ones.
         epsilon: step size in pixel units, one or `[B]`.
+        loss_fn: see above.
         bounds: valid pixel range, or None to leave the step unclipped as in eq. (1).
 
     Returns:
@@ -64,26 +100,38 @@ def fgsm(
     References:
         Goodfellow et al., https://arxiv.org/abs/1412.6572
     """
-    images, labels, epsilon = _checked(images, labels, epsilon, bounds)
-    step = epsilon * jnp.sign(_gradient(logits_fn, images, labels))
+    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
+    step = epsilon * jnp.sign(_climb(logits_fn, loss_fn, images, labels).gradient)
     return _clip(images + step, images, bounds)
 
 
 def targeted_fgsm(
-    logits_fn: LogitsFn, images: Array, targets: Array, *, epsilon: Number, bounds: Bounds = PIXELS
+    logits_fn: LogitsFn,
+    images: Array,
+    targets: Array,
+    *,
+    epsilon: Number,
+    loss_fn: LossFn = odds,
+    bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images as `fgsm` does, but by a step that lowers the loss of classes `targets`.
 
     References:
         Kurakin et al., https://arxiv.org/abs/1611.01236
     """
-    images, targets, epsilon = _checked(images, targets, epsilon, bounds)
-    step = epsilon * jnp.sign(_gradient(logits_fn, images, targets))
+    images, targets, epsilon = _checked(logits_fn, images, targets, epsilon, bounds)
+    step = epsilon * jnp.sign(_climb(logits_fn, loss_fn, images, targets).gradient)
     return _clip(images - step, images, bounds)
 
 
 def fgsm_l2(
-    logits_fn: LogitsFn, images: Array, labels: Array, *, epsilon: Number, bounds: Bounds = PIXELS
+    logits_fn: LogitsFn,
+    images: Array,
+    labels: Array | None = None,
+    *,
+    epsilon: Number,
+    loss_fn: LossFn = odds,
+    bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images as `fgsm` does, but along each gradient, by `epsilon` in L2 norm.
 
@@ -92,19 +140,20 @@ def fgsm_l2(
     References:
         Dong et al., https://arxiv.org/abs/1710.06081, eq. (2)
     """
-    images, labels, epsilon = _checked(images, labels, epsilon, bounds)
-    direction = unit(_gradient(logits_fn, images, labels), order=2)
+    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
+    direction = unit(_climb(logits_fn, loss_fn, images, labels).gradient, order=2)
     return _clip(images + epsilon * direction, images, bounds)
 
 
 def bim(
     logits_fn: LogitsFn,
     images: Array,
-    labels: Array,
+    labels: Array | None = None,
     *,
     epsilon: Number,
     steps: Count,
     step_size: Number | None = None,
+    loss_fn: LossFn = odds,
     bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images by signed gradient steps (basic iterative method, I-FGSM).
@@ -119,18 +168,21 @@ def bim(
     References:
         Kurakin et al., https://arxiv.org/abs/1607.02533
     """
-    return _ascend(logits_fn, images, labels, epsilon, steps, step_size, bounds)
+    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
+    settings = dict(epsilon=epsilon, steps=steps, step_size=step_size, bounds=bounds)
+    return _ascend(logits_fn, loss_fn, images, labels, images, **settings)
 
 
 def pgd(
     logits_fn: LogitsFn,
     images: Array,
-    labels: Array,
+    labels: Array | None = None,
     *,
     key: Array,
     epsilon: Number,
     steps: Count,
     step_size: Number | None = None,
+    loss_fn: LossFn = odds,
     bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images as `bim` does, from a random start (projected gradient descent).
@@ -141,23 +193,57 @@ def pgd(
     References:
         Madry et al., https://arxiv.org/abs/1706.06083
     """
-    images, labels, epsilon = _checked(images, labels, epsilon, bounds)
-    noise = jax.vmap(lambda k: jax.random.uniform(k, images.shape[1:], images.dtype, -1, 1))
-    start = _clip(images + epsilon * noise(_keys(key, images)), images, bounds)
-    return _ascend(
-        logits_fn, images, labels, epsilon, steps, step_size, bounds, start=start, reach=2.5
-    )
+    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
+    start = _clip(images + epsilon * _uniform(key, images), images, bounds)
+    settings = dict(epsilon=epsilon, steps=steps, step_size=step_size, bounds=bounds)
+    return _ascend(logits_fn, loss_fn, images, labels, start, **settings, reach=2.5)
+
+
+def pgd_l2(
+    logits_fn: LogitsFn,
+    images: Array,
+    labels: Array | None = None,
+    *,
+    key: Array,
+    epsilon: Number,
+    steps: Count,
+    step_size: Number | None = None,
+    loss_fn: LossFn = odds,
+    bounds: Bounds = PIXELS,
+) -> Array:
+    """Perturbs images as `pgd` does, in a ball of L2 norm: steps go along each gradient.
+
+    Image `b` starts uniformly in its ball, by `fold_in(key, b)`; `epsilon` is the ball's radius,
+    `step_size` a length, both in L2 norm.
+
+    References:
+        Madry et al., https://arxiv.org/abs/1706.06083
+    """
+    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
+    size = images[0].size
+
+    def inside(key):
+        along, out = jax.random.split(key)
+        direction = jax.random.normal(along, images.shape[1:], images.dtype)
+        return direction, jax.random.uniform(out, (), images.dtype) ** (1 / size)
+
+    direction, radius = jax.vmap(inside)(_keys(key, images))
+    step = epsilon * radius[:, None, None, None] * unit(direction, order=2)
+    start = project(images + step, images, epsilon=epsilon, bounds=bounds, order=2)
+    settings = dict(epsilon=epsilon, steps=steps, step_size=step_size, bounds=bounds)
+    return _ascend(logits_fn, loss_fn, images, labels, start, **settings, reach=2.5, order=2)
 
 
 def mi_fgsm(
     logits_fn: LogitsFn,
     images: Array,
-    labels: Array,
+    labels: Array | None = None,
     *,
     epsilon: Number,
     steps: Count,
     step_size: Number | None = None,
     decay: Number = 1.0,
+    loss_fn: LossFn = odds,
     bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images as `bim` does, by signs of accumulated gradients (momentum I-FGSM).
@@ -168,13 +254,113 @@ def mi_fgsm(
     References:
         Dong et al., https://arxiv.org/abs/1710.06081
     """
-    return _ascend(logits_fn, images, labels, epsilon, steps, step_size, bounds, decay=decay)
+    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
+    settings = dict(epsilon=epsilon, steps=steps, step_size=step_size, bounds=bounds)
+    return _ascend(logits_fn, loss_fn, images, labels, images, **settings, decay=decay)
+
+
+class _Apgd(NamedTuple):
+    """Where an image of `apgd` is; all `[B]` or `[B, H, W, C]`."""
+
+    here: '_Climb'
+    before: Array  # the image a step ago
+    best: '_Climb'  # of the largest loss
+    found: Array  # the last image that was misclassified, or the first
+    is_found: Array
+    step: Array  # its length
+    rises: Array  # since the last checkpoint
+    due: Array  # the step of the next checkpoint
+    gap: Array  # from the last checkpoint to it
+    reference: Array  # the largest loss at the last checkpoint
+    was_halved: Array  # then
+
+
+def apgd(
+    logits_fn: LogitsFn,
+    images: Array,
+    labels: Array | None = None,
+    *,
+    key: Array,
+    epsilon: Number,
+    steps: Count,
+    loss_fn: LossFn = odds,
+    bounds: Bounds = PIXELS,
+) -> Array:
+    """Perturbs images by steps with momentum that halve where the loss stalls (Auto-PGD).
+
+    Image `b` starts at random on its ball's surface, by `fold_in(key, b)`. Steps of 2 `epsilon`
+    halve at checkpoints where less than three quarters of the steps since the last one climbed, or
+    nothing was won since, and then go on from the best image. `loss_fn=odds` takes the same steps
+    as the cross-entropy, a rising function of it; `dlr` is the other of AutoAttack's.
+
+    Arguments and errors are those of `bim`. `steps + 1` gradients.
+
+    Returns:
+        `[B, H, W, C]`, the last image that was misclassified, or where none was the one of the
+        largest loss.
+
+    References:
+        Croce & Hein, https://arxiv.org/abs/2003.01690
+    """
+    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
+    steps = jnp.broadcast_to(checks.count('steps', steps), len(images))
+    # Of `steps`: the first gap, by how much the next are shorter, and the shortest.
+    first, less, least = (jnp.maximum(steps * n // 100, 1) for n in (22, 3, 6))
+    project_fn = functools.partial(project, centre=images, epsilon=epsilon, bounds=bounds)
+    look = functools.partial(_climb, logits_fn, loss_fn, labels=labels)
+    noise = _uniform(key, images)
+    noise /= jnp.abs(noise).max(axis=(1, 2, 3), keepdims=True)
+    start = look(_clip(images + epsilon * noise, images, bounds))
+    state = _Apgd(
+        here=start,
+        before=start.images,
+        best=start,
+        found=start.images,
+        is_found=start.is_wrong,
+        step=2 * epsilon,
+        rises=jnp.zeros_like(steps),
+        due=first,
+        gap=first,
+        reference=start.loss,
+        was_halved=jnp.ones(len(images), bool),
+    )
+
+    step = functools.partial(_apgd_step, look, project_fn, less, least)
+    state = _iterate(step, state, steps)
+    return _select(state.is_found, state.found, state.best.images)
+
+
+def _apgd_step(look, project_fn, less, least, t, at):
+    """Takes a step, and at a checkpoint halves the next ones or not."""
+    x = at.here.images
+    share = jnp.where(t == 0, 1.0, 0.75).astype(x.dtype)
+    ahead = project_fn(x + at.step * jnp.sign(at.here.gradient))
+    here = look(project_fn(x + share * (ahead - x) + (1 - share) * (x - at.before)))
+    best = _select(here.loss > at.best.loss, here, at.best)
+    rises = at.rises + (here.loss > at.here.loss)
+    is_due = at.due == t + 1
+    stalls = ~at.was_halved & (at.reference >= best.loss)
+    halves = is_due & (stalls | (rises <= 0.75 * at.gap))
+    gap = jnp.where(is_due, jnp.maximum(at.gap - less, least), at.gap)
+    return _Apgd(
+        here=_select(halves, best, here),
+        before=x,
+        best=best,
+        found=_select(here.is_wrong, here.images, at.found),
+        is_found=at.is_found | here.is_wrong,
+        step=_select(halves, at.step / 2, at.step),
+        rises=jnp.where(is_due, 0, rises),
+        due=jnp.where(is_due, at.due + gap, at.due),
+        gap=gap,
+        reference=jnp.where(is_due, best.loss, at.reference),
+        was_halved=jnp.where(is_due, halves, at.was_halved),
+    )
 
 
 def square(
     logits_fn: LogitsFn,
     images: Array,
-    labels: Array,
+    labels: Array | None = None,
     *,
     key: Array,
     epsilon: Number,
@@ -197,7 +383,7 @@ def square(
     References:
         Andriushchenko et al., https://arxiv.org/abs/1912.00049
     """
-    images, labels, epsilon = _checked(images, labels, epsilon, bounds)
+    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
     height, width, channels = images.shape[1:]
     steps = jnp.broadcast_to(checks.count('steps', steps), len(images))
     keys = _keys(key, images)
@@ -234,11 +420,196 @@ def square(
 def _margin(logits_fn, images, labels):
     """Returns by how much each label's logit leads, `[B]`; negative if and only if it does not."""
     logits = checks.logits_fn(logits_fn, labels)(images)
+    # Ties fall as in `outcome`.
+    lead = _lead(logits, labels)
+    return lead - (jnp.argmax(logits, -1) != labels).astype(lead.dtype)
+
+
+def _lead(logits, labels):
+    """Returns `[B]`, by how much the label's logit exceeds the largest of the others."""
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     lead = logits.max(-1, where=is_label, initial=-jnp.inf)
-    lead -= logits.max(-1, where=~is_label, initial=-jnp.inf)
-    # Ties fall as in `outcome`.
-    return lead - (jnp.argmax(logits, -1) != labels).astype(lead.dtype)
+    return lead - logits.max(-1, where=~is_label, initial=-jnp.inf)
+
+
+def carlini_wagner(
+    logits_fn: LogitsFn,
+    images: Array,
+    labels: Array | None = None,
+    *,
+    steps: int,
+    searches: int = 9,
+    learning_rate: float = 0.01,
+    initial_const: float = 1e-3,
+    confidence: float = 0.0,
+    bounds: tuple[float, float] = PIXELS,
+) -> Array:
+    """Finds a misclassified image that is near in L2 norm, by Adam (Carlini & Wagner).
+
+    Minimises the squared distance plus a constant times the label's lead, in variables of which
+    the tanh is in bounds; the constant of each image is searched, tenfold until an attack succeeds
+    and by bisection then.
+
+    Args:
+        logits_fn, images, labels, bounds: see `fgsm`.
+        steps, learning_rate: of Adam for each constant.
+        searches: how many constants are tried.
+        initial_const: the first of them.
+        confidence: by which another logit must lead.
+
+    Returns:
+        `[B, H, W, C]`, the nearest misclassified images that were met; the images if none was.
+
+    References:
+        Carlini & Wagner, https://arxiv.org/abs/1608.04644, §VI.A
+    """
+    images, labels = _labelled(logits_fn, images, labels, bounds)
+    low, high = bounds
+
+    def to_pixels(w):
+        return low + (high - low) * (jnp.tanh(w) + 1) / 2
+
+    # At the bounds themselves the inverse is infinite.
+    centre = jnp.arctanh(0.999999 * (2 * (images - low) / (high - low) - 1))
+    anchor = to_pixels(centre)
+
+    def loss(delta, const):
+        x = to_pixels(centre + delta)
+        lead = _lead(checks.logits_fn(logits_fn, labels)(x), labels) + confidence
+        distance = jnp.sum((x - anchor) ** 2, axis=(1, 2, 3))
+        return jnp.sum(distance + const * jnp.maximum(lead, 0)), (x, lead < 0)
+
+    descend = functools.partial(_descend, loss, images, optax.adam(learning_rate), steps)
+
+    def search(state, _):
+        const, below, above, nearest = state
+        nearest, is_found = descend(const, nearest)
+        below, above = jnp.where(is_found, below, const), jnp.where(is_found, const, above)
+        const = jnp.where(jnp.isinf(above), const * 10, (below + above) / 2)
+        return (const, below, above, nearest), None
+
+    one, is_wrong = jnp.ones(len(images), images.dtype), _margin(logits_fn, images, labels) < 0
+    nearest = images, jnp.where(is_wrong, 0, jnp.inf).astype(images.dtype)
+    state = initial_const * one, 0 * one, jnp.inf * one, nearest
+    return jax.lax.scan(search, state, length=searches)[0][3][0]
+
+
+def _descend(loss, images, optimizer, steps, const, nearest):
+    """Returns the nearest misclassified images, and whether each search met one."""
+
+    def step(state, _):
+        delta, opt_state, nearest, is_found = state
+        gradient, (x, is_wrong) = jax.grad(loss, has_aux=True)(delta, const)
+        updates, opt_state = optimizer.update(jnp.nan_to_num(gradient), opt_state)
+        norm = jnp.linalg.norm((x - images).reshape(len(x), -1), axis=-1)
+        nearest = _select(is_wrong & (norm < nearest[1]), (x, norm), nearest)
+        return (delta + updates, opt_state, nearest, is_found | is_wrong), None
+
+    delta = jnp.zeros_like(images)
+    state = delta, optimizer.init(delta), nearest, jnp.zeros(len(images), bool)
+    return jax.lax.scan(step, state, length=steps)[0][2:]
+
+
+def deepfool(
+    logits_fn: LogitsFn,
+    images: Array,
+    labels: Array | None = None,
+    *,
+    steps: Count,
+    overshoot: float = 0.02,
+    candidates: int = 10,
+    bounds: Bounds = PIXELS,
+) -> Array:
+    """Steps over the nearest boundary of a network that is taken to be linear (DeepFool, L2).
+
+    Args:
+        logits_fn, images, labels: see `fgsm`.
+        steps: the most linearisations, one or one for each image, which stops once misclassified.
+        overshoot: share by which the way is lengthened.
+        candidates: classes that are stepped towards, the likeliest of each image.
+        bounds: valid pixel range, or None.
+
+    Returns:
+        `[B, H, W, C]`.
+
+    References:
+        Moosavi-Dezfooli et al., https://arxiv.org/abs/1511.04599
+    """
+    images, labels = _labelled(logits_fn, images, labels, bounds)
+    steps = jnp.broadcast_to(checks.count('steps', steps), len(images))
+    checked_fn = checks.logits_fn(logits_fn, labels)
+    logits = checked_fn(images)
+    others = jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits)
+    others = jax.lax.top_k(others, min(candidates, logits.shape[-1] - 1))[1]
+
+    def behind(x):
+        """Returns by how much each `[B, candidates]` logit is behind the label's."""
+        logits = checked_fn(x)
+        label = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+        is_wrong = jnp.argmax(logits, -1) != labels
+        return label - jnp.take_along_axis(logits, others, axis=-1), is_wrong
+
+    def step(_, state):
+        total, x, _ = state
+        gap, pullback, _ = jax.vjp(behind, x, has_aux=True)
+        one = jnp.eye(gap.shape[1], dtype=gap.dtype)[:, None] * jnp.ones((1, len(gap), 1))
+        slopes = -jax.vmap(lambda cotangent: pullback(cotangent)[0])(one)
+        slopes = jnp.nan_to_num(jnp.moveaxis(slopes, 0, 1))
+        norm = jnp.sqrt(jnp.sum(slopes**2, axis=(2, 3, 4)))
+        distance = jnp.abs(gap) / jnp.maximum(norm, 1e-8)
+        nearest = jnp.argmin(jnp.where(norm > 0, distance, jnp.inf), axis=1)
+        rows = jnp.arange(len(gap)), nearest
+        # The addition steps over boundaries that are met exactly.
+        length = (distance[rows] + 1e-4) / jnp.maximum(norm[rows], 1e-8)
+        total += length[:, None, None, None] * slopes[rows]
+        moved = _clip(images + (1 + overshoot) * total, images, bounds)
+        return total, moved, behind(moved)[1]
+
+    state = jnp.zeros_like(images), images, behind(images)[1]
+    return _iterate(step, state, steps, lambda state: state[2])[1]
+
+
+def minimal_epsilon(
+    attack_fn: Callable[..., Array],
+    logits_fn: LogitsFn,
+    images: Array,
+    labels: Array | None = None,
+    *,
+    most: float = 1.0,
+    halvings: int = 12,
+) -> tuple[Array, Array]:
+    """Returns the smallest `epsilon` at which an attack succeeds, by bisection for each image.
+
+    Success is taken to begin at one `epsilon`; where it comes and goes (FGSM's may), this is one
+    of the beginnings.
+
+    Args:
+        attack_fn: called as `attack_fn(images, labels, epsilon=epsilon)`, with one for each image.
+        logits_fn, images, labels: see `fgsm`.
+        most: the largest that is tried.
+        halvings: of the interval from 0 to `most`.
+
+    Returns:
+        `[B]`, at most `most / 2**halvings` too large: the attack succeeds at it; 0 where the image
+        is misclassified already, infinite where even `most` is too little. And `[B]` booleans,
+        whether it is finite.
+    """
+    images, labels = _labelled(logits_fn, images, labels, None)
+
+    def succeeds(epsilon):
+        return _margin(logits_fn, attack_fn(images, labels, epsilon=epsilon), labels) < 0
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) / 2
+        is_enough = succeeds(middle)
+        return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
+
+    whole = jnp.full(len(images), most, images.dtype)
+    is_wrong, success = _margin(logits_fn, images, labels) < 0, succeeds(whole)
+    _, high = jax.lax.fori_loop(0, halvings, halve, (jnp.zeros_like(whole), whole))
+    success |= is_wrong
+    return jnp.where(is_wrong, 0, jnp.where(success, high, jnp.inf)), success
 
 
 def sign_noise(images: Array, *, key: Array, epsilon: float, bounds: Bounds = PIXELS) -> Array:
@@ -273,11 +644,18 @@ def outcome(clean_logits: Array, adversarial_logits: Array, labels: Array) -> Ou
     return Outcome(correct_before, successful, predicted_after)
 
 
-def _checked(images, labels, epsilon, bounds):
+def _checked(logits_fn, images, labels, epsilon, bounds):
     """Returns the three as arrays, epsilon as `[B, 1, 1, 1]`, if they are what they should be."""
+    images, labels = _labelled(logits_fn, images, labels, bounds)
+    return images, labels, _per_image(checks.number('epsilon', epsilon), images)
+
+
+def _labelled(logits_fn, images, labels, bounds):
+    """Returns images and labels as arrays; the labels are those predicted where there are none."""
     images = checks.images(images, bounds)
-    epsilon = _per_image(checks.number('epsilon', epsilon), images)
-    return images, checks.classes(labels, images), epsilon
+    if labels is None:
+        labels = jnp.argmax(checks.logits_fn(logits_fn)(images), axis=-1)
+    return images, checks.classes(labels, images)
 
 
 def _per_image(value, images):
@@ -291,25 +669,33 @@ def _keys(key, images):
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(images)))
 
 
-def _gradient(logits_fn, images, labels):
-    """Returns each image's gradient of its own `odds`, 0 where it is NaN."""
+def _uniform(key, images):
+    """Returns noise from -1 to 1 of the images' shape."""
+    draw = functools.partial(jax.random.uniform, minval=-1, maxval=1)
+    keys = _keys(key, images)
+    return jax.vmap(lambda key: draw(key, images.shape[1:], images.dtype))(keys)
 
-    def total_loss(x):
+
+class _Climb(NamedTuple):
+    """Images, and where their losses rise."""
+
+    images: Array  # f32[B, H, W, C]
+    loss: Array  # f32[B]
+    gradient: Array  # f32[B, H, W, C], 0 where it is NaN
+    is_wrong: Array  # bool[B]
+
+
+def _climb(logits_fn, loss_fn, images, labels):
+    """Returns each image's own loss and gradient."""
+
+    def total(x):
+        logits = checks.logits_fn(logits_fn, labels)(x)
+        losses = loss_fn(logits, labels)
         # Summed, not averaged: each image's gradient then ignores its batch.
-        return odds(checks.logits_fn(logits_fn, labels)(x), labels).sum()
+        return losses.sum(), (losses, jnp.argmax(logits, -1) != labels)
 
-    return jnp.nan_to_num(jax.grad(total_loss)(images))
-
-
-def odds(logits: Array, labels: Array) -> Array:
-    """Returns `[B]` logarithms of the odds of all other classes, logsumexp(z_others) - z_label.
-
-    Its gradient has the direction of the cross-entropy's, without the factor 1 - p_label, which
-    float32 rounds to 0 where the label leads by 17 and more.
-    """
-    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    others = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, logits), axis=-1)
-    return others - jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
+    gradient, (losses, is_wrong) = jax.grad(total, has_aux=True)(images)
+    return _Climb(images, losses, jnp.nan_to_num(gradient), is_wrong)
 
 
 def unit(gradient: Array, *, order: int) -> Array:
@@ -321,9 +707,25 @@ def unit(gradient: Array, *, order: int) -> Array:
     return scaled / jnp.maximum(norm, 1).reshape(-1, 1, 1, 1)
 
 
-def project(images: Array, centre: Array, *, epsilon: Number, bounds: Bounds) -> Array:
-    """Returns `[B, H, W, C]` images clipped to the max norm ball around `centre`, and to bounds."""
-    return _clip(jnp.clip(images, centre - epsilon, centre + epsilon), centre, bounds)
+def project(
+    images: Array, centre: Array, *, epsilon: Number, bounds: Bounds, order: float = jnp.inf
+) -> Array:
+    """Returns `[B, H, W, C]` images moved into the ball around `centre`, and clipped to bounds.
+
+    Args:
+        images, centre: `[B, H, W, C]`.
+        epsilon: the ball's radius.
+        bounds: valid pixel range, or None.
+        order: of the ball's norm, infinity or 2.
+    """
+    if order == 2:
+        step = images - centre
+        norm = jnp.linalg.norm(step.reshape(len(step), -1), axis=-1).reshape(-1, 1, 1, 1)
+        far = norm > epsilon
+        images = jnp.where(far, centre + step * (epsilon / jnp.where(far, norm, 1)), images)
+    else:
+        images = jnp.clip(images, centre - epsilon, centre + epsilon)
+    return _clip(images, centre, bounds)
 
 
 def _clip(moved, images, bounds):
@@ -353,10 +755,21 @@ def _iterate(step, state, steps, is_done=lambda state: jnp.bool_(False)):
 
 
 def _ascend(
-    logits_fn, images, labels, epsilon, steps, step_size, bounds, *, start=None, reach=1, decay=None
+    logits_fn,
+    loss_fn,
+    images,
+    labels,
+    start,
+    *,
+    epsilon,
+    steps,
+    step_size,
+    bounds,
+    reach=1,
+    decay=None,
+    order=jnp.inf,
 ):
-    """Climbs the loss by signed steps in the ball, which by default add up to `reach` radii."""
-    images, labels, epsilon = _checked(images, labels, epsilon, bounds)
+    """Climbs the loss by steps in the ball, signed or along the gradient, `reach` radii in all."""
     steps = jnp.broadcast_to(checks.count('steps', steps), len(images))
     if step_size is None:
         step_size = reach * epsilon / _per_image(jnp.maximum(steps, 1), images)
@@ -364,12 +777,12 @@ def _ascend(
 
     def step(_, state):
         adversarial, before = state
-        direction = _gradient(logits_fn, adversarial, labels)
+        direction = _climb(logits_fn, loss_fn, adversarial, labels).gradient
         if decay is not None:
             kept = _per_image(checks.number('decay', decay), images) * before
             direction = kept + unit(direction, order=1)
-        moved = adversarial + step_size * jnp.sign(direction)
-        return project(moved, images, epsilon=epsilon, bounds=bounds), direction
+        along = jnp.sign(direction) if order == jnp.inf else unit(direction, order=order)
+        moved = adversarial + step_size * along
+        return project(moved, images, epsilon=epsilon, bounds=bounds, order=order), direction
 
-    state = (images if start is None else start, jnp.zeros_like(images))
-    return _iterate(step, state, steps)[0]
+    return _iterate(step, (start, jnp.zeros_like(images)), steps)[0]

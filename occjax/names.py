@@ -14,7 +14,17 @@ SPLITS = ('train', 'test')
 PROTOCOLS = ('paper', 'held_out')
 
 # Attacks of `--mode=sweep` beside FGSM, and those of `--mode=adaptive`, which know the detector.
-ATTACKS = ('targeted_fgsm', 'bim', 'pgd', 'mi_fgsm', 'square')
+ATTACKS = (
+    'targeted_fgsm',
+    'bim',
+    'pgd',
+    'mi_fgsm',
+    'square',
+    'pgd_l2',
+    'apgd',
+    'carlini_wagner',
+    'deepfool',
+)
 JOINT_ATTACKS = ('joint', 'selective', 'orthogonal')
 
 # Banks of networks, by what they see; the first is the paper's.

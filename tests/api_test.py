@@ -25,15 +25,20 @@ FUNCTIONS = [
 ]
 
 WINDOWS = 'size, stride, fill, grid, chunk_size'
+IMAGES, LOSS = 'logits_fn, images, labels', 'loss_fn, bounds'
 # Other programs call these by name.
 CONTRACTS = {
-    'fgsm': '(logits_fn, images, labels, *, epsilon, bounds)',
-    'attack.targeted_fgsm': '(logits_fn, images, targets, *, epsilon, bounds)',
-    'attack.fgsm_l2': '(logits_fn, images, labels, *, epsilon, bounds)',
-    'attack.bim': '(logits_fn, images, labels, *, epsilon, steps, step_size, bounds)',
-    'attack.pgd': '(logits_fn, images, labels, *, key, epsilon, steps, step_size, bounds)',
-    'attack.mi_fgsm': '(logits_fn, images, labels, *, epsilon, steps, step_size, decay, bounds)',
-    'attack.square': '(logits_fn, images, labels, *, key, epsilon, steps, bounds)',
+    'fgsm': f'({IMAGES}, *, epsilon, {LOSS})',
+    'attack.targeted_fgsm': f'(logits_fn, images, targets, *, epsilon, {LOSS})',
+    'attack.fgsm_l2': f'({IMAGES}, *, epsilon, {LOSS})',
+    'attack.bim': f'({IMAGES}, *, epsilon, steps, step_size, {LOSS})',
+    'attack.pgd': f'({IMAGES}, *, key, epsilon, steps, step_size, {LOSS})',
+    'attack.pgd_l2': f'({IMAGES}, *, key, epsilon, steps, step_size, {LOSS})',
+    'attack.mi_fgsm': f'({IMAGES}, *, epsilon, steps, step_size, decay, {LOSS})',
+    'attack.apgd': f'({IMAGES}, *, key, epsilon, steps, {LOSS})',
+    'attack.square': f'({IMAGES}, *, key, epsilon, steps, bounds)',
+    'attack.deepfool': f'({IMAGES}, *, steps, overshoot, candidates, bounds)',
+    'attack.minimal_epsilon': f'(attack_fn, {IMAGES}, *, most, halvings)',
     'grid_shape': '(image_shape, *, size, stride, grid)',
     'occluded_logits': f'(logits_fn, images, *, {WINDOWS}, engine, threshold, every)',
     'heatmaps': f'(logits_fn, images, classes, *, {WINDOWS}, engine, threshold, every)',

@@ -14,9 +14,11 @@ import occjax
 from occjax import attack
 
 IMAGE_SHAPE = (6, 5, 3)
-KEYED = ('pgd', 'square')
+KEYED = ('pgd', 'pgd_l2', 'apgd', 'square')
 ASCENDING = ('bim', 'pgd', 'mi_fgsm')
-ITERATED = (*ASCENDING, 'square')
+ITERATED = (*ASCENDING, 'pgd_l2', 'apgd', 'square')
+CLIMBING = ('fgsm', 'targeted_fgsm', 'fgsm_l2', *ASCENDING, 'pgd_l2', 'apgd')
+L2 = ('fgsm_l2', 'pgd_l2')
 ATTACKS = ('fgsm', 'targeted_fgsm', 'fgsm_l2', *ITERATED)
 
 
@@ -193,16 +195,17 @@ class EveryAttackTest(parameterized.TestCase):
     @parameterized.parameters(*ITERATED)
     def test_steps_may_be_one_for_each_image(self, name):
         steps = jnp.array([0, 30, 2, 200])
-        run = jax.jit(functools.partial(self.attack, name, epsilon=0.03))
+        epsilon = 0.3 if name in L2 else 0.03
+        run = jax.jit(functools.partial(self.attack, name, epsilon=epsilon))
         together = run(steps=steps)
         np.testing.assert_allclose(
-            together, self.attack(name, epsilon=0.03, steps=steps), atol=1e-6
+            together, self.attack(name, epsilon=epsilon, steps=steps), atol=1e-6
         )
         for b in range(4):
             np.testing.assert_allclose(together[b], run(steps=int(steps[b]))[b], atol=1e-6)
-        if name != 'pgd':
+        if name in ('bim', 'mi_fgsm', 'square'):  # The others start elsewhere.
             np.testing.assert_array_equal(together[0], self.images[0])
-        self.assertGreater(jnp.abs(together - run(steps=200))[1:3].max(), 0.01)
+        self.assertGreater(jnp.abs(together - run(steps=200))[1:3].max(), 0.005)
 
     @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
     @hypothesis.given(
@@ -226,28 +229,51 @@ class EveryAttackTest(parameterized.TestCase):
                     np.float64,
                 )
                 change = (actual - images).reshape(4, -1)
-                order = 2 if name == 'fgsm_l2' else np.inf
+                order = 2 if name in L2 else np.inf
                 size = np.linalg.norm(change, ord=order, axis=-1).max()
                 self.assertLessEqual(size, epsilon * (1 + 1e-5) + 2**-22, name)
                 if bounds:
                     self.assertGreaterEqual(actual.min(), np.float32(low), name)
                     self.assertLessEqual(actual.max(), np.float32(high), name)
 
-    @parameterized.parameters('targeted_fgsm', 'fgsm_l2', *ASCENDING)
+    @parameterized.parameters('targeted_fgsm', 'fgsm_l2', *ASCENDING, 'pgd_l2', 'apgd')
     def test_zero_gradient_leaves_the_image(self, name):
         self.logits_fn = lambda images: jnp.zeros((len(images), 2))
-        start = self.attack(name, steps=0) if name == 'pgd' else self.images
+        start = self.attack(name, steps=0) if name in KEYED else self.images
         np.testing.assert_array_equal(self.attack(name), start)
+
+    @parameterized.parameters(*ATTACKS)
+    def test_without_labels_the_predicted_classes_are_left(self, name):
+        if name == 'targeted_fgsm':
+            return
+        args = self.logits_fn, self.images
+        settings = arguments(name) | {'epsilon': 0.1}
+        actual = getattr(attack, name)(*args, **settings)
+        np.testing.assert_array_equal(actual, self.attack(name))
+
+    @parameterized.parameters(*CLIMBING)
+    def test_climbs_the_loss_that_it_is_given(self, name):
+        """Here that of another label; and of two classes' lead, whose gradient is another one."""
+        others = (self.labels + 1) % 4
+        actual = self.attack(name, loss_fn=lambda z, labels: attack.odds(z, others))
+        expected = self.attack(name, labels=others)
+        if name != 'apgd':  # What is misclassified, which it prefers, depends on the label.
+            np.testing.assert_array_equal(actual, expected)
+        self.assertGreater(jnp.abs(actual - self.attack(name)).max(), 0.01)
 
     @parameterized.parameters(*KEYED)
     def test_the_key_alone_decides(self, name):
         more = {'step_size': 0.002} if name == 'pgd' else {}
-        run = jax.jit(functools.partial(self.attack, name, epsilon=0.03, **more))
+        more |= {'step_size': 0.02} if name == 'pgd_l2' else {}
+        more |= {'steps': 0} if name == 'apgd' else {}  # Later ones meet in a corner.
+        epsilon = 0.3 if name == 'pgd_l2' else 0.03
+        run = jax.jit(functools.partial(self.attack, name, epsilon=epsilon, **more))
         np.testing.assert_array_equal(run(key=jax.random.key(1)), run(key=jax.random.key(1)))
         difference = jnp.abs(run(key=jax.random.key(1)) - run(key=jax.random.key(2)))
         self.assertGreater(difference.max(axis=(1, 2, 3)).min(), 0.01)
         # Two of the same in one batch draw apart.
-        twins = run(self.images[:1].repeat(2, 0), self.labels[:1].repeat(2), steps=1)
+        few = {'steps': min(1, more.get('steps', 1))}
+        twins = run(self.images[:1].repeat(2, 0), self.labels[:1].repeat(2), **few)
         self.assertGreater(jnp.abs(twins[0] - twins[1]).max(), 0.01)
 
     @parameterized.parameters(*ATTACKS)
@@ -351,6 +377,138 @@ class ClosedFormTest(parameterized.TestCase):
         self.assertLess(abs((unit**2).mean() - 1 / 3), 4 * np.sqrt(4 / 45 / unit.size))
         self.assertLess(abs(unit).max(), 1 + 1e-5)
 
+    def test_losses(self):
+        logits = jnp.array([[3.0, 1.0, 0.5, -1.0], [0.0, 2.0, 5.0, 1.0]])
+        labels = jnp.array([0, 1])
+        expected = jnp.log(jnp.exp(logits).sum(-1) - jnp.exp(jnp.array([3.0, 2.0])))
+        np.testing.assert_allclose(attack.odds(logits, labels), expected - jnp.array([3, 2]), 1e-6)
+        np.testing.assert_allclose(attack.dlr(logits, labels), [-2 / 2.5, 3 / 4], rtol=1e-6)
+        np.testing.assert_allclose(
+            attack.dlr(logits * 100 + 7, labels), attack.dlr(logits, labels), rtol=1e-5
+        )
+
+    def test_pgd_l2_starts_uniformly_in_its_ball(self):
+        """Of a ball in n dimensions a share r^n lies within r of the centre."""
+        images = jnp.full((400, 1, 2, 1), 0.5)
+        common = {'key': jax.random.key(0), 'epsilon': 0.2, 'steps': 0}
+
+        def logits_fn(images):
+            return images.reshape(len(images), -1)
+
+        start = attack.pgd_l2(logits_fn, images, jnp.zeros(400, int), **common)
+        step = (np.asarray(start, np.float64) - 0.5).reshape(400, 2) / 0.2
+        share = (step**2).sum(-1)  # Is uniform from 0 to 1 in the plane.
+        self.assertLess(share.max(), 1 + 1e-5)
+        self.assertLess(abs(share.mean() - 1 / 2), 4 * np.sqrt(1 / 12 / 400))
+        self.assertLess(np.abs(step.mean(0)).max(), 4 * np.sqrt(1 / 4 / 400))
+
+    def test_on_a_linear_classifier_pgd_l2_ends_along_the_weights(self):
+        expected = attack.fgsm_l2(*self.args, epsilon=0.5, bounds=None)
+        more = {'key': jax.random.key(3), 'steps': 60, 'step_size': 0.2}
+        actual = attack.pgd_l2(*self.args, epsilon=0.5, bounds=None, **more)
+        np.testing.assert_allclose(actual, expected, atol=1e-3)
+
+    @parameterized.parameters('odds', 'dlr')
+    def test_on_a_linear_classifier_apgd_ends_in_the_corner_of_fgsm(self, loss):
+        far = jnp.array([[0.0, 0.0, -1e4]])  # The logit that `dlr` takes for its unit.
+
+        def logits_fn(images):
+            return jnp.pad(self.logits_fn(images), ((0, 0), (0, 1))) + far
+
+        labels = logits_fn(self.images).argmax(-1)
+        corner = attack.fgsm(logits_fn, self.images, labels, epsilon=0.001)
+        more = {'key': jax.random.key(3), 'steps': 40, 'loss_fn': getattr(attack, loss)}
+        actual = attack.apgd(logits_fn, self.images, labels, epsilon=0.001, **more)
+        right = logits_fn(actual).argmax(-1) == labels
+        self.assertGreater(right.sum(), 1)
+        np.testing.assert_allclose(actual[right], corner[right], atol=1e-6)
+
+
+class NearestTest(parameterized.TestCase):
+    """On a linear classifier the nearest boundary is |lead| / |difference of weights| away."""
+
+    def setUp(self):
+        super().setUp()
+        self.images = jax.random.uniform(jax.random.key(0), (4, *IMAGE_SHAPE))
+        self.weights, _ = linear_classifier(1, 3)
+
+        def logits_fn(images):
+            return (images - 0.5).reshape(len(images), -1) @ self.weights
+
+        self.logits_fn, self.labels = logits_fn, logits_fn(self.images).argmax(-1)
+
+    def distances(self, order):
+        logits = np.asarray(self.logits_fn(self.images))
+        found = []
+        for z, k in zip(logits, self.labels, strict=True):
+            apart = [np.asarray(self.weights[:, k] - self.weights[:, i]) for i in range(3)]
+            found.append(
+                min((z[k] - z[i]) / np.linalg.norm(apart[i], ord=order) for i in range(3) if i != k)
+            )
+        return np.array(found)
+
+    def test_deepfool_steps_over_it(self):
+        actual = attack.deepfool(self.logits_fn, self.images, steps=5, bounds=None)
+        way = np.linalg.norm((actual - self.images).reshape(4, -1), axis=-1)
+        np.testing.assert_allclose(way, 1.02 * self.distances(2), atol=3e-4)
+        self.assertTrue((self.logits_fn(actual).argmax(-1) != self.labels).all())
+        one = attack.deepfool(self.logits_fn, self.images, steps=5, candidates=1, bounds=None)
+        way = np.linalg.norm((one - self.images).reshape(4, -1), axis=-1)
+        self.assertTrue((way >= 1.02 * self.distances(2) - 3e-4).all())
+
+    def test_carlini_wagner_comes_near_it(self):
+        images = 0.3 + 0.4 * self.images  # The tanh is nearly straight there.
+        self.images, self.labels = images, self.logits_fn(images).argmax(-1)
+        actual = attack.carlini_wagner(self.logits_fn, images, steps=400, learning_rate=1e-3)
+        way = np.linalg.norm((actual - images).reshape(4, -1), axis=-1)
+        self.assertTrue((self.logits_fn(actual).argmax(-1) != self.labels).all())
+        self.assertTrue((way >= self.distances(2) * (1 - 1e-4)).all())
+        np.testing.assert_allclose(way, self.distances(2), rtol=0.2)
+
+    def test_minimal_epsilon_is_the_distance(self):
+        fgsm = functools.partial(attack.fgsm, self.logits_fn, bounds=None)
+        two = self.weights[:, :2]  # FGSM goes straight away from the label only of two classes.
+        self.weights = jnp.concatenate([two, -9 * jnp.ones_like(two[:, :1])], axis=1)
+        self.images = self.images.at[:].set(jnp.clip(self.images, 0.55, 1))
+
+        def attack_fn(images, labels, *, epsilon):
+            return fgsm(images, labels, epsilon=epsilon)
+
+        self.labels = self.logits_fn(self.images).argmax(-1)
+        epsilon, success = attack.minimal_epsilon(attack_fn, self.logits_fn, self.images)
+        self.assertTrue(success.all())
+        expected = self.distances(1)
+        self.assertTrue((epsilon >= expected - 1e-6).all())
+        self.assertTrue((epsilon <= expected + 1 / 2**12 + 1e-6).all())
+        short, success = attack.minimal_epsilon(
+            attack_fn, self.logits_fn, self.images, most=float(np.median(expected))
+        )
+        np.testing.assert_array_equal(success, expected <= np.median(expected))
+        np.testing.assert_array_equal(np.isinf(short), ~success)
+
+    @parameterized.parameters('carlini_wagner', 'deepfool', 'minimal_epsilon')
+    def test_what_is_wrong_before_stays(self, name):
+        labels = (self.labels + 1) % 3
+        if name == 'minimal_epsilon':
+            epsilon, success = attack.minimal_epsilon(
+                lambda images, labels, *, epsilon: images, self.logits_fn, self.images, labels
+            )
+            np.testing.assert_array_equal(epsilon, 0)
+            self.assertTrue(success.all())
+            return
+        actual = getattr(attack, name)(self.logits_fn, self.images, labels, steps=3)
+        np.testing.assert_array_equal(actual, self.images)
+
+    @parameterized.parameters('carlini_wagner', 'deepfool')
+    def test_stays_in_bounds_and_alone(self, name):
+        run = jax.jit(functools.partial(getattr(attack, name), self.logits_fn, steps=20))
+        together = run(self.images)
+        self.assertBetween(float(together.min()), 0, 1)
+        self.assertBetween(float(together.max()), 0, 1)
+        self.assertGreater(jnp.abs(together - self.images).max(), 0.01)
+        others = self.images.at[2:].set(0.5)
+        np.testing.assert_allclose(run(others)[:2], together[:2], atol=1e-6)
+
 
 class PeerTest(parameterized.TestCase):
     def setUp(self):
@@ -362,7 +520,7 @@ class PeerTest(parameterized.TestCase):
         self.labels = jnp.array([0, 3, 2, 1, 2, 0])
         self.twin = torch_model(self.torch, weights)
 
-    def foolbox(self, name, *, epsilon, target=False, start=None, **more):
+    def foolbox(self, name, *, epsilon=None, target=False, start=None, **more):
         foolbox = pytest.importorskip('foolbox', reason='foolbox is the peer')
         kind = foolbox.criteria.TargetedMisclassification if target else foolbox.Misclassification
         method = getattr(foolbox.attacks, name)(**more)
@@ -375,7 +533,7 @@ class PeerTest(parameterized.TestCase):
             foolbox.PyTorchModel(self.twin, bounds=(0, 1), device='cpu'),
             self.tensor(self.images),
             kind(self.tensor(self.labels).long()),
-            epsilon=epsilon,
+            **({} if epsilon is None else {'epsilon': epsilon}),
         )
         return attacked.numpy()
 
@@ -444,6 +602,95 @@ class PeerTest(parameterized.TestCase):
             self.assertGreater(jnp.abs(actual - iterated).max(), 0.01)
         else:
             np.testing.assert_allclose(actual, iterated, atol=1e-6)
+
+    def test_pgd_l2_is_foolbox_from_the_same_start(self):
+        common = {'epsilon': 1.5, 'key': jax.random.key(4)}
+        start = self.run_ours('pgd_l2', steps=0, **common)
+        expected = self.foolbox('L2PGD', epsilon=1.5, steps=6, abs_stepsize=0.4, start=start)
+        actual = self.run_ours('pgd_l2', steps=6, step_size=0.4, **common)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+    @parameterized.parameters(1, 3, 50)
+    def test_deepfool_is_foolbox(self, steps):
+        self.labels = self.logits_fn(self.images).argmax(-1)
+        expected = self.foolbox('L2DeepFoolAttack', steps=steps, candidates=3)
+        actual = self.run_ours('deepfool', steps=steps)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+        self.assertGreater(jnp.abs(actual - self.images).max(), 0.01)
+
+    def test_carlini_wagner_is_foolbox(self):
+        self.labels = self.logits_fn(self.images).argmax(-1)
+        settings = {'steps': 40, 'initial_const': 0.1, 'confidence': 0.2}
+        more = {'stepsize': 0.02, 'binary_search_steps': 4, 'abort_early': False}
+        expected = self.foolbox('L2CarliniWagnerAttack', **settings, **more)
+        actual = self.run_ours('carlini_wagner', learning_rate=0.02, searches=4, **settings)
+        change = np.linalg.norm((actual - self.images).reshape(6, -1), axis=-1)
+        self.assertGreater(change.min(), 0.01)
+        np.testing.assert_allclose(actual, expected, atol=2e-4)
+
+    @parameterized.product(loss=('odds', 'dlr'), steps=(1, 7, 40, 100))
+    def test_apgd_is_a_loop_in_pytorch(self, loss, steps):
+        """As §3 of its paper says it, from our start."""
+        torch, epsilon = self.torch, 0.03
+        clean = self.tensor(self.images)
+        labels = self.tensor(self.labels).long()
+
+        def look(x):
+            x = x.clone().requires_grad_(True)
+            z = self.twin(x)
+            rows = torch.arange(len(z))
+            others = z.clone()
+            others[rows, labels] = -torch.inf
+            if loss == 'dlr':
+                sorted_ = z.sort(dim=1, descending=True).values
+                value = (others.amax(1) - z[rows, labels]) / (sorted_[:, 0] - sorted_[:, 2])
+            else:
+                value = others.logsumexp(1) - z[rows, labels]
+            (gradient,) = torch.autograd.grad(value.sum(), x)
+            return value.detach().numpy(), gradient.numpy(), (z.argmax(1) != labels).numpy()
+
+        def project(x):
+            return np.clip(np.clip(x, clean - epsilon, clean + epsilon), 0, 1)
+
+        clean_, expected = clean, []
+        common = {'key': jax.random.key(2), 'epsilon': epsilon}
+        starts = np.asarray(self.run_ours('apgd', steps=0, **common))
+        edge = np.abs(starts - self.images).max(axis=(1, 2, 3))
+        self.assertTrue((edge > 0.99 * epsilon - 0.01).all())
+        clean, labels_all = np.asarray(clean_), labels
+        for b in range(6):
+            clean, labels = np.asarray(clean_)[b : b + 1], labels_all[b : b + 1]
+            gaps, at, checkpoints = max(steps * 22 // 100, 1), 0, []
+            while at < steps:
+                at += gaps
+                checkpoints.append(at)
+                gaps = max(gaps - max(steps * 3 // 100, 1), max(steps * 6 // 100, 1))
+            x = previous = starts[b : b + 1]
+            f, g, wrong = look(torch.tensor(x))
+            best, f_best, g_best, found = x, f, g, x if wrong else None
+            size, halved, f_check, rises, last = 2 * epsilon, True, f, 0, 0
+            for t in range(steps):
+                a = 0.75 if t else 1.0
+                ahead = project(x + size * np.sign(g))
+                new = project(x + a * (ahead - x) + (1 - a) * (x - previous)).astype(np.float32)
+                previous, f_before = x, f
+                x = new
+                f, g, wrong = look(torch.tensor(x))
+                rises += f > f_before
+                found = x if wrong else found
+                if f > f_best:
+                    best, f_best, g_best = x, f, g
+                if t + 1 in checkpoints:
+                    few = rises <= 0.75 * (t + 1 - last)
+                    stalled = not halved and f_check >= f_best
+                    halved = bool(few or stalled)
+                    if halved:
+                        size, x, f, g = size / 2, best, f_best, g_best
+                    f_check, rises, last = f_best, 0, t + 1
+            expected.append(best if found is None else found)
+        loss_fn = getattr(attack, loss)
+        actual = self.run_ours('apgd', steps=steps, loss_fn=loss_fn, **common)
+        np.testing.assert_allclose(actual, np.concatenate(expected), atol=1e-5)
 
 
 class SquareTest(parameterized.TestCase):

@@ -17,6 +17,12 @@ from occjax.experiment.run import Run, parts
 from occjax.streams import Stream
 from occjax.types import HeatmapSet
 
+
+def _nearest(attack_fn, fn, x, y, *, key, epsilon, steps, bounds):
+    """Calls an attack without a ball."""
+    return attack_fn(fn, x, y, steps=steps, bounds=bounds or attack.PIXELS)
+
+
 # Each is called with a key of its image's own; those that are deterministic leave it.
 ATTACKS = {
     'none': lambda fn, x, y, *, key, epsilon, steps, **kw: x,
@@ -30,6 +36,12 @@ ATTACKS = {
     'pgd': attack.pgd,
     'mi_fgsm': lambda fn, x, y, *, key, **kw: attack.mi_fgsm(fn, x, y, **kw),
     'square': attack.square,
+    'pgd_l2': lambda fn, x, y, *, epsilon, **kw: attack.pgd_l2(
+        fn, x, y, epsilon=epsilon * x[0].size ** 0.5, **kw
+    ),
+    'apgd': attack.apgd,
+    'carlini_wagner': functools.partial(_nearest, attack.carlini_wagner),
+    'deepfool': functools.partial(_nearest, attack.deepfool),
 }
 
 
