@@ -33,7 +33,7 @@ def get_config() -> Config:
             stride=14,  # §III-D, O_s
             fill=(0.5,),  # ours: not stated; grey
             grid='paper',  # §III-C
-            train_images=2000,  # ours: the paper maps all 12,394; an hour of two cores each thousand
+            train_images=2000,  # ours: the paper maps all 12,394, each of them seconds on a CPU
         ),
         detector=Detector(
             steps=300,  # ours: not stated

@@ -173,6 +173,8 @@ class Detector:
 
     `held_out_threshold_fraction` of the held out images set thresholds at a false positive rate and
     nothing else; with 0, those do that the detectors were fitted on, which know them by heart.
+    With `noise` the held out images under random signs of the attack's size join the clean ones
+    when detectors are fitted, which else take noise for an attack.
     """
 
     steps: int = number(1, 10**6, 1000)
@@ -183,6 +185,7 @@ class Detector:
     held_out_fit_fraction: float = number(0, 1, 0.5, ends='()')
     held_out_threshold_fraction: float = number(0, 1, 0.0, ends='[)')
     seeds: int = number(1, 1000, 5)
+    noise: bool = False
     methods: tuple[str, ...] = some_of(names.METHODS, names.METHODS)
 
 

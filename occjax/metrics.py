@@ -46,6 +46,7 @@ RATES = (
     'majority_baseline',
     'balanced_accuracy',
     'auroc',
+    'auroc_with_noise',
     'tpr_at_5_fpr',
     'tpr_at_1_fpr',
     'fpr_at_5_fpr',
@@ -139,6 +140,7 @@ def rates(
     threshold: float,
     at_5: float,
     at_1: float,
+    noise_scores: np.ndarray = (),
 ) -> dict:
     """Returns the detection rates of one class on the maps it is judged by.
 
@@ -147,6 +149,8 @@ def rates(
         is_adversarial: `bool[M]`.
         threshold: a higher score is called adversarial; NaN where there were no maps to fit by.
         at_5, at_1: the same at a false positive rate of 5 % and 1 %, see `class_thresholds`.
+        noise_scores: of noisy images, which are no attacks either: `auroc_with_noise` is against
+            these and the clean ones together, None without any.
 
     Returns:
         `n_correct`, `n_adversarial` and each of `RATES`. All rates are None (with a `note`) where a
@@ -172,11 +176,21 @@ def rates(
         'majority_baseline': max(n_correct, n_adversarial) / len(scores),
         'balanced_accuracy': float(tpr + 1 - fpr) / 2,
         'auroc': float(sklearn_metrics.roc_auc_score(is_adversarial, scores)),
+        'auroc_with_noise': _with_noise(scores, is_adversarial, noise_scores),
         'tpr_at_5_fpr': share_above(attacked, at_5),
         'tpr_at_1_fpr': share_above(attacked, at_1),
         # What share that threshold calls adversarial here: more where the fitting maps were learnt.
         'fpr_at_5_fpr': share_above(clean, at_5),
     }
+
+
+def _with_noise(scores, is_adversarial, noise_scores):
+    """Returns the AUROC with noisy images among those that are not attacked."""
+    if not len(noise_scores):
+        return None
+    together = np.concatenate([scores, _numbers(noise_scores)])
+    kinds = np.concatenate([is_adversarial, np.zeros(len(noise_scores), bool)])
+    return float(sklearn_metrics.roc_auc_score(kinds, together))
 
 
 def share_above(scores: np.ndarray, threshold: float | np.ndarray) -> float | None:
@@ -202,6 +216,7 @@ def per_class(
     threshold: float | None = None,
     learns: bool = False,
     is_reserved: np.ndarray | None = None,
+    noise: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[dict[str, dict], dict]:
     """Returns `rates` for every class, by the class that the classifier predicts, and over all.
 
@@ -215,6 +230,7 @@ def per_class(
         learns: whether scores of maps that were fitted on differ from those of fresh ones.
         is_reserved: `bool` for each of `fit_maps`: nothing was fitted on these; None: no map is.
             They alone set the thresholds of a score that learns, if any map is reserved.
+        noise: scores and predicted classes of noisy images to judge by, see `rates`.
 
     Returns:
         `{name: rates}` with `n_thresholds`, how many clean maps of the class set thresholds; and
@@ -228,7 +244,8 @@ def per_class(
     for k, name in enumerate(class_names):
         here = maps.predicted == k
         levels = {field: values[k] for field, values in chosen._asdict().items()}
-        classes[name] = rates(scores[here], maps.is_adversarial[here], **levels)
+        noisy = () if noise is None else noise[0][noise[1] == k]
+        classes[name] = rates(scores[here], maps.is_adversarial[here], **levels, noise_scores=noisy)
         count = np.sum(sets & (fit_maps.predicted == k))
         classes[name]['n_thresholds'] = 0 if np.isnan(chosen.threshold[k]) else int(count)
     return classes, _overall(classes)

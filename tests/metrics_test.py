@@ -46,6 +46,16 @@ class RatesTest(parameterized.TestCase):
         self.assertAlmostEqual(rates['fpr_at_5_fpr'], 1 / 4)
         self.assertEqual(rates['tpr_at_1_fpr'], 0, 'a score of a threshold is not above it')
 
+    def test_noise_joins_the_clean_in_one_auroc(self):
+        """Of the pairs of an attack and another the attack leads in 2 + 4, and in 1 + 2."""
+        scores, kinds = np.array([-2.0, -1.0, -0.5, 0.5, -0.7, 3.0]), np.array([0, 0, 0, 0, 1, 1])
+        common = dict(threshold=0.0, at_5=0.4, at_1=3.0, noise_scores=np.array([-9.0, 0.1]))
+        found = metrics.rates(scores, kinds.astype(bool), **common)
+        self.assertAlmostEqual(found['auroc'], 6 / 8)
+        self.assertAlmostEqual(found['auroc_with_noise'], (2 + 4 + 1 + 2) / 12)
+        del common['noise_scores']
+        self.assertIsNone(metrics.rates(scores, kinds.astype(bool), **common)['auroc_with_noise'])
+
     def test_auroc_of_a_constant_is_a_half_and_of_the_label_one(self):
         kinds = np.array([0, 1, 0, 1, 1], bool)
         common = dict(threshold=0.5, at_5=0.5, at_1=0.5)

@@ -118,6 +118,7 @@ def fit_banks(
     method: Method,
     settings: Detector,
     seed: int,
+    noise: HeatmapSet | None = None,
 ) -> detector.Bank:
     """Fits every seed's bank on its own maps.
 
@@ -128,8 +129,14 @@ def fit_banks(
         method: what the networks see.
         settings: steps, batches, rate and balance.
         seed: the experiment's, for what undersampling keeps.
+        noise: maps of noisy images of the same split; those of images that are fitted on join the
+            clean ones.
     """
-    maps, num_seeds = division.maps, len(division.is_fitted)
+    maps, is_fitted = division.maps, division.is_fitted
+    if noise is not None:
+        joins = [np.isin(noise.image_id, maps.image_id[fitted]) for fitted in is_fitted]
+        is_fitted = np.concatenate([is_fitted, joins], axis=1)
+        maps = HeatmapSet.concatenate([maps, noise])
     inputs, predicted = method.inputs_fn(maps).astype(np.float32), method.predicted(maps)
     groups = [
         detector.group_by_class(
@@ -140,10 +147,10 @@ def fit_banks(
             balance=settings.balance,
             rng=streams.rng(seed, Stream.UNDERSAMPLING, i),
         )
-        for i, fitted in enumerate(division.is_fitted)
+        for i, fitted in enumerate(is_fitted)
     ]
     return _fit_banks(
-        jax.random.split(key, num_seeds),
+        jax.random.split(key, len(is_fitted)),
         banks,
         detector.stack_groups(groups),
         steps=settings.steps,
@@ -176,25 +183,41 @@ def scorer(name: str, load_banks: Callable[[str], detector.Bank]) -> Scorer:
 
 
 def by_seed(
-    scorer: Scorer, scores: np.ndarray, division: Division, *, class_names: Sequence[str]
+    scorer: Scorer,
+    scores: np.ndarray,
+    division: Division,
+    *,
+    class_names: Sequence[str],
+    noise: HeatmapSet | None = None,
 ) -> list[tuple[dict[str, dict], dict]]:
     """Returns `metrics.per_class` for every seed; the arguments are `judge`'s."""
-    scores = np.broadcast_to(scores, division.is_fitted.shape)
-    return [
-        metrics.per_class(
+    scores, found = np.broadcast_to(scores, division.is_fitted.shape), []
+    if noise is not None:
+        noisy = np.broadcast_to(scorer.score_fn(noise), (len(scores), len(noise)))
+    for seed, (judged, values) in enumerate(zip(division.is_judged, scores, strict=True)):
+        known = division.known(seed, values)
+        if noise is not None:
+            fresh = ~np.isin(noise.image_id, known['fit_maps'].image_id)
+            known['noise'] = noisy[seed][fresh], noise.predicted[fresh]
+        rates = metrics.per_class(
             values[judged],
             division.maps.select(judged),
             class_names=class_names,
             threshold=scorer.threshold,
             learns=scorer.learns,
-            **division.known(seed, values),
+            **known,
         )
-        for seed, (judged, values) in enumerate(zip(division.is_judged, scores, strict=True))
-    ]
+        found.append(rates)
+    return found
 
 
 def judge(
-    scorer: Scorer, scores: np.ndarray, division: Division, *, class_names: Sequence[str]
+    scorer: Scorer,
+    scores: np.ndarray,
+    division: Division,
+    *,
+    class_names: Sequence[str],
+    noise: HeatmapSet | None = None,
 ) -> dict:
     """Returns `per_class` and `overall` rates: means over the seeds, with 95 % intervals.
 
@@ -203,8 +226,10 @@ def judge(
         scores: `[S, M]`, or `[M]` where every seed has the same: what it gives the division's maps.
         division: the maps, and who is fitted on which.
         class_names: K names.
+        noise: maps of noisy images of the same split; those of images that a seed's detectors or
+            thresholds come from don't count for it.
     """
-    seeds = by_seed(scorer, scores, division, class_names=class_names)
+    seeds = by_seed(scorer, scores, division, class_names=class_names, noise=noise)
     mean = functools.partial(metrics.over_seeds, judged_over_fitted=division.judged_over_fitted)
     return {
         'per_class': {name: mean([classes[name] for classes, _ in seeds]) for name in class_names},

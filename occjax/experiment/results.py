@@ -38,7 +38,8 @@ def detection(run: Run, protocol: str) -> dict:
     entries, curves = {}, {}
     for name, scorer in scorers(run, division, protocol).items():
         scores = scorer.score_fn(division.maps)
-        entry = judging.judge(scorer, scores, division, class_names=class_names)
+        noise = controls.get('noise')
+        entry = judging.judge(scorer, scores, division, class_names=class_names, noise=noise)
         entries[name] = entry['overall'] | {'per_class': entry['per_class']}
         entries[name]['controls'] = {
             kind: judging.control_rates(scorer, scores, division, maps)

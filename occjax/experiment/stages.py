@@ -233,6 +233,8 @@ def detectors(run: Run):
     made_from = store.heatmaps_origin(run)
     for protocol in store.PROTOCOLS:
         division = store.divide(run, protocol)
+        with_noise = run.config.detector.noise and protocol == 'held_out'
+        noise = store.load_controls(run)['noise'] if with_noise else None
         for name in run.config.detector.methods:
             directory = run.workdir / 'detectors' / protocol / name
             if storage.latest_step(directory) is not None:
@@ -240,7 +242,7 @@ def detectors(run: Run):
                 storage.check_origin(directory, found, made_from, mode='detectors')
                 continue
             began = time.monotonic()
-            banks = store.fit_banks(run, division, name)
+            banks = store.fit_banks(run, division, name, noise)
             storage.save_checkpoint(
                 directory, run.config.detector.steps, banks, made_from=made_from
             )

@@ -83,8 +83,10 @@ def init_banks(run: Run, division: judging.Division, name: str) -> detector.Bank
     return judging.init_banks(run.key(Stream.BANK_INIT), division, METHODS[name])
 
 
-def fit_banks(run: Run, division: judging.Division, name: str) -> detector.Bank:
-    """Returns the same, fitted."""
+def fit_banks(
+    run: Run, division: judging.Division, name: str, noise: HeatmapSet | None = None
+) -> detector.Bank:
+    """Returns the same, fitted; with noisy images among the clean ones if there are any."""
     return judging.fit_banks(
         run.key(Stream.BANK_FIT),
         init_banks(run, division, name),
@@ -92,6 +94,7 @@ def fit_banks(run: Run, division: judging.Division, name: str) -> detector.Bank:
         METHODS[name],
         run.config.detector,
         run.config.seed,
+        noise,
     )
 
 

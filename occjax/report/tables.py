@@ -19,6 +19,7 @@ _METRICS = {
     'majority_baseline': 'Majority baseline',
     'balanced_accuracy': 'Balanced accuracy',
     'auroc': 'AUROC',
+    'auroc_with_noise': 'AUROC against clean and noise',
     'tpr_at_5_fpr': 'TPR at 5 % FPR',
     'tpr_at_1_fpr': 'TPR at 1 % FPR',
     'fpr_at_5_fpr': 'FPR met at 5 %',

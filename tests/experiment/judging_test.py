@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from occjax import metrics, streams
 from occjax.config import Detector
 from occjax.experiment import judging
 from occjax.experiment.judging import Scorer
+from occjax.methods import METHODS
 from tests.detector_test import toy_maps
 
 NETWORKS = Scorer(None, threshold=0.0, learns=True)
@@ -108,6 +110,44 @@ def test_controls_count_by_hand():
     assert rates['called_at_5_fpr'] == 2 / 4
     assert rates['over'] == {'called_at_5_fpr': [4, 7]}
     assert rates['interval'] == {'called': None, 'called_at_5_fpr': None}
+
+
+def test_noise_is_no_attack_either():
+    """Of one class, by hand: noise of images that a seed knows does not count."""
+    maps = toy_maps([(40, 40)])
+    division = judging.divide(maps, 'held_out', Detector(seeds=1), 0)
+    noise = dataclasses.replace(maps.select(~maps.is_adversarial))
+    known = np.isin(noise.image_id, maps.image_id[~division.is_judged[0]])
+    assert 0 < known.sum() < 40
+    # Attacks above the clean; the noise of fresh images above both, that of known ones below.
+    scorer = Scorer(lambda here: np.where(known, -9.0, 9.0), threshold=0.5)
+    scores = maps.is_adversarial * 1.0
+    entry = judging.judge(scorer, scores, division, class_names=('a',), noise=noise)
+    assert entry['overall']['auroc'] == 1
+    assert entry['overall']['auroc_with_noise'] == 0.5  # As many noisy as clean ones.
+    assert entry['per_class']['a']['auroc_with_noise'] == 0.5
+    assert (
+        judging.judge(scorer, scores, division, class_names=('a',))['overall']['auroc_with_noise']
+        is None
+    )
+
+
+def test_detectors_fitted_with_noise_call_it_clean():
+    """Here the noise looks like the attacks, and there is thrice as much of it."""
+    maps = toy_maps([(60, 60)])
+    division = judging.divide(maps, 'held_out', Detector(seeds=2), 0)
+    looks = maps.select(maps.is_adversarial)
+    noise = dataclasses.replace(looks, is_adversarial=np.zeros(60, bool))
+    method, wanted = METHODS['linear_probe'], Detector(seeds=2, steps=150, balance='none')
+    key = jax.random.key(0)
+    scores = {}
+    for name, joined in (('without', None), ('with', noise.select(np.arange(60).repeat(3)))):
+        banks = judging.init_banks(key, division, method)
+        banks = judging.fit_banks(key, banks, division, method, wanted, 0, joined)
+        scores[name] = judging.score_banks(banks, method, noise)
+    judged = np.isin(noise.image_id, maps.image_id[division.is_judged[0]])
+    assert np.mean(scores['without'][0][judged] > 0) > 0.9
+    assert np.mean(scores['with'][0][judged] > 0) < 0.1
 
 
 def learnt_scores(maps, division):

@@ -22,6 +22,7 @@ METRICS = (
     'majority_baseline',
     'balanced_accuracy',
     'auroc',
+    'auroc_with_noise',
     'tpr_at_5_fpr',
     'tpr_at_1_fpr',
     'fpr_at_5_fpr',
