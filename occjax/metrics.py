@@ -333,6 +333,26 @@ def interval(values: Sequence[float], *, judged_over_fitted: float) -> tuple[flo
     return float(np.mean(values) - reach), float(np.mean(values) + reach)
 
 
+def rank_agreement(first: Sequence[float], second: Sequence[float]) -> dict | None:
+    """Returns Spearman's `rho` of two rankings and its 95 % `interval`; None for fewer than four.
+
+    The interval is Fisher's, with the variance that Bonett and Wright found for ranks.
+
+    References:
+        Bonett & Wright, https://doi.org/10.1007/BF02294183
+
+    >>> found = rank_agreement([1, 2, 3, 4, 5], [1, 2, 3, 5, 4])
+    >>> round(found['rho'], 3), [round(end, 2) for end in found['interval']]
+    (0.9, [-0.09, 1.0])
+    """
+    if len(first) < 4:
+        return None
+    rho = float(stats.spearmanr(first, second).statistic)
+    reach = 1.96 * math.sqrt((1 + rho**2 / 2) / (len(first) - 3))
+    middle = np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9))
+    return {'rho': rho, 'interval': np.tanh([middle - reach, middle + reach]).tolist()}
+
+
 def over_seeds(entries: Sequence[dict], *, judged_over_fitted: float) -> dict:
     """Returns the mean over seeds of each of their `rates`, or of what `per_class` says overall.
 

@@ -221,6 +221,8 @@ def judge(
 ) -> dict:
     """Returns `per_class` and `overall` rates: means over the seeds, with 95 % intervals.
 
+    And `seeds`, the overall rates of each.
+
     Args:
         scorer: what is judged.
         scores: `[S, M]`, or `[M]` where every seed has the same: what it gives the division's maps.
@@ -234,7 +236,28 @@ def judge(
     return {
         'per_class': {name: mean([classes[name] for classes, _ in seeds]) for name in class_names},
         'overall': mean([overall for _, overall in seeds]),
+        'seeds': [overall for _, overall in seeds],
     }
+
+
+def lead(entry: dict, rival: dict, *, judged_over_fitted: float) -> dict:
+    """Returns by how much one scorer's rates exceed another's, with 95 % intervals of the lead.
+
+    The seeds' differences are taken, whose spread is smaller than that of either: both were judged
+    by the same maps.
+
+    Args:
+        entry, rival: from `judge`, of one division.
+        judged_over_fitted: see `metrics.interval`.
+    """
+    found = {'interval': {}}
+    for name in ('balanced_accuracy', 'auroc'):
+        pairs = [(a[name], b[name]) for a, b in zip(entry['seeds'], rival['seeds'], strict=True)]
+        leads = [a - b for a, b in pairs if None not in (a, b)]
+        found[name] = float(np.mean(leads)) if leads else None
+        ends = metrics.interval(leads, judged_over_fitted=judged_over_fitted)
+        found['interval'][name] = ends
+    return found
 
 
 def roc(scores: np.ndarray, division: Division) -> dict[str, list[float]] | None:

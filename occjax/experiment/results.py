@@ -35,11 +35,12 @@ def detection(run: Run, protocol: str) -> dict:
     division, class_names = store.divide(run, protocol), run.description['class_names']
     published = paper.numbers(class_names)
     controls = store.load_controls(run) if protocol == 'held_out' else {}
-    entries, curves = {}, {}
+    entries, judged, curves = {}, {}, {}
     for name, scorer in scorers(run, division, protocol).items():
         scores = scorer.score_fn(division.maps)
         noise = controls.get('noise')
         entry = judging.judge(scorer, scores, division, class_names=class_names, noise=noise)
+        judged[name] = entry
         entries[name] = entry['overall'] | {'per_class': entry['per_class']}
         entries[name]['controls'] = {
             kind: judging.control_rates(scorer, scores, division, maps)
@@ -55,6 +56,12 @@ def detection(run: Run, protocol: str) -> dict:
     for name, entry in per_class.items():
         entry['paper_accuracy'] = published.accuracy[name] if published else None
     overall['paper_accuracy'] = published.overall if published else None
+    ratio = division.judged_over_fitted
+    confidence = judged.pop('max_probability')
+    for name, entry in judged.items():
+        found = overall if name == 'detector' else entries[name]
+        found['over_confidence'] = judging.lead(entry, confidence, judged_over_fitted=ratio)
+    overall['rank_agreement'] = _rank_agreement(per_class, class_names) if published else None
     return {
         'per_class': per_class,
         'overall': overall,
@@ -62,6 +69,13 @@ def detection(run: Run, protocol: str) -> dict:
         'roc': curves,
         'histogram': drawn,
     }
+
+
+def _rank_agreement(per_class, class_names):
+    """Returns how the classes' order by our balanced accuracy agrees with the paper's."""
+    pairs = [(e['balanced_accuracy'], e['paper_accuracy']) for e in map(per_class.get, class_names)]
+    pairs = np.array([pair for pair in pairs if None not in pair]).reshape(-1, 2)
+    return metrics.rank_agreement(*pairs.T)
 
 
 def _histogram(scorer, scores, division, controls):

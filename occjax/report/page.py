@@ -155,7 +155,17 @@ def _verdict(detection):
             (
                 tables.with_interval(confidence, 'auroc'),
                 'is the AUROC of the unoccluded probability alone, without any window: '
-                f'{_beside(overall, confidence)}.',
+                f'{_beside(overall)}.',
+            )
+        )
+    agreement = overall.get('rank_agreement')
+    if agreement:
+        low, high = agreement['interval']
+        found.append(
+            (
+                f'{agreement["rho"]:.2f}',
+                "is Spearman's correlation of the classes' balanced accuracies with the paper's "
+                f'accuracies (95 %: {low:.2f} to {high:.2f}).',
             )
         )
     rated = [(b['auroc'], name) for name, b in rivals.items() if (b or {}).get('auroc') is not None]
@@ -180,16 +190,18 @@ def _paper(value):
     return '' if value is None else f' (paper: {tables.cell(value)})'
 
 
-def _beside(ours, theirs):
-    """Returns in words whether the detector's AUROC differs from another's, by their intervals."""
-    ends = [(entry.get('interval') or {}).get('auroc') for entry in (ours, theirs)]
-    if None in ends or ours.get('auroc') is None:
+def _beside(overall):
+    """Returns in words whether the detector's AUROC exceeds the unoccluded probability's."""
+    lead = overall.get('over_confidence') or {}
+    ends = (lead.get('interval') or {}).get('auroc')
+    if not ends:
         return 'whether the maps add to it cannot be told'
-    if ends[0][0] > ends[1][1]:
-        return 'the maps add to it'
-    if ends[0][1] < ends[1][0]:
-        return "the paper's detectors do worse"
-    return 'the intervals overlap, so the maps are not shown to add to it'
+    by = f'the difference is {tables.with_interval(lead, "auroc")}'
+    if ends[0] > 0:
+        return f'the maps add to it ({by})'
+    if ends[1] < 0:
+        return f"the paper's detectors do worse ({by})"
+    return f'the maps are not shown to add to it ({by})'
 
 
 def _heading(facts):

@@ -27,8 +27,9 @@ def _rates(entry):
     """Returns the rates that are kept of one scorer, with their intervals."""
     kept = {name: entry[name] for name in _KEPT if name in entry}
     intervals = {name: ends for name, ends in entry.get('interval', {}).items() if name in _KEPT}
+    beside = {name: entry[name] for name in ('over_confidence', 'rank_agreement') if name in entry}
     noise = entry.get('controls', {}).get('noise')
-    return kept | {'interval': intervals} | ({'noise': noise} if noise else {})
+    return kept | {'interval': intervals} | beside | ({'noise': noise} if noise else {})
 
 
 def table(summary: dict) -> str:
@@ -59,12 +60,18 @@ def table(summary: dict) -> str:
                 tables.with_interval(held_out, 'balanced_accuracy'),
                 tables.with_interval(held_out, 'auroc'),
                 tables.with_interval(held_out, 'auroc_with_noise'),
+                tables.with_interval(held_out.get('over_confidence') or {}, 'auroc'),
                 tables.cell(noise.get('called_at_5_fpr')),
             )
         )
     header = (
         *('Method', 'Forward passes', 'Balanced accuracy, protocol paper', 'held out'),
-        *('AUROC, held out', 'against clean and noise', 'Noise called at 5 % FPR'),
+        *(
+            'AUROC, held out',
+            'against clean and noise',
+            'over confidence',
+            'Noise called at 5 % FPR',
+        ),
     )
     body = tables.markdown(tables.Table('', header, rows)).split('\n\n', 1)[1]
     return f'{line}\n\n{body}\n'

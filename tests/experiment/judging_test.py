@@ -112,6 +112,22 @@ def test_controls_count_by_hand():
     assert rates['interval'] == {'called': None, 'called_at_5_fpr': None}
 
 
+def test_a_lead_is_that_of_each_seed():
+    """Two scorers that err together: either varies widely, their difference does not."""
+    seeds = [{'auroc': a, 'balanced_accuracy': None} for a in (0.5, 0.7, 0.9)]
+    better = [seed | {'auroc': seed['auroc'] + 0.05} for seed in seeds]
+    found = judging.lead({'seeds': better}, {'seeds': seeds}, judged_over_fitted=1.0)
+    assert found['auroc'] == pytest.approx(0.05)
+    np.testing.assert_allclose(found['interval']['auroc'], 0.05, atol=1e-9)
+    assert (found['balanced_accuracy'], found['interval']['balanced_accuracy']) == (None, None)
+    worse = [
+        seed | {'auroc': seed['auroc'] + d} for seed, d in zip(seeds, (0.1, 0, 0), strict=True)
+    ]
+    found = judging.lead({'seeds': worse}, {'seeds': seeds}, judged_over_fitted=1.0)
+    expected = metrics.interval([0.1, 0, 0], judged_over_fitted=1.0)
+    np.testing.assert_allclose(found['interval']['auroc'], expected, atol=1e-9)
+
+
 def test_noise_is_no_attack_either():
     """Of one class, by hand: noise of images that a seed knows does not count."""
     maps = toy_maps([(40, 40)])

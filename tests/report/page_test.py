@@ -374,21 +374,26 @@ class WriteTest(parameterized.TestCase):
             self.assertIn(f'<b>{number}</b>', self.read('report.html'))
 
     @parameterized.parameters(
-        ((0.7, 0.8), (0.5, 0.6), 'add to it'),
-        ((0.3, 0.4), (0.5, 0.6), 'do worse'),
-        ((0.4, 0.55), (0.5, 0.6), 'not shown to add'),
-        ((0.55, 0.8), (0.5, 0.6), 'not shown to add'),
-        ((0.4, 0.55), None, 'cannot be told'),
+        ((0.02, 0.04), 'the maps add to it (the difference is 0.030 ± 0.010)'),
+        ((-0.04, -0.02), "the paper's detectors do worse (the difference is -0.030 ± 0.010)"),
+        ((-0.01, 0.03), 'the maps are not shown to add to it (the difference is 0.010 ± 0.020)'),
+        (None, 'cannot be told'),
     )
-    def test_more_than_confidence_is_said_only_where_intervals_do_not_meet(
-        self, ours, theirs, said
-    ):
+    def test_more_than_confidence_is_said_only_where_the_lead_is_sure(self, ends, said):
         results = make_results()
         held_out = results['detection']['held_out']
-        held_out['overall'] |= {'interval': {'auroc': ours}}
-        held_out['baselines']['max_probability'] |= {'interval': {'auroc': theirs}}
+        lead = {'auroc': ends and sum(ends) / 2, 'interval': {'auroc': ends}}
+        held_out['overall'] |= {'over_confidence': lead}
         write(self.directory, results)
         self.assertIn(said, self.read('tables.md'))
+
+    def test_agreement_with_the_paper_s_classes_is_said(self):
+        results = make_results()
+        agreement = {'rho': 0.314, 'interval': [-0.4, 0.8]}
+        results['detection']['held_out']['overall'] |= {'rank_agreement': agreement}
+        write(self.directory, results)
+        self.assertIn('**0.31** is Spearman', self.read('tables.md'))
+        self.assertIn('(95 %: -0.40 to 0.80)', self.read('tables.md'))
 
     def test_long_tables_are_folded(self):
         write(self.directory)
