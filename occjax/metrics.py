@@ -343,7 +343,7 @@ def rank_agreement(first: Sequence[float], second: Sequence[float]) -> dict | No
 
     >>> found = rank_agreement([1, 2, 3, 4, 5], [1, 2, 3, 5, 4])
     >>> round(found['rho'], 3), [round(end, 2) for end in found['interval']]
-    (0.9, [-0.09, 1.0])
+    (0.9, [-0.17, 1.0])
     """
     if len(first) < 4:
         return None

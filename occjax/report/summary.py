@@ -8,6 +8,9 @@ _KEPT = (
 )
 
 
+_KINDS = ('correct', 'adversarial')
+
+
 def condense(results: dict) -> dict:
     """Returns results.json without what fills it: rivals by class, curves, other rates."""
     detection = {
@@ -33,7 +36,10 @@ def _rates(entry):
 
 
 def table(summary: dict) -> str:
-    """Returns what `condense` kept as Markdown: a line of the run, and a row for each scorer."""
+    """Returns what `condense` kept as Markdown: a line of the run, and a row for each scorer.
+
+    And a row for each class, where there are numbers of the paper's.
+    """
     classifier, attack, detection = (summary[k] for k in ('classifier', 'attack', 'detection'))
     means, manifest = summary['map_mean'], summary['manifest']
     accuracy, rate, attempted, correct, adversarial = map(
@@ -74,7 +80,31 @@ def table(summary: dict) -> str:
         ),
     )
     body = tables.markdown(tables.Table('', header, rows)).split('\n\n', 1)[1]
-    return f'{line}\n\n{body}\n'
+    return f'{line}\n\n{body}\n{_classes(summary)}'
+
+
+def _classes(summary):
+    """Returns Tables II to V in one, ours beside the paper's; nothing where it has no such."""
+    detection, rows = summary['detection'], []
+    for name, counts in summary['heatmaps'].items():
+        ours = [detection[protocol]['per_class'][name] for protocol in ('paper', 'held_out')]
+        cells = (
+            *(
+                f'{tables.cell(counts[kind])} ({tables.cell(counts[f"paper_{kind}"])})'
+                for kind in _KINDS
+            ),
+            *(tables.with_interval(entry, 'balanced_accuracy') for entry in ours),
+            tables.stated(ours[0]['paper_accuracy']) or '',
+        )
+        rows.append((name, *cells))
+    if not all(row[-1] for row in rows):
+        return ''
+    header = (
+        *('Class', 'Correct maps (paper)', 'Adversarial maps (paper)'),
+        *('Balanced accuracy, protocol paper', 'held out', "Paper's accuracy"),
+    )
+    body = tables.markdown(tables.Table('', header, rows)).split('\n\n', 1)[1]
+    return f'\n{body}\n'
 
 
 def _entry(found, name):

@@ -31,3 +31,11 @@ def test_a_summary_is_small_and_says_what_the_results_say(finished):
     text = summary.table(kept)
     assert f'{results["classifier"]["test_accuracy"]:.3f}' in text
     assert text.count('\n| ') == 2 + 1 + len(results['detection']['held_out']['baselines'])
+
+
+def test_classes_are_beside_the_paper_s_where_it_has_them():
+    text = summary.table(json.loads((ROOT / 'configs' / 'results' / 'cifar10.json').read_text()))
+    dog = next(line for line in text.splitlines() if line.startswith('| Dog'))
+    assert '(3,630)' in dog and '(337)' in dog and dog.endswith('| 0.50 |')  # Tables III and IV.
+    text = summary.table(json.loads((ROOT / 'configs' / 'results' / 'digits.json').read_text()))
+    assert '| Zero' not in text
