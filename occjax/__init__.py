@@ -32,6 +32,7 @@ if typing.TYPE_CHECKING:  # What editors and type checkers see; the rest of us g
         types,
         verdict,
         vgg,
+        views,
     )
     from occjax.attack import fgsm
     from occjax.convolution import accelerate
@@ -67,6 +68,7 @@ __all__ = [
     'types',
     'verdict',
     'vgg',
+    'views',
 ]
 _FUNCTIONS = {
     'accelerate': 'convolution',

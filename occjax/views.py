@@ -1,0 +1,105 @@
+"""Views of an image: copies of it that a network should see alike, and an attack does not survive.
+
+An occluded image is a view, and so are its blurred, shifted or noisy copies: each is one forward
+pass, and a detector sees the logits of several. A view is a pure function of images.
+
+Images are float32 in [0, 1], NHWC. Dimensions: B batch, H W C image, V views, K classes.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from occjax import checks, comparators
+from occjax.types import Array, LogitsFn
+
+View = Callable[[Array], Array]  # maps [B, H, W, C] images in [0, 1] to such
+
+
+def viewed_logits(logits_fn: LogitsFn, images: Array, views: Sequence[View]) -> Array:
+    """Returns the logits of each image under each view, `[B, V, K]`; a forward pass each.
+
+    Args:
+        logits_fn: maps `[B, H, W, C]` images to `[B, K]` logits, deterministically, each image on
+            its own.
+        images: `[B, H, W, C]` in [0, 1].
+        views: V functions of images.
+
+    Raises:
+        ValueError: if there is no view, or see `checks.images`.
+    """
+    images = checks.images(images)
+    if not views:
+        raise ValueError('Expected at least one view, got none.')
+    logits_fn = checks.logits_fn(logits_fn)
+    return jnp.stack([logits_fn(view(images)) for view in views], axis=1)
+
+
+def blur(images: Array, *, sigma: float) -> Array:
+    """Returns images under a Gaussian of `sigma` pixels, cut at three of them; edges repeat."""
+    reach = max(1, round(3 * sigma))
+    weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    weights = (weights / weights.sum()).astype(np.float32)
+    height, width = images.shape[1:3]
+    padded = jnp.pad(images, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode='edge')
+    rows = sum(weight * padded[:, i : i + height] for i, weight in enumerate(weights))
+    return sum(weight * rows[:, :, i : i + width] for i, weight in enumerate(weights))
+
+
+def sharpen(images: Array, *, sigma: float) -> Array:
+    """Returns images with what `blur` takes from them added once more."""
+    return jnp.clip(2 * images - blur(images, sigma=sigma), 0, 1)
+
+
+def flip(images: Array) -> Array:
+    """Returns images mirrored left to right."""
+    return images[:, :, ::-1]
+
+
+def shift(images: Array, *, rows: int, columns: int) -> Array:
+    """Returns images moved down and to the right; the edges that come in repeat the last pixel."""
+    down, right = (
+        jnp.clip(jnp.arange(side) - by, 0, side - 1)
+        for side, by in zip(images.shape[1:3], (rows, columns), strict=True)
+    )
+    return images[:, down][:, :, right]
+
+
+def shrink(images: Array, *, factor: float) -> Array:
+    """Returns images made smaller by a factor, each pixel an average, and large again."""
+    sides = tuple(max(1, round(side / factor)) for side in images.shape[1:3])
+    small = (len(images), *sides, images.shape[-1])
+    return jax.image.resize(jax.image.resize(images, small, 'linear'), images.shape, 'linear')
+
+
+def noise(images: Array, *, seed: int, epsilon: float) -> Array:
+    """Returns images of which every pixel is moved by `epsilon`, all by the same random signs."""
+    signs = jax.random.rademacher(jax.random.key(seed), images.shape[1:], images.dtype)
+    return jnp.clip(images + epsilon * signs, 0, 1)
+
+
+# Each costs a pass; the last is MagNet's and learns, see `reconstruction`.
+VIEWS: dict[str, View] = {
+    'bits_5': functools.partial(comparators.squeeze_bits, bits=5),
+    'bits_3': functools.partial(comparators.squeeze_bits, bits=3),
+    'median_2': functools.partial(comparators.squeeze_median, size=2),
+    'median_3': functools.partial(comparators.squeeze_median, size=3),
+    'blur': functools.partial(blur, sigma=0.5),
+    'blur_more': functools.partial(blur, sigma=1.0),
+    'sharpen': functools.partial(sharpen, sigma=0.8),
+    'flip': flip,
+    'shift_right': functools.partial(shift, rows=0, columns=1),
+    'shift_down': functools.partial(shift, rows=1, columns=0),
+    'shrink': functools.partial(shrink, factor=4 / 3),
+    'shrink_more': functools.partial(shrink, factor=2),
+    'noise': functools.partial(noise, seed=0, epsilon=8 / 255),
+    'noise_more': functools.partial(noise, seed=1, epsilon=0.1),
+}
+
+
+def reconstruction(autoencoder) -> View:
+    """Returns the view that MagNet's autoencoder has of images, see `comparators`."""
+    return functools.partial(comparators.Autoencoder().apply, autoencoder)
