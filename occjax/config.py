@@ -191,20 +191,29 @@ class Detector:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Sweep:
-    """What `--mode=sweep` attacks some test images with, and what windows it maps them with.
+    """What `--mode=sweep` attacks some test images with, and what detectors see of them.
 
-    FGSM at every epsilon; the other attacks at `attack.epsilon`, those of several `steps` with as
-    many. `pgd_l2` has a ball of the L2 norm of FGSM's step; `carlini_wagner` and `deepfool` have
-    none, and go as far as it takes. `occluders` are (size, stride, fill), beside the config's own;
-    each maps FGSM at `attack.epsilon`.
+    FGSM at every epsilon; the other attacks at every one of `attack_epsilons`, or at
+    `attack.epsilon` if it is (), those of several `steps` with as many. `pgd_l2` has a ball of the
+    L2 norm of FGSM's step; `carlini_wagner` and `deepfool` have none, and go as far as it takes.
+
+    Detectors of `methods` are fitted on FGSM at each epsilon, on the `mixture` of attacks, and on
+    the mixture without each of them; with `noise` every one also on clean images under random
+    signs. `views` are stored beside the windows. With `windows` other ones are tried too:
+    `occluders` are (size, stride, fill), () a few beside the config's own.
     """
 
     epsilons: tuple[float, ...] = number(
         0, 1, (*(n / 255 for n in (1, 2, 4, 8, 16)), 0.05, 0.1, 0.2), ends='(]'
     )
     attacks: tuple[str, ...] = some_of(names.ATTACKS, names.ATTACKS[:5])
+    attack_epsilons: tuple[float, ...] = number(0, 1, (), ends='(]')
+    mixture: tuple[str, ...] = some_of(('fgsm', *names.ATTACKS), ())
+    noise: bool = False
+    views: tuple[str, ...] = some_of(names.VIEWS, ())
     occluders: tuple[tuple[int, int, float], ...] = ()
-    methods: tuple[str, ...] = some_of(names.METHODS, ('detector', 'all_logits'))
+    windows: bool = True
+    methods: tuple[str, ...] = some_of((*names.METHODS, *names.VIEWING), ('detector', 'all_logits'))
     steps: int = number(1, 10**4, 10)
     images: int = number(1, _MANY, 1000)
 
@@ -293,6 +302,10 @@ class Config:
             0 < s < side and 0 < t <= 4096 and 0 <= f <= 1 for s, t, f in self.sweep.occluders
         )
         yield 'sweep.occluders', fits, f'sizes below {side}, strides from 1, fills from 0 to 1'
+        fits = set(self.sweep.mixture) <= {'fgsm', *self.sweep.attacks}
+        yield 'sweep.mixture', fits, "'fgsm' and some of sweep.attacks"
+        fits = self.sweep.views != () or not set(names.VIEWING) & set(self.sweep.methods)
+        yield 'sweep.views', fits, f'at least one, for {" and ".join(names.VIEWING)}'
         for path in ('sweep.epsilons', 'sweep.methods', 'adaptive.epsilons', 'adaptive.methods'):
             yield path, operator.attrgetter(path)(self) != (), 'at least one'
 

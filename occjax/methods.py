@@ -80,6 +80,19 @@ def _logit_maps(maps):
     return xp.concatenate([maps.logits, everywhere], axis=-1) / 4
 
 
+def _views_alone(maps):
+    """What every other view changes of all classes' logits, and the unoccluded ones, by class."""
+    changes = maps.views - maps.unoccluded[:, None]
+    changes = changes.reshape(len(maps), math.prod(changes.shape[1:]))
+    return maps.array_module.concatenate([changes, maps.unoccluded], axis=1)
+
+
+def _all_views(maps):
+    """What windows and other views change, and the unoccluded logits once."""
+    windows = _logit_differences(maps)[:, : -maps.unoccluded.shape[-1]]
+    return maps.array_module.concatenate([windows, _views_alone(maps)], axis=1)
+
+
 def _unoccluded_logits(maps):
     """The same without the windows: one forward pass."""
     return maps.unoccluded / 4
@@ -99,6 +112,15 @@ METHODS = dict(
             Method(_logits, pooled=True),
             Method(_logit_differences, features=(512, 128), standardize=True, pooled=True),
             Method(_logit_maps, features=(128,), convolutions=(64, 64), pooled=True),
+        ),
+        strict=True,
+    )
+) | dict(
+    zip(
+        names.VIEWING,
+        (
+            Method(_all_views, features=(512, 128), standardize=True, pooled=True),
+            Method(_views_alone, features=(512, 128), standardize=True, pooled=True),
         ),
         strict=True,
     )

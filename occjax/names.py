@@ -25,6 +25,7 @@ ATTACKS = (
     'carlini_wagner',
     'deepfool',
 )
+NEAREST = ('carlini_wagner', 'deepfool')  # Without a ball: they go as far as it takes.
 JOINT_ATTACKS = ('joint', 'selective', 'orthogonal')
 
 # Banks of networks, by what they see; the first is the paper's.
@@ -39,6 +40,26 @@ METHODS = (
     'all_logits',
     'logit_differences',
     'conv_logits',
+)
+
+# The same of a sweep's, which stores other views beside the windows.
+VIEWING = ('all_views', 'views_alone')
+
+# What `--mode=sweep` may show detectors beside the windows, see `views`; the first is MagNet's.
+VIEWS = (
+    'reconstruction',
+    'shift',
+    'shift_back',
+    'flip',
+    'blur',
+    'blur_more',
+    'sharpen',
+    'shrink',
+    'median',
+    'bits',
+    'grey',
+    'noise',
+    'noise_more',
 )
 
 # Scores of detectors that need no heatmap, see `comparators`.

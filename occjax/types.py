@@ -1,7 +1,7 @@
 """The nouns that the modules share, and the letters for their dimensions.
 
 Dimensions: B batch, N images of a split, H W C image, K classes, h w heatmap grid, P = h * w
-windows, M heatmaps. Images are NHWC; outside of `vgg` pixels are float32 in [0, 1].
+windows, V views, M heatmaps. Images are NHWC; outside of `vgg` pixels are float32 in [0, 1].
 """
 
 import dataclasses
@@ -80,6 +80,7 @@ class HeatmapSet:
     image_id: np.ndarray  # i32[M], position of the (clean) source image in its split
     is_adversarial: np.ndarray  # bool[M]
     comparators: np.ndarray | None = None  # f32[M, 3], `names.COMPARATORS`; None where not computed
+    views: np.ndarray | None = None  # f32[M, V, K] logits of other views; None where not computed
 
     @property
     def array_module(self) -> Any:

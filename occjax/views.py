@@ -8,12 +8,13 @@ Images are float32 in [0, 1], NHWC. Dimensions: B batch, H W C image, V views, K
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import checks, comparators
+from occjax import checks, comparators, names
 from occjax.types import Array, LogitsFn
 
 View = Callable[[Array], Array]  # maps [B, H, W, C] images in [0, 1] to such
@@ -75,31 +76,46 @@ def shrink(images: Array, *, factor: float) -> Array:
     return jax.image.resize(jax.image.resize(images, small, 'linear'), images.shape, 'linear')
 
 
+def grey(images: Array) -> Array:
+    """Returns images of which every pixel has the mean of its channels in all of them."""
+    return jnp.broadcast_to(images.mean(axis=-1, keepdims=True), images.shape)
+
+
 def noise(images: Array, *, seed: int, epsilon: float) -> Array:
     """Returns images of which every pixel is moved by `epsilon`, all by the same random signs."""
     signs = jax.random.rademacher(jax.random.key(seed), images.shape[1:], images.dtype)
     return jnp.clip(images + epsilon * signs, 0, 1)
 
 
-# Each costs a pass; the last is MagNet's and learns, see `reconstruction`.
-VIEWS: dict[str, View] = {
-    'bits_5': functools.partial(comparators.squeeze_bits, bits=5),
-    'bits_3': functools.partial(comparators.squeeze_bits, bits=3),
-    'median_2': functools.partial(comparators.squeeze_median, size=2),
-    'median_3': functools.partial(comparators.squeeze_median, size=3),
-    'blur': functools.partial(blur, sigma=0.5),
-    'blur_more': functools.partial(blur, sigma=1.0),
-    'sharpen': functools.partial(sharpen, sigma=0.8),
-    'flip': flip,
-    'shift_right': functools.partial(shift, rows=0, columns=1),
-    'shift_down': functools.partial(shift, rows=1, columns=0),
-    'shrink': functools.partial(shrink, factor=4 / 3),
-    'shrink_more': functools.partial(shrink, factor=2),
-    'noise': functools.partial(noise, seed=0, epsilon=8 / 255),
-    'noise_more': functools.partial(noise, seed=1, epsilon=0.1),
-}
+# Each costs a pass. MagNet's is beside them: it has weights, see `reconstruction`.
+VIEWS: dict[str, View] = dict(
+    zip(
+        names.VIEWS[1:],
+        (
+            functools.partial(shift, rows=1, columns=1),
+            functools.partial(shift, rows=-1, columns=-1),
+            flip,
+            functools.partial(blur, sigma=0.5),
+            functools.partial(blur, sigma=1.0),
+            functools.partial(sharpen, sigma=0.8),
+            functools.partial(shrink, factor=2),
+            functools.partial(comparators.squeeze_median, size=2),
+            functools.partial(comparators.squeeze_bits, bits=2),
+            grey,
+            functools.partial(noise, seed=0, epsilon=8 / 255),
+            functools.partial(noise, seed=1, epsilon=0.1),
+        ),
+        strict=True,
+    )
+)
 
 
-def reconstruction(autoencoder) -> View:
+def of_names(wanted: Sequence[str], autoencoder: Any = None) -> list[View]:
+    """Returns the views of some of `names.VIEWS`; `reconstruction` needs a fitted autoencoder."""
+    known = VIEWS | {'reconstruction': reconstruction(autoencoder)}
+    return [known[name] for name in wanted]
+
+
+def reconstruction(autoencoder: Any) -> View:
     """Returns the view that MagNet's autoencoder has of images, see `comparators`."""
     return functools.partial(comparators.Autoencoder().apply, autoencoder)

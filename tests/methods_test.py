@@ -1,5 +1,7 @@
 """Laws of what detectors see."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from occjax.methods import METHODS
 from tests.detector_test import toy_maps
 
 MAPS = toy_maps([(3, 2), (4, 5)], grid=(3, 4))
+VIEWS = np.random.default_rng(1).normal(size=(len(MAPS), 5, 2)).astype(np.float32)
+MAPS = dataclasses.replace(MAPS, views=VIEWS)
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -60,6 +64,15 @@ def test_logit_differences_are_zero_where_the_window_changes_nothing():
     changes = inputs[:, :-2].reshape(MAPS.logits.shape)
     np.testing.assert_allclose(changes + MAPS.unoccluded[:, None, None], MAPS.logits, atol=1e-5)
     assert METHODS['logit_differences'].standardize
+
+
+def test_views_are_seen_as_what_they_change():
+    alone = METHODS['views_alone'].inputs_fn(MAPS)
+    changes = alone[:, :-2].reshape(len(MAPS), 5, 2)
+    np.testing.assert_allclose(changes + MAPS.unoccluded[:, None], VIEWS, atol=1e-5)
+    together = METHODS['all_views'].inputs_fn(MAPS)
+    windows = METHODS['logit_differences'].inputs_fn(MAPS)[:, :-2]
+    np.testing.assert_array_equal(together, np.concatenate([windows, alone], axis=1))
 
 
 def test_logit_maps_keep_the_windows_places():

@@ -205,6 +205,11 @@ def load_autoencoder(run: Run) -> Any:
     return variables
 
 
+def autoencoder_digest(run: Run) -> str:
+    """Returns the digest of the fitted autoencoder."""
+    return storage.checkpoint_metadata(run.workdir / 'magnet', mode='heatmaps')['digest']
+
+
 def heatmaps(run: Run):
     """Attacks both splits and stores the maps, shard by shard; what is stored stays."""
     directory = run.workdir / 'heatmaps'
@@ -213,8 +218,7 @@ def heatmaps(run: Run):
         if all((directory / name).exists() for name in found):
             return
     variables, autoencoder, shards = load_variables(run), load_autoencoder(run), []
-    digest = storage.checkpoint_metadata(run.workdir / 'magnet', mode='heatmaps')['digest']
-    made_from = store.classifier_origin(run) | {'autoencoder': digest}
+    made_from = store.classifier_origin(run) | {'autoencoder': autoencoder_digest(run)}
     for name in names.SPLITS:
         split, ids = getattr(run.dataset, name), mapped_ids(run, name)
         for start in range(0, len(ids), run.shard_size):

@@ -61,7 +61,7 @@ def load_shards(run: Run, split_name: str) -> tuple[HeatmapSet, list[dict]]:
 
 def as_maps(shards, prefix=''):
     """Returns the maps in shards whose arrays begin with a prefix."""
-    names = [f.name for f in dataclasses.fields(HeatmapSet)]
+    names = [f.name for f in dataclasses.fields(HeatmapSet) if prefix + f.name in shards[0]]
     sets = [{name: shard[prefix + name] for name in names} for shard in shards]
     return HeatmapSet.concatenate([HeatmapSet(**arrays) for arrays in sets])
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from occjax import attack, data
+from occjax import views as views_lib
 from occjax.config import Occlusion
 from occjax.experiment import devices, shard, stages, store
 from occjax.experiment.run import Run, parts
@@ -29,6 +30,9 @@ ATTACKS = {
     'fgsm': lambda fn, x, y, *, key, epsilon, steps, **kw: attack.fgsm(
         fn, x, y, epsilon=epsilon, **kw
     ),
+    'noise': lambda fn, x, y, *, key, epsilon, steps, bounds: attack.sign_noise(
+        x, key=key, epsilon=epsilon, bounds=bounds
+    ),
     'targeted_fgsm': lambda fn, x, y, *, key, epsilon, steps, **kw: attack.targeted_fgsm(
         fn, x, jnp.argmin(fn(x), axis=-1), epsilon=epsilon, **kw
     ),
@@ -43,6 +47,9 @@ ATTACKS = {
     'carlini_wagner': functools.partial(_nearest, attack.carlini_wagner),
     'deepfool': functools.partial(_nearest, attack.deepfool),
 }
+
+
+_ONE_STEP = ('none', 'noise', 'fgsm', 'targeted_fgsm')
 
 
 @functools.partial(jax.jit, static_argnames=('name', 'steps', 'clip', 'network'))
@@ -60,6 +67,27 @@ def attack_batch(variables, images, labels, ids, *, name, epsilon, steps, key, c
     return adversarial, logits_fn(images), logits_fn(adversarial)
 
 
+@functools.partial(jax.jit, static_argnames=('views', 'network'))
+def view_batch(variables, autoencoder, images, *, views, network):
+    """Returns the `[B, V, K]` logits under some of `names.VIEWS`."""
+    seen = views_lib.of_names(views, autoencoder)
+    return views_lib.viewed_logits(network.classifier(variables), images, seen)
+
+
+def _viewing(run, variables, views):
+    """Returns what gives images' logits under the views, and what these come from."""
+    autoencoder, shape = stages.load_autoencoder(run), (len(views), len(run.dataset.class_names))
+    seen = dict(views=views, network=run.network)
+
+    def view_fn(images):
+        if not len(images):
+            return np.zeros((0, *shape), np.float32)
+        batch_fn = functools.partial(view_batch, variables, autoencoder, **seen)
+        return devices.in_batches(batch_fn, images, batch_size=run.batch_size)
+
+    return view_fn, {'views': ','.join(views), 'autoencoder': stages.autoencoder_digest(run)}
+
+
 def mapped(
     run: Run,
     variables: Any,
@@ -67,9 +95,11 @@ def mapped(
     epsilon: float = 0.0,
     windows: Occlusion | None = None,
 ) -> HeatmapSet:
-    """Returns the maps of the attacks that succeed, or of all correct images if name is `none`.
+    """Returns the maps of the attacks that succeed.
 
-    They are under the config's windows, or under others.
+    If name is `none`, those of all correct images; if it is `noise`, those of correct images that
+    random signs leave correct. They are under the config's windows, or under others; under the
+    config's own there are also the logits of the sweep's `views`.
     """
     split, settings = run.dataset.test, run.config.sweep
     ids = stages.mapped_ids(run, 'test')[: settings.images]
@@ -83,12 +113,14 @@ def mapped(
         clip=run.config.attack.clip,
         network=run.network,
     )
-    windows = windows or run.config.occlusion
+    windows, views = windows or run.config.occlusion, () if windows else settings.views
     made_from = store.classifier_origin(run)
+    view_fn, seen = _viewing(run, variables, views) if views else (None, {})
     run = run.with_occlusion(windows)
     fill = ','.join(f'{value:g}' for value in windows.fill) or 'mean'
-    directory = run.workdir / 'sweep' / f'{windows.size}-{windows.stride}-{fill}'
-    iterated = '' if name in ('none', 'fgsm', 'targeted_fgsm') else f'-{settings.steps}'
+    folder = f'{windows.size}-{windows.stride}-{fill}' + ('-views' if views else '')
+    directory = run.workdir / 'sweep' / folder
+    iterated = '' if name in _ONE_STEP else f'-{settings.steps}'
 
     def part(here):
         labels = split.labels[here]
@@ -96,14 +128,16 @@ def mapped(
             attack_fn, data.take(split, here), labels, here, batch_size=run.batch_size
         )
         correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))
-        chosen = correct if name == 'none' else successful
-        return {
+        clean = name in ('none', 'noise')
+        chosen = correct & ~successful if clean else successful
+        found = {
             'logits': shard.map_images(run, variables, adversarial[chosen]),
             'unoccluded': after[chosen],
             'label': labels[chosen],
             'image_id': here[chosen],
-            'is_adversarial': np.full(chosen.sum(), name != 'none'),
+            'is_adversarial': np.full(chosen.sum(), not clean),
         }
+        return found | ({'views': view_fn(adversarial[chosen])} if views else {})
 
     wanted = []
     for start in range(0, len(ids), run.shard_size):
@@ -112,5 +146,5 @@ def mapped(
         path = directory / f'{name}{iterated}-{epsilon:.6g}-{start:07d}-{start + len(here):07d}.npz'
         wanted.append((path, len(here), functools.partial(part, here)))
     what = f'sweep, {name} {epsilon:.3g}, {directory.name}: images'
-    found = parts(run, what, wanted, mode='sweep', made_from=made_from)
+    found = parts(run, what, wanted, mode='sweep', made_from=made_from | seen)
     return HeatmapSet.concatenate([HeatmapSet(**arrays) for arrays in found])

@@ -2,8 +2,9 @@
 
 Some test images are attacked in every way that the config's `sweep` names; what succeeds is mapped
 and stored, so that a sweep goes on where it was stopped. Then detectors are fitted on FGSM at each
-epsilon and judged by every attack, on images that they were not fitted on; and detectors of maps
-with other windows are fitted and judged on FGSM at the config's epsilon.
+epsilon, on the mixture of attacks and on the mixture without each of them, and judged by every
+attack, on images that they were not fitted on; and detectors of maps with other windows are fitted
+and judged on FGSM at the config's epsilon.
 
 Dimensions: M maps, h w heatmap grid, K classes.
 """
@@ -14,7 +15,7 @@ import math
 
 import numpy as np
 
-from occjax import metrics
+from occjax import metrics, names
 from occjax.experiment import judging, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
@@ -25,12 +26,22 @@ from occjax.types import HeatmapSet
 
 
 def attacks(run: Run) -> dict[str, tuple[str, float]]:
-    """Returns the attacks by name: FGSM at every epsilon, the others at the config's own."""
-    wanted = run.config.sweep
-    epsilons = sorted({*wanted.epsilons, run.config.attack.epsilon})
-    found = {f'fgsm {epsilon:.4g}': ('fgsm', epsilon) for epsilon in epsilons}
-    own = run.config.attack.epsilon
-    return found | {f'{name} {own:.4g}': (name, own) for name in wanted.attacks}
+    """Returns the attacks by name: FGSM at every epsilon, the others at theirs, if they have one."""
+    wanted, own = run.config.sweep, run.config.attack.epsilon
+    others = wanted.attack_epsilons or (own,)
+    found = [('fgsm', epsilon) for epsilon in sorted({*wanted.epsilons, *others, own})]
+    for name in wanted.attacks:
+        found += [(name, epsilon) for epsilon in (others[:1] if name in names.NEAREST else others)]
+    return {f'{name} {epsilon:.4g}': (name, epsilon) for name, epsilon in found}
+
+
+def mixtures(run: Run) -> dict[str, tuple[str, ...]]:
+    """Returns what detectors are fitted on beside FGSM: the mixture, and it without each attack."""
+    whole = tuple(dict.fromkeys(run.config.sweep.mixture))
+    if not whole:
+        return {}
+    without = {f'mixture without {name}': tuple(n for n in whole if n != name) for name in whole}
+    return {'mixture': whole} | ({} if len(whole) == 1 else without)
 
 
 def occluders(run: Run) -> list[tuple[int, int, tuple[float, ...]]]:
@@ -60,6 +71,8 @@ def sweep(run: Run) -> str:
     parts = {
         name: _of(clean, conditions.mapped(run, variables, *how)) for name, how in found.items()
     }
+    epsilons = {epsilon for _, epsilon in found.values()} if run.config.sweep.noise else ()
+    noise = {e: _of(clean, conditions.mapped(run, variables, 'noise', e)) for e in epsilons}
     result = {
         'manifest': results_lib.manifest(run),
         'images': min(run.config.sweep.images, len(stages.mapped_ids(run, 'test'))),
@@ -73,20 +86,35 @@ def sweep(run: Run) -> str:
             }
             for name, part in parts.items()
         },
-        'transfer': {},
-        'occluders': _occluders(run, variables),
+        'transfer': _transfer(run, found, clean, parts, noise),
+        'occluders': _occluders(run, variables) if run.config.sweep.windows else [],
     }
-    divisions = {name: _divided(run, clean, part) for name, part in parts.items()}
-    for method in run.config.sweep.methods:
-        result['transfer'][method] = {
-            fitted: _aurocs(run, method, divisions[fitted], divisions)
-            for fitted, (name, _) in found.items()
-            if name == 'fgsm'
-        }
     storage.write_json(run.workdir / 'sweep.json', result)
     storage.write_bytes(run.workdir / 'sweep.png', sweep_report.plot(result))
     written = f'\nWritten: {run.workdir / "sweep.json"}, sweep.png\n'
     return tables.to_markdown(sweep_report.build(result)) + written
+
+
+def _transfer(run, found, clean, parts, noise):
+    """Returns, by method, AUROC of what was fitted on each row of attacks, judged by each one."""
+    judged = {name: _divided(run, clean, part) for name, part in parts.items()}
+    beside = {name: noise[epsilon] for name, (_, epsilon) in found.items() if epsilon in noise}
+    rows = {
+        name: (judged[name], beside.get(name))
+        for name, (attack, _) in found.items()
+        if attack == 'fgsm'
+    }
+    for name, mixed in mixtures(run).items():
+        chosen = [parts[each] for each, (attack, _) in found.items() if attack in mixed]
+        together = HeatmapSet.concatenate(list(noise.values())) if noise else None
+        rows[name] = _divided(run, clean, HeatmapSet.concatenate(chosen)), together
+    return {
+        method: {
+            name: _aurocs(run, method, fitted, joins, judged, beside)
+            for name, (fitted, joins) in rows.items()
+        }
+        for method in run.config.sweep.methods
+    }
 
 
 def _occluders(run, variables):
@@ -108,7 +136,7 @@ def _occluder(run, label, clean, attacked):
     """Returns what `_occluders` does of one kind of window."""
     division = _divided(run, clean, attacked)
     aurocs = {
-        method: _aurocs(run, method, division, {'own': division})['own']
+        method: _aurocs(run, method, division, None, {'own': division}, {})['own']
         for method in run.config.sweep.methods
     }
     passes = 1 + math.prod(clean.logits.shape[1:3])
@@ -135,18 +163,22 @@ def _divided(run, clean, attacked):
     return judging.divide(maps, 'held_out', run.config.detector, run.config.seed)
 
 
-def _aurocs(run, method, fitted, divisions):
-    """Returns the AUROC, on every division, of detectors that were fitted on one."""
-    scorer = judging.scorer(method, functools.partial(store.fit_banks, run, fitted))
+def _aurocs(run, method, fitted, joins, judged, beside):
+    """Returns the AUROC, by every attack that judges, of what was fitted on one division.
+
+    Noise that joins the clean ones when fitting, and noise to judge by, may be None.
+    """
+    scorer = judging.scorer(method, functools.partial(store.fit_banks, run, fitted, noise=joins))
     class_names, rates = run.description['class_names'], {}
-    for name, division in divisions.items():
+    for name, division in judged.items():
         scores = scorer.score_fn(division.maps)
-        seeds = judging.by_seed(scorer, scores, division, class_names=class_names)
+        known = dict(class_names=class_names, noise=beside.get(name))
+        seeds = judging.by_seed(scorer, scores, division, **known)
         ratio = division.judged_over_fitted
         mean = metrics.over_seeds([overall for _, overall in seeds], judged_over_fitted=ratio)
-        rates[name] = {
-            'auroc': mean['auroc'],
-            'interval': mean['interval']['auroc'],
-            'over': mean['over'].get('auroc'),
-        }
+        found, with_noise = (
+            {'auroc': mean[key], 'interval': mean['interval'][key], 'over': mean['over'].get(key)}
+            for key in ('auroc', 'auroc_with_noise')
+        )
+        rates[name] = found | {'with_noise': with_noise if name in beside else None}
     return rates

@@ -21,15 +21,12 @@ def build(result: dict) -> list[tables.Table]:
         )
     ]
     for method, rows in result['transfer'].items():
-        listed.append(
-            tables.Table(
-                f'AUROC, {tables.words(method).lower()}: fitted on the row, judged by the column',
-                ('Fitted on', *found),
-                [(name, *(_auroc(row[k]) for k in found)) for name, row in rows.items()],
-                note='Class means on images that were not fitted on, means over the seeds; in '
-                'brackets: how many classes and seeds have maps of both kinds, where not all do.',
-            )
-        )
+        listed.append(_matrix(method, rows, ''))
+        noisy = {name: {k: v['with_noise'] for k, v in row.items()} for name, row in rows.items()}
+        if all(all(row.values()) for row in noisy.values()):
+            listed.append(_matrix(method, noisy, ' against clean and noise'))
+    if not result['occluders']:
+        return listed
     methods = list(result['transfer'])
     lines = [
         (
@@ -44,6 +41,18 @@ def build(result: dict) -> list[tables.Table]:
     return [*listed, tables.Table('Windows', header, lines, note=note)]
 
 
+def _matrix(method, rows, against):
+    """Returns the AUROC of what was fitted on each row, judged by each column."""
+    judged = list(next(iter(rows.values())))
+    return tables.Table(
+        f'AUROC{against}, {tables.words(method).lower()}: fitted on the row, judged by the column',
+        ('Fitted on', *judged),
+        [(name, *(_auroc(row[k]) for k in judged)) for name, row in rows.items()],
+        note='Class means on images that were not fitted on, means over the seeds; in '
+        'brackets: how many classes and seeds have maps of both kinds, where not all do.',
+    )
+
+
 def _auroc(found, interval=None):
     """Returns one AUROC as a reader sees it, with half its interval if that is given."""
     named = {'auroc': found['auroc'], 'interval': {'auroc': interval}}
@@ -55,20 +64,19 @@ def plot(result: dict) -> bytes:
     from matplotlib.figure import Figure  # Half a second of import that other modes need not pay.
 
     methods = result['transfer']
-    figure = Figure(figsize=(9.5 + 5.5 * len(methods), 4.8), layout='constrained', dpi=150)
-    widths = [1, 1] + [1.3] * len(methods)
-    against_epsilon, against_passes, *matrices = figure.subplots(
-        1, len(widths), gridspec_kw={'width_ratios': widths}
-    )
-    _plot_epsilons(against_epsilon, result)
-    _plot_passes(against_passes, result)
-    for panel, (method, rows) in zip(matrices, methods.items(), strict=True):
-        _plot_matrix(panel, method, rows, list(result['attacks']))
-    for panel in (against_epsilon, against_passes):
+    panels = [_plot_epsilons] + ([_plot_passes] if result['occluders'] else [])
+    widths = [1] * len(panels) + [1.3] * len(methods)
+    size = (4.75 * len(panels) + 5.5 * len(methods), 4.8)
+    figure = Figure(figsize=size, layout='constrained', dpi=150)
+    axes = figure.subplots(1, len(widths), gridspec_kw={'width_ratios': widths})
+    for panel, draw_fn in zip(axes, panels, strict=False):
+        draw_fn(panel, result)
         panel.axhline(0.5, color='#888', linewidth=0.8)
         panel.set_xscale('log')
         panel.legend(fontsize=8, frameon=False)
         panel.spines[['top', 'right']].set_visible(False)
+    for panel, (method, rows) in zip(axes[len(panels) :], methods.items(), strict=True):
+        _plot_matrix(panel, method, rows, list(result['attacks']))
     return figures.png(figure)
 
 

@@ -292,6 +292,8 @@ _WORDS = {
     'all_logits': 'All logits under all windows',
     'logit_differences': 'Changes of all logits',
     'conv_logits': 'All logits, convolutional',
+    'all_views': 'Changes of all logits under windows and other views',
+    'views_alone': 'Changes of all logits under other views',
     'map_mean': 'Mean of the map',
     'map_minimum': 'Minimum of the map',
     'map_deviation': 'Standard deviation of the map',
@@ -307,6 +309,10 @@ _WORDS = {
     'bim': 'BIM',
     'pgd': 'PGD',
     'mi_fgsm': 'MI-FGSM',
+    'pgd_l2': 'PGD in L2',
+    'apgd': 'Auto-PGD',
+    'carlini_wagner': 'Carlini & Wagner',
+    'deepfool': 'DeepFool',
 }
 
 

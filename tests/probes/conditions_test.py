@@ -8,7 +8,7 @@ from occjax import names
 from occjax.probes import conditions
 
 
-@pytest.mark.parametrize('name', ['none', 'fgsm', *names.ATTACKS])
+@pytest.mark.parametrize('name', ['none', 'noise', 'fgsm', *names.ATTACKS])
 def test_each_moves_images_within_its_ball(name):
     weights = jax.random.normal(jax.random.key(0), (48, 3))
     images = jax.random.uniform(jax.random.key(1), (2, 4, 4, 3), minval=0.2, maxval=0.8)
@@ -24,7 +24,7 @@ def test_each_moves_images_within_its_ball(name):
     if name == 'pgd_l2':  # As long as FGSM's step.
         assert jnp.linalg.norm(step, axis=-1).max() <= 0.1 * 48**0.5 * (1 + 1e-5)
         assert jnp.abs(step).max() > 0.1
-    elif name not in ('carlini_wagner', 'deepfool'):
+    elif name not in names.NEAREST:
         assert jnp.abs(step).max() <= 0.1 + 1e-6
     else:
         assert (logits_fn(attacked).argmax(-1) != labels).all()

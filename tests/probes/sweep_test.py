@@ -50,6 +50,36 @@ def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
         assert sweep.sweep(run) == printed
 
 
+@pytest.mark.slow
+def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path):
+    """With noise among the clean ones, and other views beside the windows."""
+    run = make_run(tmp_path / 'run')
+    for name in ('classifier', 'magnet'):
+        shutil.copytree(finished[0].workdir / name, run.workdir / name)
+    shutil.copy(finished[0].workdir / 'dataset.json', run.workdir)
+    wanted = run.config.sweep
+    wanted.epsilons, wanted.attack_epsilons = (0.2,), (0.3,)
+    wanted.attacks, wanted.mixture, wanted.noise = ('bim', 'square'), ('fgsm', 'bim'), True
+    wanted.views, wanted.methods = ('reconstruction', 'blur', 'flip'), ('all_views', 'views_alone')
+    wanted.steps, wanted.images, wanted.windows = 3, 150, False
+    printed = sweep.sweep(run)
+    result = json.loads((run.workdir / 'sweep.json').read_text())
+    judged = ['fgsm 0.2', 'fgsm 0.3', 'bim 0.3', 'square 0.3']
+    assert list(result['attacks']) == judged
+    fitted = ['fgsm 0.2', 'fgsm 0.3', 'mixture', 'mixture without fgsm', 'mixture without bim']
+    for rows in result['transfer'].values():
+        assert list(rows) == fitted
+        assert all(list(row) == judged for row in rows.values())
+        assert rows['mixture']['square 0.3']['with_noise']['auroc'] is not None
+    assert 'against clean and noise' in printed
+    rows = result['transfer']['all_views']
+    assert rows['mixture']['bim 0.3']['auroc'] != rows['mixture without bim']['bim 0.3']['auroc']
+    with np.load(next((run.workdir / 'sweep').glob('*-views/noise*.npz'))) as part:
+        assert part['views'].shape == (len(part['label']), 3, 10)
+        assert not part['is_adversarial'].any()
+        np.testing.assert_array_equal(part['unoccluded'].argmax(-1), part['label'])
+
+
 def test_windows_to_try_differ_from_the_config_s_in_one_thing_each(tmp_path):
     run = make_run(tmp_path / 'run')
     own = (5, 4, (0.5,))
