@@ -34,6 +34,7 @@ class Stream(enum.IntEnum):
     SWEEP_ATTACK = 16  # image
     BENCHMARK = 17
     FLIP = 18  # classifier, epoch
+    SEARCH = 19
 
 
 def rng(seed: int, stream: Stream, *index: int) -> np.random.Generator:

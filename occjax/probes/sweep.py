@@ -19,14 +19,14 @@ from occjax import metrics, names
 from occjax.experiment import judging, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
-from occjax.probes import conditions
+from occjax.probes import conditions, passes
 from occjax.report import sweep as sweep_report
 from occjax.report import tables
 from occjax.types import HeatmapSet
 
 
 def attacks(run: Run) -> dict[str, tuple[str, float]]:
-    """Returns the attacks by name: FGSM at every epsilon, the others at theirs, if they have one."""
+    """Returns the attacks by name: FGSM at every epsilon, the others at their own."""
     wanted, own = run.config.sweep, run.config.attack.epsilon
     others = wanted.attack_epsilons or (own,)
     found = [('fgsm', epsilon) for epsilon in sorted({*wanted.epsilons, *others, own})]
@@ -88,11 +88,20 @@ def sweep(run: Run) -> str:
         },
         'transfer': _transfer(run, found, clean, parts, noise),
         'occluders': _occluders(run, variables) if run.config.sweep.windows else [],
+        'search': _search(run, found, clean, parts, noise) if run.config.sweep.views else None,
     }
     storage.write_json(run.workdir / 'sweep.json', result)
     storage.write_bytes(run.workdir / 'sweep.png', sweep_report.plot(result))
     written = f'\nWritten: {run.workdir / "sweep.json"}, sweep.png\n'
     return tables.to_markdown(sweep_report.build(result)) + written
+
+
+def _search(run, found, clean, parts, noise):
+    """Returns `passes.search` for FGSM at the epsilons that other attacks have too."""
+    epsilons = run.config.sweep.attack_epsilons or (run.config.attack.epsilon,)
+    fgsm = {e: parts[name] for name, (attack, e) in found.items() if attack == 'fgsm'}
+    chosen = ({e: sets[e] for e in epsilons if e in sets} for sets in (fgsm, noise))
+    return passes.search(run, clean, *chosen)
 
 
 def _transfer(run, found, clean, parts, noise):

@@ -72,6 +72,9 @@ def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path)
         assert all(list(row) == judged for row in rows.values())
         assert rows['mixture']['square 0.3']['with_noise']['auroc'] is not None
     assert 'against clean and noise' in printed
+    assert [row['passes'] for row in result['search']['order']] == [1, 2, 3, 4]
+    assert set(result['search']['without']) == set(wanted.views)
+    assert 'the most useful first' in printed
     rows = result['transfer']['all_views']
     assert rows['mixture']['bim 0.3']['auroc'] != rows['mixture without bim']['bim 0.3']['auroc']
     with np.load(next((run.workdir / 'sweep').glob('*-views/noise*.npz'))) as part:
