@@ -218,14 +218,15 @@ class Sweep:
     images: int = number(1, _MANY, 1000)
 
 
-_DIFFERENTIABLE = tuple(name for name in names.METHODS if name != 'shuffled_cells')
+_DIFFERENTIABLE = tuple(n for n in (*names.METHODS, *names.VIEWING) if n != 'shuffled_cells')
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Adaptive:
     """What `--mode=adaptive` attacks classifier and detectors with, see `adaptive`.
 
-    `weight` is the joint attack's; each of the `images` takes up to `steps`.
+    `weight` is the joint attack's; each of the `images` takes up to `steps`. Detectors that see
+    views are the sweep's, fitted on its mixture.
     """
 
     epsilons: tuple[float, ...] = number(0, 1, (*(n / 255 for n in (1, 2, 4, 8)), 0.1), ends='(]')

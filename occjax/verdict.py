@@ -3,6 +3,7 @@
 Dimensions: B batch, H W C image, K classes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from occjax import convolution, detector, engine
 from occjax.methods import Method
 from occjax.types import Array, HeatmapSet, LogitsFn
+from occjax.views import View, viewed_logits
 
 
 def margins(
@@ -19,6 +21,7 @@ def margins(
     images: Array,
     *,
     method: Method,
+    views: Sequence[View] = (),
     **settings: Any,
 ) -> Array:
     """Returns `[B]` scores less their thresholds: above 0 an image is called adversarial.
@@ -29,11 +32,14 @@ def margins(
         thresholds: `[K]`, one for each class that the classifier may name.
         images: `[B, H, W, C]` in [0, 1].
         method: what the detectors see.
+        views: those of images that they see beside the windows.
         **settings: of `engine.occluded_logits`: engine, size, stride, fill, grid, chunk_size.
     """
+    plain_fn = convolution.accelerate(logits_fn)
     maps = HeatmapSet(
         logits=engine.occluded_logits(logits_fn, images, **settings),
-        unoccluded=convolution.accelerate(logits_fn)(images),
+        unoccluded=plain_fn(images),
+        views=viewed_logits(plain_fn, images, views) if views else None,
         # What follows is not known of an image in use, and no detector sees it.
         label=jnp.zeros(len(images), int),
         image_id=jnp.zeros(len(images), int),

@@ -76,6 +76,15 @@ def shrink(images: Array, *, factor: float) -> Array:
     return jax.image.resize(jax.image.resize(images, small, 'linear'), images.shape, 'linear')
 
 
+def round_bits(images: Array, *, bits: int) -> Array:
+    """Returns pixels of a few bits, whose gradient is that of the images, not of steps: none.
+
+    So an attacker who climbs gradients sees past the rounding, as one who knows of it would
+    (BPDA, https://arxiv.org/abs/1802.00420).
+    """
+    return images + jax.lax.stop_gradient(comparators.squeeze_bits(images, bits=bits) - images)
+
+
 def grey(images: Array) -> Array:
     """Returns images of which every pixel has the mean of its channels in all of them."""
     return jnp.broadcast_to(images.mean(axis=-1, keepdims=True), images.shape)
@@ -100,7 +109,7 @@ VIEWS: dict[str, View] = dict(
             functools.partial(sharpen, sigma=0.8),
             functools.partial(shrink, factor=2),
             functools.partial(comparators.squeeze_median, size=2),
-            functools.partial(comparators.squeeze_bits, bits=2),
+            functools.partial(round_bits, bits=2),
             grey,
             functools.partial(noise, seed=0, epsilon=8 / 255),
             functools.partial(noise, seed=1, epsilon=0.1),

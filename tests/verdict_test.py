@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from occjax import data, metrics, verdict
+from occjax import data, detector, metrics, verdict
 from occjax.experiment import judging, stages, store
 from occjax.methods import METHODS
 
@@ -42,6 +42,25 @@ def test_a_verdict_is_what_the_stored_maps_say(finished, method):
         margins = jax.jit(margins_fn)(images)
         expected = scores[clean] - LEVELS[maps.predicted[clean]]
         np.testing.assert_allclose(margins, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_verdict_of_views_sees_them():
+    """A linear detector of one view's changes alone, by hand."""
+    weights = np.random.default_rng(0).normal(size=(8 * 8 * 3, 3)).astype(np.float32)
+    images = np.random.default_rng(1).uniform(size=(4, 8, 8, 3)).astype(np.float32)
+
+    def logits_fn(images):
+        return images.reshape(len(images), -1) @ weights
+
+    seen = [lambda x: x[:, :, ::-1], lambda x: x]
+    method = METHODS['views_alone']._replace(features=(), standardize=False)
+    bank = detector.init_bank(jax.random.key(0), num_classes=1, grid=(9,), features=())
+    settings = dict(size=4, stride=2, fill=0.5, engine='full', method=method, views=seen)
+    found = jax.jit(functools.partial(verdict.margins, logits_fn, bank, np.zeros(3), **settings))
+    logits = logits_fn(images)
+    changes = np.concatenate([logits_fn(seen[0](images)) - logits, 0 * logits, logits], axis=1)
+    expected = detector.score(bank, changes, np.zeros(4, int))
+    np.testing.assert_allclose(found(images), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize('engine', ['full', pytest.param('incremental', marks=pytest.mark.slow)])

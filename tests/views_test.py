@@ -81,6 +81,12 @@ def test_noise_has_its_size_and_one_pattern_for_all():
     assert np.mean(np.sign(other) != np.sign(step)) > 0.3
 
 
+def test_rounding_passes_gradients_on():
+    np.testing.assert_allclose(jax.grad(lambda x: VIEWS['bits'](x).sum())(IMAGES), 1)
+    levels = np.unique(np.round(3 * np.asarray(VIEWS['bits'](IMAGES)), 5))
+    np.testing.assert_array_equal(levels, [0, 1, 2, 3])
+
+
 def test_views_are_differentiated():
     def total(images):
         return views.viewed_logits(logits_fn, images, list(VIEWS.values()))[..., 0].sum()

@@ -29,9 +29,13 @@ def deployed(run: Run, division: judging.Division, method: str) -> tuple[detecto
     That of a class without maps to fit by, or with too few clean ones to promise 5 %, is infinite:
     its detector never calls.
     """
-    banks, maps = store.load_banks(run, division, 'held_out', method), division.maps
-    known = division.known(0, judging.score_banks(banks, METHODS[method], maps)[0])
-    num_classes, rule = maps.unoccluded.shape[-1], dict(threshold=0.0, learns=True)
+    return first(store.load_banks(run, division, 'held_out', method), division, method)
+
+
+def first(banks: detector.Bank, division: judging.Division, method: str):
+    """Returns what `deployed` does, of banks that are at hand."""
+    known = division.known(0, judging.score_banks(banks, METHODS[method], division.maps)[0])
+    num_classes, rule = division.maps.unoccluded.shape[-1], dict(threshold=0.0, learns=True)
     levels = metrics.thresholds(num_classes=num_classes, **rule, **known).at_5
     return jax.tree.map(lambda leaf: leaf[0], banks), np.where(np.isnan(levels), np.inf, levels)
 

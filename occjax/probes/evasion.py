@@ -8,18 +8,20 @@ Dimensions: B batch, N images, K classes.
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from occjax import adaptive, attack, data, names, verdict
+from occjax import adaptive, attack, data, detector, names, verdict
+from occjax import views as views_lib
 from occjax.experiment import devices, shard, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
 from occjax.methods import METHODS
-from occjax.probes import detection
+from occjax.probes import detection, sweep
 from occjax.progress import say
 from occjax.report import figures, tables
 from occjax.types import UsageError
@@ -31,12 +33,23 @@ ATTACKS = dict(
         strict=True,
     )
 )
-_STATIC = ('name', 'method', 'steps', 'weight', 'clip', 'mesh', 'network', *shard.WINDOWS)
+_STATIC = ('name', 'method', 'views', 'steps', 'weight', 'clip', 'mesh', 'network')
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
+@functools.partial(jax.jit, static_argnames=(*_STATIC, *shard.WINDOWS))
 def attack_batch(
-    variables, bank, thresholds, fill, images, labels, *, name, epsilon, mesh, **settings
+    variables,
+    bank,
+    thresholds,
+    autoencoder,
+    fill,
+    images,
+    labels,
+    *,
+    name,
+    epsilon,
+    mesh,
+    **settings,
 ):
     """Returns whether each `[B]` image is classified wrongly, evades, and after how many steps.
 
@@ -47,16 +60,17 @@ def attack_batch(
     return jax.shard_map(
         functools.partial(_attacked, name=name, **settings),
         mesh=mesh,
-        in_specs=(whole, whole, whole, whole, whole, by_image, by_image),
+        in_specs=(*[whole] * 6, by_image, by_image),
         out_specs=by_image,
         check_vma=False,
-    )(variables, bank, thresholds, fill, epsilon, images, labels)
+    )(variables, bank, thresholds, autoencoder, fill, epsilon, images, labels)
 
 
 def _attacked(
     variables,
     bank,
     thresholds,
+    autoencoder,
     fill,
     epsilon,
     images,
@@ -64,6 +78,7 @@ def _attacked(
     *,
     name,
     method,
+    views,
     steps,
     weight,
     clip,
@@ -72,7 +87,8 @@ def _attacked(
 ):
     """Does what `attack_batch` says on one device."""
     logits_fn = network.classifier(variables)
-    settings = dict(method=METHODS[method], fill=fill, **settings)
+    views = views_lib.of_names(views, autoencoder)
+    settings = dict(method=METHODS[method], views=views, fill=fill, **settings)
     plain_fn = functools.partial(network.fn, variables)  # Engines accelerate by themselves.
     margin_fn = functools.partial(verdict.margins, plain_fn, bank, thresholds, **settings)
     ball = dict(epsilon=epsilon, bounds=attack.PIXELS if clip else None)
@@ -95,32 +111,27 @@ def evade(run: Run) -> str:
         UsageError: if a detector is attacked that isn't fitted, or no image is left to attack.
     """
     wanted, variables = run.config.adaptive, stages.load_variables(run)
-    missing = set(wanted.methods) - set(run.config.detector.methods)
+    missing = set(wanted.methods) - {*run.config.detector.methods, *names.VIEWING}
     if missing:
         raise UsageError(
             f'config.adaptive.methods has {sorted(missing)}, which config.detector.methods lacks: '
             'take them out of the one, or add them to the other and run --mode=detectors.'
         )
-    division, made_from = store.divide(run, 'held_out'), store.heatmaps_origin(run)
-    maps, judged = division.maps, division.is_judged[0]
-    ids = maps.image_id[judged & ~maps.is_adversarial][: wanted.images]
-    images = data.take(run.dataset.test, ids)
     rows, alarms = [], {}
-    if not len(ids):
-        raise UsageError('No test image is left that no detector was fitted on: map more of them.')
     for method in dict.fromkeys(wanted.methods):
-        detector = detection.deployed(run, division, method)
-        labels = run.dataset.test.labels[ids]
-        measure = functools.partial(
-            _measured, run, variables, detector, images, labels, made_from, method
-        )
+        target = _target(run, variables, method)
+        if not len(target.ids):
+            raise UsageError(
+                'No test image is left that no detector was fitted on: map more of them.'
+            )
+        measure = functools.partial(_measured, run, variables, target, method)
         alarms[method] = 1 - measure('none', 0.0)['evasion']
         for name in dict.fromkeys(('fgsm', *wanted.attacks)):
             rows += [measure(name, epsilon) for epsilon in dict.fromkeys(wanted.epsilons)]
     result = {
         'manifest': results_lib.manifest(run),
-        'made_from': made_from,
-        'images': len(ids),
+        'made_from': store.heatmaps_origin(run),
+        'images': len(target.ids),
         'settings': dataclasses.asdict(wanted),
         'false_alarms': alarms,
         'rows': rows,
@@ -131,11 +142,37 @@ def evade(run: Run) -> str:
     return tables.to_markdown([tables.adaptive_table(result)]) + written
 
 
-def _measured(run, variables, detector, images, labels, made_from, method, name, epsilon):
+class _Target(NamedTuple):
+    """A detector, and the clean test images that it is attacked by."""
+
+    bank: detector.Bank
+    thresholds: np.ndarray  # [K]
+    autoencoder: Any  # of the views; None without any
+    ids: np.ndarray
+    name: str
+    made_from: storage.Origin
+
+
+def _target(run, variables, method):
+    """Returns the first seed's detector."""
+    count = run.config.adaptive.images
+    if method in names.VIEWING:
+        found = sweep.deployed(run, variables, method)
+        bank, thresholds, ids, name = map(found.get, ('bank', 'thresholds', 'judged', 'name'))
+        autoencoder, made_from = stages.load_autoencoder(run), store.classifier_origin(run)
+        return _Target(bank, thresholds, autoencoder, ids[:count], name, made_from)
+    division = store.divide(run, 'held_out')
+    maps, judged = division.maps, division.is_judged[0]
+    ids = maps.image_id[judged & ~maps.is_adversarial][:count]
+    made_from = store.heatmaps_origin(run)
+    return _Target(*detection.deployed(run, division, method), None, ids, method, made_from)
+
+
+def _measured(run, variables, target, method, name, epsilon):
     """Returns what one attack at one epsilon does to one detector, from the store if it's there."""
-    wanted = run.config.adaptive
+    wanted, images = run.config.adaptive, data.take(run.dataset.test, target.ids)
     settings = f'{len(images)}x{wanted.steps}-{wanted.weight:g}-{epsilon:.6g}'
-    path = run.workdir / 'adaptive' / f'{method}-{name}-{settings}.npz'
+    path = run.workdir / 'adaptive' / f'{target.name}-{name}-{settings}.npz'
 
     def part():
         say(f'adaptive: {name} at {epsilon:.3g} on {method}')
@@ -143,10 +180,13 @@ def _measured(run, variables, detector, images, labels, made_from, method, name,
         attack_fn = functools.partial(
             attack_batch,
             variables,
-            *detector,
+            target.bank,
+            target.thresholds,
+            target.autoencoder,
             shard.fill_of(run, variables),
             name=name,
             method=method,
+            views=run.config.sweep.views if method in names.VIEWING else (),
             epsilon=epsilon,
             steps=wanted.steps,
             weight=wanted.weight,
@@ -160,10 +200,11 @@ def _measured(run, variables, detector, images, labels, made_from, method, name,
         )
         # Few images at once: those that evade wait for the slowest of their batch.
         batch_size = min(mapping.batch_size, 8 * jax.device_count())
+        labels = run.dataset.test.labels[target.ids]
         found = devices.in_batches(attack_fn, images, labels, batch_size=batch_size)
         return dict(zip(('wrong', 'evades', 'steps'), found, strict=True))
 
-    found = storage.cached(path, part, mode='adaptive', made_from=made_from)
+    found = storage.cached(path, part, mode='adaptive', made_from=target.made_from)
     evades, taken = found['evades'], found['steps']
     ends = stats.binomtest(int(evades.sum()), len(evades)).proportion_ci(method='wilson')
     by_step = [float(np.mean(evades & (taken <= t))) for t in range(wanted.steps + 1)]

@@ -11,18 +11,23 @@ Dimensions: M maps, h w heatmap grid, K classes.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from occjax import metrics, names
 from occjax.experiment import judging, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
-from occjax.probes import conditions, passes
+from occjax.probes import conditions, detection, passes
 from occjax.report import sweep as sweep_report
 from occjax.report import tables
-from occjax.types import HeatmapSet
+from occjax.types import HeatmapSet, UsageError
 
 
 def attacks(run: Run) -> dict[str, tuple[str, float]]:
@@ -64,15 +69,72 @@ def occluders(run: Run) -> list[tuple[int, int, tuple[float, ...]]]:
     return list(dict.fromkeys([here, *others]))
 
 
-def sweep(run: Run) -> str:
-    """Attacks, maps, fits and judges; writes `sweep.json` and `sweep.png`, and returns a table."""
-    variables, found = stages.load_variables(run), attacks(run)
-    clean = conditions.mapped(run, variables, 'none')
+class Mapped(NamedTuple):
+    """Maps of test images, clean and attacked; attacks are of images that have clean maps."""
+
+    attacks: dict[str, tuple[str, float]]
+    clean: HeatmapSet
+    parts: dict[str, HeatmapSet]  # by attack
+    noise: dict[float, HeatmapSet]  # by epsilon; none unless it is wanted
+
+
+def mapped(run: Run, variables: Any) -> Mapped:
+    """Returns all maps that a sweep needs, from the store or anew."""
+    found, clean = attacks(run), conditions.mapped(run, variables, 'none')
     parts = {
         name: _of(clean, conditions.mapped(run, variables, *how)) for name, how in found.items()
     }
     epsilons = {epsilon for _, epsilon in found.values()} if run.config.sweep.noise else ()
     noise = {e: _of(clean, conditions.mapped(run, variables, 'noise', e)) for e in epsilons}
+    return Mapped(found, clean, parts, noise)
+
+
+def mixed(run: Run, sets: Mapped, mixture: Sequence[str]) -> tuple[judging.Division, Any]:
+    """Returns the attacks of a mixture, divided, and the noise that joins the clean ones."""
+    chosen = [sets.parts[name] for name, (attack, _) in sets.attacks.items() if attack in mixture]
+    noise = HeatmapSet.concatenate(list(sets.noise.values())) if sets.noise else None
+    return _divided(run, sets.clean, HeatmapSet.concatenate(chosen)), noise
+
+
+def deployed(run: Run, variables: Any, method: str) -> dict[str, Any]:
+    """Returns the first seed's bank of a method, fitted on the mixture, from the store or anew.
+
+    It is the `bank`, its `[K]` `thresholds`, `judged`, ids of clean images that neither of them
+    comes from, and a `name` that no other method or settings have.
+
+    Raises:
+        UsageError: if no mixture is named.
+    """
+    if not run.config.sweep.mixture:
+        raise UsageError(
+            f'{method} is fitted on a mixture of attacks: name some in --config.sweep.mixture.'
+        )
+    settings = dataclasses.asdict(run.config.sweep) | dataclasses.asdict(run.config.detector)
+    settings = {name: value for name, value in settings.items() if name != 'methods'}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    path = run.workdir / 'sweep' / 'detectors' / f'{method}-{digest}.npz'
+    sets = mapped(run, variables)
+    division, noise = mixed(run, sets, run.config.sweep.mixture)
+    tree = jax.tree.structure(jax.eval_shape(lambda: store.init_banks(run, division, method)))
+
+    def make():
+        banks = store.fit_banks(run, division, method, noise)
+        bank, thresholds = detection.first(banks, division, method)
+        clean = division.is_judged[0] & ~division.maps.is_adversarial
+        leaves = {f'leaf_{i:03d}': leaf for i, leaf in enumerate(jax.tree.leaves(bank))}
+        return leaves | {'thresholds': thresholds, 'judged': division.maps.image_id[clean]}
+
+    found = storage.cached(path, make, mode='sweep', made_from=store.classifier_origin(run))
+    leaves = [found[name] for name in sorted(found) if name.startswith('leaf_')]
+    kept = {name: found[name] for name in ('thresholds', 'judged')}
+    return {'bank': jax.tree.unflatten(tree, leaves), 'name': path.stem, **kept}
+
+
+def sweep(run: Run) -> str:
+    """Attacks, maps, fits and judges; writes `sweep.json` and `sweep.png`, and returns a table."""
+    variables = stages.load_variables(run)
+    sets = mapped(run, variables)
+    found, clean, parts, noise = sets
     result = {
         'manifest': results_lib.manifest(run),
         'images': min(run.config.sweep.images, len(stages.mapped_ids(run, 'test'))),
@@ -86,9 +148,9 @@ def sweep(run: Run) -> str:
             }
             for name, part in parts.items()
         },
-        'transfer': _transfer(run, found, clean, parts, noise),
+        'transfer': _transfer(run, sets),
         'occluders': _occluders(run, variables) if run.config.sweep.windows else [],
-        'search': _search(run, found, clean, parts, noise) if run.config.sweep.views else None,
+        'search': _search(run, sets) if run.config.sweep.views else None,
     }
     storage.write_json(run.workdir / 'sweep.json', result)
     storage.write_bytes(run.workdir / 'sweep.png', sweep_report.plot(result))
@@ -96,27 +158,25 @@ def sweep(run: Run) -> str:
     return tables.to_markdown(sweep_report.build(result)) + written
 
 
-def _search(run, found, clean, parts, noise):
+def _search(run, sets):
     """Returns `passes.search` for FGSM at the epsilons that other attacks have too."""
     epsilons = run.config.sweep.attack_epsilons or (run.config.attack.epsilon,)
-    fgsm = {e: parts[name] for name, (attack, e) in found.items() if attack == 'fgsm'}
-    chosen = ({e: sets[e] for e in epsilons if e in sets} for sets in (fgsm, noise))
-    return passes.search(run, clean, *chosen)
+    fgsm = {e: sets.parts[name] for name, (attack, e) in sets.attacks.items() if attack == 'fgsm'}
+    chosen = ({e: maps[e] for e in epsilons if e in maps} for maps in (fgsm, sets.noise))
+    return passes.search(run, sets.clean, *chosen)
 
 
-def _transfer(run, found, clean, parts, noise):
+def _transfer(run, sets):
     """Returns, by method, AUROC of what was fitted on each row of attacks, judged by each one."""
-    judged = {name: _divided(run, clean, part) for name, part in parts.items()}
+    found, noise = sets.attacks, sets.noise
+    judged = {name: _divided(run, sets.clean, part) for name, part in sets.parts.items()}
     beside = {name: noise[epsilon] for name, (_, epsilon) in found.items() if epsilon in noise}
     rows = {
         name: (judged[name], beside.get(name))
         for name, (attack, _) in found.items()
         if attack == 'fgsm'
     }
-    for name, mixed in mixtures(run).items():
-        chosen = [parts[each] for each, (attack, _) in found.items() if attack in mixed]
-        together = HeatmapSet.concatenate(list(noise.values())) if noise else None
-        rows[name] = _divided(run, clean, HeatmapSet.concatenate(chosen)), together
+    rows |= {name: mixed(run, sets, mixture) for name, mixture in mixtures(run).items()}
     return {
         method: {
             name: _aurocs(run, method, fitted, joins, judged, beside)

@@ -51,6 +51,28 @@ def test_an_attacker_who_knows_the_detector_evades_more(finished, tmp_path, one_
     assert title in (run.workdir / 'report' / 'report.html').read_text()
 
 
+@pytest.mark.slow
+def test_detectors_of_views_are_attacked_through_them(finished, tmp_path, one_in_two):
+    """The sweep's, fitted on its mixture; and what is stored is not attacked anew."""
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    run = make_run(tmp_path / 'run')
+    swept, settings = run.config.sweep, run.config.adaptive
+    settings.epsilons, settings.steps, settings.images = (0.3,), 4, 8
+    settings.methods, settings.attacks = ('views_alone',), ('selective',)
+    with pytest.raises(UsageError, match='sweep.mixture'):
+        evasion.evade(run)
+    swept.epsilons, swept.attacks, swept.mixture, swept.noise = (0.3,), (), ('fgsm',), True
+    swept.views, swept.images = ('reconstruction', 'shift', 'bits'), 150
+    printed = evasion.evade(run)
+    result = json.loads((run.workdir / 'adaptive.json').read_text())
+    assert [row['attack'] for row in result['rows']] == ['fgsm', 'selective']
+    plain, knowing = result['rows']
+    assert knowing['evasion'] >= plain['evasion']
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, 'in_batches', None)
+        assert evasion.evade(run) == printed
+
+
 def test_a_false_alarm_is_a_clean_image_above_its_threshold(finished, tmp_path, one_in_two):
     shutil.copytree(finished[0].workdir, tmp_path / 'run')
     run = make_run(tmp_path / 'run')
