@@ -57,6 +57,18 @@ def feature_squeezing(logits_fn: LogitsFn, images: Array, *, bits: int, size: in
     return jnp.max(jnp.stack([jnp.abs(plain - p).sum(-1) for p in others]), axis=0)
 
 
+def spectrum(images: Array) -> Array:
+    """Returns `[B, H * (W // 2 + 1) * C]` magnitudes of each channel's Fourier transform.
+
+    A logistic regression on them is InputMFS, which needs no forward pass and knows no classifier.
+    Of a real image the other half of the frequencies says the same.
+
+    References:
+        Harder et al., https://arxiv.org/abs/2103.03000
+    """
+    return jnp.abs(jnp.fft.rfft2(images, axes=(1, 2))).reshape(len(images), -1)
+
+
 class Autoencoder(nn.Module):
     """MagNet's for colour images: three 3×3 convolutions under sigmoids, none of them smaller."""
 

@@ -213,7 +213,9 @@ class Sweep:
     views: tuple[str, ...] = some_of(names.VIEWS, ())
     occluders: tuple[tuple[int, int, float], ...] = ()
     windows: bool = True
-    methods: tuple[str, ...] = some_of((*names.METHODS, *names.VIEWING), ('detector', 'all_logits'))
+    methods: tuple[str, ...] = some_of(
+        (*names.METHODS, *names.VIEWING, *names.SPECTRAL), ('detector', 'all_logits')
+    )
     steps: int = number(1, 10**4, 10)
     images: int = number(1, _MANY, 1000)
 

@@ -93,6 +93,11 @@ def _all_views(maps):
     return maps.array_module.concatenate([windows, _views_alone(maps)], axis=1)
 
 
+def _log_spectrum(maps):
+    """The logarithm of the image's magnitudes, which span many decades."""
+    return maps.array_module.log(maps.spectrum.astype(np.float32) + 1e-3)
+
+
 def _unoccluded_logits(maps):
     """The same without the windows: one forward pass."""
     return maps.unoccluded / 4
@@ -117,10 +122,11 @@ METHODS = dict(
     )
 ) | dict(
     zip(
-        names.VIEWING,
+        (*names.VIEWING, *names.SPECTRAL),
         (
             Method(_all_views, features=(512, 128), standardize=True, pooled=True),
             Method(_views_alone, features=(512, 128), standardize=True, pooled=True),
+            Method(_log_spectrum, features=(), standardize=True, pooled=True, passes=0),
         ),
         strict=True,
     )

@@ -42,8 +42,9 @@ METHODS = (
     'conv_logits',
 )
 
-# The same of a sweep's, which stores other views beside the windows.
+# The same of a sweep's, which stores other views beside the windows; and what sees no logits.
 VIEWING = ('all_views', 'views_alone')
+SPECTRAL = ('input_mfs',)
 
 # What `--mode=sweep` may show detectors beside the windows, see `views`; the first is MagNet's.
 VIEWS = (

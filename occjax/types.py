@@ -81,6 +81,7 @@ class HeatmapSet:
     is_adversarial: np.ndarray  # bool[M]
     comparators: np.ndarray | None = None  # f32[M, 3], `names.COMPARATORS`; None where not computed
     views: np.ndarray | None = None  # f32[M, V, K] logits of other views; None where not computed
+    spectrum: np.ndarray | None = None  # f16[M, F], `comparators.spectrum`; None where not computed
 
     @property
     def array_module(self) -> Any:

@@ -103,3 +103,16 @@ def test_magnet_s_numbers_are_scipy_s():
     white = jnp.ones((1, 7, 6, 3))
     sure = comparators.magnet(sure_of_white, variables, white, temperature=1.0)[1]
     np.testing.assert_allclose(sure, np.log(2), rtol=1e-5)
+
+
+def test_the_spectrum_of_a_wave_is_one_frequency():
+    rows = np.arange(8)
+    wave = 0.5 + 0.25 * np.cos(2 * np.pi * 2 * rows / 8)[None, :, None, None]
+    wave = np.broadcast_to(wave, (1, 8, 8, 3)).astype(np.float32)
+    found = np.asarray(comparators.spectrum(wave)).reshape(8, 5, 3)
+    expected = np.zeros((8, 5))
+    expected[0, 0], expected[2, 0], expected[6, 0] = 64 * 0.5, 64 * 0.125, 64 * 0.125
+    np.testing.assert_allclose(found, np.stack([expected] * 3, axis=-1), atol=1e-4)
+    images = np.random.default_rng(0).uniform(size=(2, 7, 9, 3)).astype(np.float32)
+    whole = np.abs(np.fft.fft2(images, axes=(1, 2)))[:, :, :5].reshape(2, -1)
+    np.testing.assert_allclose(comparators.spectrum(images), whole, rtol=1e-3, atol=1e-4)

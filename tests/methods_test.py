@@ -12,7 +12,8 @@ from tests.detector_test import toy_maps
 
 MAPS = toy_maps([(3, 2), (4, 5)], grid=(3, 4))
 VIEWS = np.random.default_rng(1).normal(size=(len(MAPS), 5, 2)).astype(np.float32)
-MAPS = dataclasses.replace(MAPS, views=VIEWS)
+SPECTRUM = np.random.default_rng(2).uniform(size=(len(MAPS), 9)).astype(np.float16)
+MAPS = dataclasses.replace(MAPS, views=VIEWS, spectrum=SPECTRUM)
 
 
 @pytest.mark.parametrize('name', METHODS)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import attack, data
+from occjax import attack, comparators, data, names
 from occjax import views as views_lib
 from occjax.config import Occlusion
 from occjax.experiment import devices, shard, stages, store
@@ -88,6 +88,13 @@ def _viewing(run, variables, views):
     return view_fn, {'views': ','.join(views), 'autoencoder': stages.autoencoder_digest(run)}
 
 
+def _folder(windows, views, spectra):
+    """Returns the name of the folder for maps of that kind."""
+    fill = ','.join(f'{value:g}' for value in windows.fill) or 'mean'
+    kind = f'{windows.size}-{windows.stride}-{fill}'
+    return kind + '-views' * bool(views) + '-spectra' * spectra
+
+
 def mapped(
     run: Run,
     variables: Any,
@@ -117,9 +124,8 @@ def mapped(
     made_from = store.classifier_origin(run)
     view_fn, seen = _viewing(run, variables, views) if views else (None, {})
     run = run.with_occlusion(windows)
-    fill = ','.join(f'{value:g}' for value in windows.fill) or 'mean'
-    folder = f'{windows.size}-{windows.stride}-{fill}' + ('-views' if views else '')
-    directory = run.workdir / 'sweep' / folder
+    spectra = bool(views and set(settings.methods) & set(names.SPECTRAL))
+    directory = run.workdir / 'sweep' / _folder(windows, views, spectra)
     iterated = '' if name in _ONE_STEP else f'-{settings.steps}'
 
     def part(here):
@@ -137,7 +143,10 @@ def mapped(
             'image_id': here[chosen],
             'is_adversarial': np.full(chosen.sum(), not clean),
         }
-        return found | ({'views': view_fn(adversarial[chosen])} if views else {})
+        found |= {'views': view_fn(adversarial[chosen])} if views else {}
+        if spectra:
+            found['spectrum'] = np.asarray(comparators.spectrum(adversarial[chosen]), np.float16)
+        return found
 
     wanted = []
     for start in range(0, len(ids), run.shard_size):

@@ -293,6 +293,7 @@ _WORDS = {
     'logit_differences': 'Changes of all logits',
     'conv_logits': 'All logits, convolutional',
     'all_views': 'Changes of all logits under windows and other views',
+    'input_mfs': 'InputMFS, magnitudes of the image',
     'views_alone': 'Changes of all logits under other views',
     'map_mean': 'Mean of the map',
     'map_minimum': 'Minimum of the map',

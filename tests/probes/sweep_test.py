@@ -60,7 +60,7 @@ def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path)
     wanted = run.config.sweep
     wanted.epsilons, wanted.attack_epsilons = (0.2,), (0.3,)
     wanted.attacks, wanted.mixture, wanted.noise = ('bim', 'square'), ('fgsm', 'bim'), True
-    wanted.views, wanted.methods = ('reconstruction', 'blur', 'flip'), ('all_views', 'views_alone')
+    wanted.views, wanted.methods = ('reconstruction', 'blur', 'flip'), ('all_views', 'input_mfs')
     wanted.steps, wanted.images, wanted.windows = 3, 150, False
     printed = sweep.sweep(run)
     result = json.loads((run.workdir / 'sweep.json').read_text())
@@ -77,8 +77,9 @@ def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path)
     assert 'the most useful first' in printed
     rows = result['transfer']['all_views']
     assert rows['mixture']['bim 0.3']['auroc'] != rows['mixture without bim']['bim 0.3']['auroc']
-    with np.load(next((run.workdir / 'sweep').glob('*-views/noise*.npz'))) as part:
+    with np.load(next((run.workdir / 'sweep').glob('*-views-spectra/noise*.npz'))) as part:
         assert part['views'].shape == (len(part['label']), 3, 10)
+        assert part['spectrum'].shape == (len(part['label']), 16 * 9 * 3)
         assert not part['is_adversarial'].any()
         np.testing.assert_array_equal(part['unoccluded'].argmax(-1), part['label'])
 
