@@ -74,25 +74,25 @@ def view_batch(variables, autoencoder, images, *, views, network):
     return views_lib.viewed_logits(network.classifier(variables), images, seen)
 
 
-def _viewing(run, variables, views):
-    """Returns what gives images' logits under the views, and what these come from."""
+def _seeing(run, variables, views):
+    """Returns what gives images' arrays beside the windows, a word for it, and its origin."""
+    if not views:
+        return lambda images: {}, '', {}
     autoencoder, shape = stages.load_autoencoder(run), (len(views), len(run.dataset.class_names))
     seen = dict(views=views, network=run.network)
+    spectra = set(run.config.sweep.methods) & set(names.SPECTRAL)
 
-    def view_fn(images):
-        if not len(images):
-            return np.zeros((0, *shape), np.float32)
-        batch_fn = functools.partial(view_batch, variables, autoencoder, **seen)
-        return devices.in_batches(batch_fn, images, batch_size=run.batch_size)
+    def see(images):
+        logits = np.zeros((0, *shape), np.float32)
+        if len(images):
+            batch_fn = functools.partial(view_batch, variables, autoencoder, **seen)
+            logits = devices.in_batches(batch_fn, images, batch_size=run.batch_size)
+        if not spectra:
+            return {'views': logits}
+        return {'views': logits, 'spectrum': comparators.spectrum(images).astype(np.float16)}
 
-    return view_fn, {'views': ','.join(views), 'autoencoder': stages.autoencoder_digest(run)}
-
-
-def _folder(windows, views, spectra):
-    """Returns the name of the folder for maps of that kind."""
-    fill = ','.join(f'{value:g}' for value in windows.fill) or 'mean'
-    kind = f'{windows.size}-{windows.stride}-{fill}'
-    return kind + '-views' * bool(views) + '-spectra' * spectra
+    origin = {'views': ','.join(views), 'autoencoder': stages.autoencoder_digest(run)}
+    return see, '-views' + '-spectra' * bool(spectra), origin
 
 
 def mapped(
@@ -120,12 +120,12 @@ def mapped(
         clip=run.config.attack.clip,
         network=run.network,
     )
-    windows, views = windows or run.config.occlusion, () if windows else settings.views
-    made_from = store.classifier_origin(run)
-    view_fn, seen = _viewing(run, variables, views) if views else (None, {})
+    see_fn, suffix, seen = _seeing(run, variables, () if windows else settings.views)
+    made_from = store.classifier_origin(run) | seen
+    windows = windows or run.config.occlusion
     run = run.with_occlusion(windows)
-    spectra = bool(views and set(settings.methods) & set(names.SPECTRAL))
-    directory = run.workdir / 'sweep' / _folder(windows, views, spectra)
+    fill = ','.join(f'{value:g}' for value in windows.fill) or 'mean'
+    directory = run.workdir / 'sweep' / f'{windows.size}-{windows.stride}-{fill}{suffix}'
     iterated = '' if name in _ONE_STEP else f'-{settings.steps}'
 
     def part(here):
@@ -136,17 +136,15 @@ def mapped(
         correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))
         clean = name in ('none', 'noise')
         chosen = correct & ~successful if clean else successful
+        kept = adversarial[chosen]
         found = {
-            'logits': shard.map_images(run, variables, adversarial[chosen]),
+            'logits': shard.map_images(run, variables, kept),
             'unoccluded': after[chosen],
             'label': labels[chosen],
             'image_id': here[chosen],
-            'is_adversarial': np.full(chosen.sum(), not clean),
+            'is_adversarial': np.full(len(kept), not clean),
         }
-        found |= {'views': view_fn(adversarial[chosen])} if views else {}
-        if spectra:
-            found['spectrum'] = np.asarray(comparators.spectrum(adversarial[chosen]), np.float16)
-        return found
+        return found | see_fn(kept)
 
     wanted = []
     for start in range(0, len(ids), run.shard_size):
@@ -155,5 +153,5 @@ def mapped(
         path = directory / f'{name}{iterated}-{epsilon:.6g}-{start:07d}-{start + len(here):07d}.npz'
         wanted.append((path, len(here), functools.partial(part, here)))
     what = f'sweep, {name} {epsilon:.3g}, {directory.name}: images'
-    found = parts(run, what, wanted, mode='sweep', made_from=made_from | seen)
+    found = parts(run, what, wanted, mode='sweep', made_from=made_from)
     return HeatmapSet.concatenate([HeatmapSet(**arrays) for arrays in found])
