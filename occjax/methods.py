@@ -26,6 +26,7 @@ class Method(NamedTuple):
     standardize: bool = False
     pooled: bool = False
     passes: int | None = None  # of an image; None: one for every window, and one more
+    windows: bool = True  # whether they see any
 
     def predicted(self, maps: HeatmapSet) -> np.ndarray:
         """Returns `[M]`, whose network judges each map."""
@@ -113,7 +114,7 @@ METHODS = dict(
             Method(_relative_map),
             Method(_shuffled_cells),
             Method(_log_map),
-            Method(_unoccluded_logits, pooled=True, passes=1),
+            Method(_unoccluded_logits, pooled=True, passes=1, windows=False),
             Method(_logits, pooled=True),
             Method(_logit_differences, features=(512, 128), standardize=True, pooled=True),
             Method(_logit_maps, features=(128,), convolutions=(64, 64), pooled=True),
@@ -125,8 +126,8 @@ METHODS = dict(
         (*names.VIEWING, *names.SPECTRAL),
         (
             Method(_all_views, features=(512, 128), standardize=True, pooled=True),
-            Method(_views_alone, features=(512, 128), standardize=True, pooled=True),
-            Method(_log_spectrum, features=(), standardize=True, pooled=True, passes=0),
+            Method(_views_alone, (512, 128), standardize=True, pooled=True, windows=False),
+            Method(_log_spectrum, (), standardize=True, pooled=True, passes=0, windows=False),
         ),
         strict=True,
     )

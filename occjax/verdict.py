@@ -14,6 +14,31 @@ from occjax.types import Array, HeatmapSet, LogitsFn
 from occjax.views import View, viewed_logits
 
 
+def observe(
+    logits_fn: LogitsFn,
+    images: Array,
+    *,
+    method: Method,
+    views: Sequence[View] = (),
+    **settings: Any,
+) -> HeatmapSet:
+    """Returns what detectors of a method see of images; the arguments are those of `margins`."""
+    plain_fn = convolution.accelerate(logits_fn)
+    unoccluded = plain_fn(images)
+    windows = jnp.zeros((len(images), 0, 0, unoccluded.shape[-1]), unoccluded.dtype)
+    if method.windows:
+        windows = engine.occluded_logits(logits_fn, images, **settings)
+    return HeatmapSet(
+        logits=windows,
+        unoccluded=unoccluded,
+        views=viewed_logits(plain_fn, images, views) if views else None,
+        # What follows is not known of an image in use, and no detector sees it.
+        label=jnp.zeros(len(images), int),
+        image_id=jnp.zeros(len(images), int),
+        is_adversarial=jnp.zeros(len(images), bool),
+    )
+
+
 def margins(
     logits_fn: LogitsFn,
     bank: detector.Bank,
@@ -35,15 +60,6 @@ def margins(
         views: those of images that they see beside the windows.
         **settings: of `engine.occluded_logits`: engine, size, stride, fill, grid, chunk_size.
     """
-    plain_fn = convolution.accelerate(logits_fn)
-    maps = HeatmapSet(
-        logits=engine.occluded_logits(logits_fn, images, **settings),
-        unoccluded=plain_fn(images),
-        views=viewed_logits(plain_fn, images, views) if views else None,
-        # What follows is not known of an image in use, and no detector sees it.
-        label=jnp.zeros(len(images), int),
-        image_id=jnp.zeros(len(images), int),
-        is_adversarial=jnp.zeros(len(images), bool),
-    )
+    maps = observe(logits_fn, images, method=method, views=views, **settings)
     scores = detector.score(bank, method.inputs_fn(maps), method.predicted(maps))
     return scores - jnp.asarray(thresholds)[maps.predicted]

@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 
 def test_the_code_of_readme_runs():
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     found = {}
     for block in blocks:
         exec(block, found)
@@ -17,4 +17,5 @@ def test_the_code_of_readme_runs():
     assert found['sensitivity'].shape == (16, 32, 32, 3)
     assert np.isfinite(found['scores']).all() and found['scores'].shape == (16,)
     assert found['maps'].shape == (2, 4, 4)
+    assert found['verdict'].is_adversarial.shape == (16,)
     assert found['fn'](found['variables'], found['images']).shape == (16, 10)

@@ -1,0 +1,295 @@
+"""A guard: all that it takes to tell attacked images of one classifier, as one pytree.
+
+`make` fits it, `judge` applies it (under `jit`, to batches of any size), `save` and `load` keep it
+in one file. It works for any network: a function of images is all that it asks for.
+
+Dimensions: B batch, N images, H W C image, K classes.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from occjax import attack, checks, detector, metrics, names, verdict
+from occjax import views as views_lib
+from occjax.methods import METHODS
+from occjax.types import Array, HeatmapSet, LogitsFn
+
+AttackFn = Callable[..., Array]  # called as attack_fn(logits_fn, images, labels, key=key)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('bank', 'thresholds', 'fill'),
+    meta_fields=('method', 'views', 'windows', 'class_names'),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Detectors, their thresholds, and what they see."""
+
+    bank: detector.Bank
+    thresholds: Array  # f32[K]; infinite for a class with too few images to promise anything
+    fill: Array  # what covers a window, see `occlusion.occluded_logits`
+    method: str  # one of `methods.METHODS`
+    views: tuple[str, ...]  # some of `views.VIEWS`
+    windows: tuple[tuple[str, Any], ...]  # size, stride and grid
+    class_names: tuple[str, ...]
+
+
+class Verdict(NamedTuple):
+    """What a guard says of images."""
+
+    predicted: Array  # i32[B], the classes that the classifier predicts
+    probability: Array  # f32[B], how probable it takes them to be
+    score: Array  # f32[B], higher for more adversarial
+    threshold: Array  # f32[B]
+    is_adversarial: Array  # bool[B], whether the score is above the threshold
+
+
+def fgsm(epsilon: float) -> AttackFn:
+    """Returns FGSM of one epsilon, as `make` calls attacks."""
+
+    def attack_fn(logits_fn, images, labels, *, key):
+        return attack.fgsm(logits_fn, images, labels, epsilon=epsilon)
+
+    return attack_fn
+
+
+def pgd(epsilon: float, *, steps: int = 10) -> AttackFn:
+    """Returns PGD of one epsilon, as `make` calls attacks."""
+
+    def attack_fn(logits_fn, images, labels, *, key):
+        return attack.pgd(logits_fn, images, labels, key=key, epsilon=epsilon, steps=steps)
+
+    return attack_fn
+
+
+ATTACKS = (*map(fgsm, (4 / 255, 8 / 255, 16 / 255, 0.1)), *map(pgd, (4 / 255, 8 / 255)))
+
+
+def make(
+    key: Array,
+    logits_fn: LogitsFn,
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
+    *,
+    class_names: Sequence[str],
+    method: str = 'views_alone',
+    views: Sequence[str] = tuple(views_lib.VIEWS),
+    fill: float | Array = 0.5,
+    attacks: Sequence[AttackFn] = ATTACKS,
+    noise: Sequence[float] = (8 / 255, 0.1),
+    fpr: float = 0.05,
+    steps: int = 1000,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **windows: Any,
+) -> Guard:
+    """Attacks images, fits detectors on what that does to the classifier, and sets thresholds.
+
+    Two thirds of the images fit detectors, the rest set thresholds: a fresh clean image is called
+    with probability at most `fpr`, see `metrics.class_thresholds`. Images that the classifier gets
+    wrong do not count, nor do attacks that fail.
+
+    Args:
+        key: JAX random key.
+        logits_fn: maps `[B, H, W, C]` images in [0, 1] to `[B, K]` logits, each on its own.
+        images: `[N, H, W, C]` in [0, 1], or bytes; best ones that it was not trained on.
+        labels: `[N]` classes; None takes the predicted ones.
+        class_names: K names.
+        method, views: what detectors see, of `methods.METHODS` and `views.VIEWS`.
+        fill, **windows: of `occlusion.occluded_logits`: size, stride and grid.
+        attacks: to fit on, each called as `attack_fn(logits_fn, images, labels, key=key)`.
+        noise: sizes of random signs under which images are clean nevertheless.
+        fpr: from 0 to 1.
+        steps, batch_size: of fitting; images at once.
+        progress: called with how many images are attacked, and how many there are.
+
+    Raises:
+        ValueError: if images, labels or names do not fit, or nothing is left to fit on.
+    """
+    see_fn, seen = functools.partial(_see, logits_fn, fill=fill), _seen(method, views, windows)
+    attack_key, order_key, init_key, fit_key = jax.random.split(key, 4)
+    attempt_fn = functools.partial(_attempts, logits_fn, functools.partial(see_fn, **seen))
+    attempt_fn = jax.jit(functools.partial(attempt_fn, attacks, noise))
+    maps, kinds = _gather(attack_key, attempt_fn, images, labels, batch_size, progress)
+    _check_names(maps, class_names)
+    fits = np.asarray(jax.random.permutation(order_key, len(images))) % 3 > 0
+    is_fitted = fits[maps.image_id]
+    bank = _fitted(init_key, fit_key, METHODS[method], maps.select(is_fitted), steps)
+    sets = maps.select(~is_fitted & (kinds == _CLEAN))
+    scores = _scores(bank, METHODS[method], sets)
+    levels = metrics.class_thresholds(scores, sets.predicted, len(class_names), fpr)
+    kept = dict(thresholds=jnp.asarray(levels, jnp.float32), fill=jnp.asarray(fill, jnp.float32))
+    return Guard(bank=bank, class_names=tuple(class_names), **kept, **seen)
+
+
+def judge(guard: Guard, logits_fn: LogitsFn, images: Array) -> Verdict:
+    """Returns what a guard says of images; a pure function, to be jitted with weights as arguments.
+
+    Args:
+        guard: from `make` or `load`.
+        logits_fn: the classifier that it was made for.
+        images: `[B, H, W, C]` in [0, 1].
+
+    Raises:
+        ValueError: see `checks.images`; or if the classifier has another number of classes.
+    """
+    seen = dict(method=guard.method, views=guard.views, windows=guard.windows)
+    maps = _see(logits_fn, checks.images(images), fill=guard.fill, **seen)
+    _check_names(maps, guard.class_names)
+    scores = _scores(guard.bank, METHODS[guard.method], maps)
+    thresholds = guard.thresholds[maps.predicted]
+    return Verdict(maps.predicted, maps.max_probability, scores, thresholds, scores > thresholds)
+
+
+def save(guard: Guard, path: str | os.PathLike):
+    """Writes a guard to one file; it appears whole or not at all."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(guard.bank)
+    arrays = {
+        'bank/' + '/'.join(str(part.key) for part in where): np.asarray(leaf)
+        for where, leaf in leaves
+    }
+    arrays |= {'thresholds': np.asarray(guard.thresholds), 'fill': np.asarray(guard.fill)}
+    meta = {name: getattr(guard, name) for name in ('method', 'views', 'windows', 'class_names')}
+    content = io.BytesIO()
+    np.savez(content, meta=json.dumps(meta), **arrays)
+    path = pathlib.Path(path)
+    draft = path.with_name(f'.{path.name}.draft')
+    draft.write_bytes(content.getvalue())
+    draft.replace(path)
+
+
+def load(path: str | os.PathLike) -> Guard:
+    """Returns a guard from its file; nothing in it is executed.
+
+    Raises:
+        ValueError: if the file holds no guard.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        meta, bank = json.loads(str(arrays.pop('meta'))), {}
+        kept = {name: jnp.asarray(arrays.pop(name)) for name in ('thresholds', 'fill')}
+        for name, array in arrays.items():
+            _, *where, last = name.split('/')
+            inner = functools.reduce(lambda tree, part: tree.setdefault(part, {}), where, bank)
+            inner[last] = jnp.asarray(array)
+        windows = tuple(map(tuple, meta['windows']))
+        known = {name: tuple(meta[name]) for name in ('views', 'class_names')}
+        return Guard(bank=bank, method=meta['method'], windows=windows, **known, **kept)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f'{path} holds no guard: {error}') from None
+
+
+def _seen(method, views, windows):
+    """Returns what detectors see, as a guard has it."""
+    unknown = {*views} - {*views_lib.VIEWS} or {method} & {*names.SPECTRAL} or {method} - {*METHODS}
+    if unknown:
+        raise ValueError(f'{sorted(unknown)} is no view, or no method, that a guard can have.')
+    return dict(method=method, views=tuple(views), windows=tuple(windows.items()))
+
+
+def _check_names(maps, class_names):
+    if maps.unoccluded.shape[-1] != len(class_names):
+        raise ValueError(
+            f'Expected as many classes as names, {len(class_names)}, got logits of '
+            f'{maps.unoccluded.shape[-1]}.'
+        )
+
+
+def _see(logits_fn, images, *, method, views, windows, fill):
+    """Returns what detectors see of images."""
+    seen = views_lib.of_names(views)
+    settings = dict(windows) | dict(fill=fill)
+    return verdict.observe(logits_fn, images, method=METHODS[method], views=seen, **settings)
+
+
+_CLEAN, _NOISY, _ATTACKED = range(3)
+
+
+def _attempts(logits_fn, see_fn, attacks, noise, key, images, labels):
+    """Returns, for each kind of image, what is seen of it and which of them count."""
+    clean = see_fn(images)
+    labels = clean.predicted if labels is None else labels
+    is_right, found = clean.predicted == labels, []
+
+    def keep(kind, maps, chosen):
+        arrays = {name: getattr(maps, name) for name in ('logits', 'unoccluded', 'views')}
+        found.append((kind, (arrays | {'label': labels}, chosen)))
+
+    keep(_CLEAN, clean, is_right)
+    keys = iter(jax.random.split(key, len(attacks) + len(noise)))
+    for attack_fn in attacks:
+        maps = see_fn(attack_fn(logits_fn, images, labels, key=next(keys)))
+        keep(_ATTACKED, maps, is_right & (maps.predicted != labels))
+    for epsilon in noise:
+        maps = see_fn(attack.sign_noise(images, key=next(keys), epsilon=epsilon))
+        keep(_NOISY, maps, is_right & (maps.predicted == labels))
+    return found
+
+
+def _gather(key, attempt_fn, images, labels, batch_size, progress):
+    """Returns what is seen of all images and their attacks, and the kind of each."""
+    images = np.asarray(images)
+    images = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
+    images = checks.images(images)
+    labels = labels if labels is None else checks.classes(labels, images)
+    parts, kinds = [], []
+    for start in range(0, len(images), batch_size):
+        ids = np.arange(start, start + batch_size)
+        is_real, ids = ids < len(images), ids % len(images)  # The last batch begins anew.
+        here = None if labels is None else labels[ids]
+        for kind, (arrays, chosen) in attempt_fn(jax.random.fold_in(key, start), images[ids], here):
+            parts.append(_maps(arrays, np.asarray(chosen) & is_real, ids, kind == _ATTACKED))
+            kinds.append(np.full(len(parts[-1]), kind))
+        progress(start + int(is_real.sum()), len(images))
+    return HeatmapSet.concatenate(parts), np.concatenate(kinds)
+
+
+def _maps(arrays, chosen, ids, is_adversarial):
+    """Returns those that count, on the host."""
+    arrays = {n: np.asarray(a)[chosen] for n, a in arrays.items() if a is not None}
+    kinds = np.full(chosen.sum(), is_adversarial)
+    return HeatmapSet(image_id=ids[chosen], is_adversarial=kinds, **arrays)
+
+
+def _fitted(init_key, fit_key, method, maps, steps):
+    """Returns a bank that is fitted on maps of both kinds."""
+    counts = np.bincount(maps.is_adversarial, minlength=2)
+    if not counts.all():
+        raise ValueError(
+            f'{counts[0]} clean images and {counts[1]} successful attacks are left to fit on: more '
+            'images, other attacks, or labels that the classifier agrees with.'
+        )
+    inputs = method.inputs_fn(maps).astype(np.float32)
+    count = method.num_networks(maps)
+    groups = detector.group_by_class(
+        inputs,
+        method.predicted(maps),
+        maps.is_adversarial,
+        num_classes=count,
+        balance='weights',
+        rng=np.random.default_rng(0),
+    )
+    fields = dict(
+        features=method.features, convolutions=method.convolutions, standardize=method.standardize
+    )
+    bank = detector.init_bank(init_key, num_classes=count, grid=inputs.shape[1:], **fields)
+    return jax.jit(functools.partial(detector.fit_bank, steps=steps))(fit_key, bank, *groups)
+
+
+def _scores(bank, method, maps):
+    """Returns `[M]`."""
+    return detector.score(bank, method.inputs_fn(maps), method.predicted(maps))

@@ -1,0 +1,120 @@
+"""Laws of the guard, on a network that is none of ours."""
+
+import functools
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from occjax import attack, guard
+
+CLASSES = ('left', 'right', 'neither')
+WINDOWS = dict(size=4, stride=4)
+
+
+def logits_fn(images):
+    """Tells on which half an image is brighter; steep, so that a few levels of noise fool it."""
+    grain = np.random.default_rng(0).normal(size=(12, 12, 3, 2)).astype(np.float32)
+    halves = images[:, :, :6].mean((1, 2, 3)), images[:, :, 6:].mean((1, 2, 3))
+    lead = (halves[0] - halves[1])[:, None] * jnp.array([1.0, -1.0])
+    texture = jnp.einsum('bhwc,hwck->bk', images - 0.5, grain) / 40
+    return jnp.pad(20 * lead + texture, ((0, 0), (0, 1)))
+
+
+def smooth(count, seed):
+    """Returns images that are brighter on one side, and hardly textured."""
+    rng = np.random.default_rng(seed)
+    side = rng.choice([-1, 1], size=count)
+    slope = np.linspace(-1, 1, 12)[None, None, :, None] * side[:, None, None, None]
+    images = 0.5 - 0.03 * slope + rng.normal(size=(count, 12, 12, 3)) * 0.01
+    return images.clip(0, 1).astype(np.float32), (side < 0).astype(np.int32)
+
+
+IMAGES, LABELS = smooth(360, 0)
+
+
+@functools.cache
+def made(method='views_alone', **more):
+    more = dict(class_names=CLASSES, method=method, views=('blur', 'flip', 'shift')) | more
+    key = jax.random.key(0)
+    return guard.make(key, logits_fn, IMAGES, LABELS, steps=200, **WINDOWS, **more)
+
+
+@pytest.mark.parametrize('method', ['views_alone', 'detector', 'all_logits', 'all_views'])
+def test_attacked_images_are_told_from_clean_ones(method):
+    judge = jax.jit(functools.partial(guard.judge, logits_fn=logits_fn))
+    images, labels = smooth(200, 1)
+    clean = judge(made(method), images=images)
+    attacked = attack.fgsm(logits_fn, images, labels, epsilon=8 / 255)
+    called = judge(made(method), images=attacked)
+    fooled = np.asarray(called.predicted) != labels
+    assert fooled.mean() > 0.5
+    auroc = stats.mannwhitneyu(called.score[fooled], clean.score).statistic
+    assert auroc / fooled.sum() / len(images) > 0.9
+    np.testing.assert_array_equal(clean.predicted, labels)
+    np.testing.assert_array_equal(clean.is_adversarial, clean.score > clean.threshold)
+    assert np.asarray(clean.probability).max() <= 1
+
+
+def test_as_many_fresh_clean_images_are_called_as_was_promised():
+    images, _ = smooth(1000, 2)
+    found = jax.jit(functools.partial(guard.judge, logits_fn=logits_fn))(made(), images=images)
+    # The threshold itself varies: some 120 clean images set it.
+    assert found.is_adversarial.sum() < stats.betabinom(1000, 6, 114).ppf(0.999)
+
+
+def test_no_image_sees_its_batch():
+    together = guard.judge(made(), logits_fn, IMAGES[:5])
+    alone = guard.judge(made(), logits_fn, IMAGES[2:3])
+    np.testing.assert_allclose(together.score[2], alone.score[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_guard_survives_its_file(tmp_path):
+    path = tmp_path / 'a guard.npz'
+    guard.save(made(), path)
+    loaded = guard.load(path)
+    assert jax.tree.structure(loaded) == jax.tree.structure(made())
+    jax.tree.map(np.testing.assert_array_equal, loaded, made())
+    assert loaded.class_names == CLASSES
+    assert [file.name for file in tmp_path.iterdir()] == ['a guard.npz']
+    path.write_bytes(path.read_bytes()[:999])
+    with pytest.raises(ValueError, match='holds no guard'):
+        guard.load(path)
+    with zipfile.ZipFile(path, 'w') as file:
+        file.writestr('meta.npy', b'no array')
+    with pytest.raises(ValueError, match='holds no guard'):
+        guard.load(path)
+    with pytest.raises(FileNotFoundError):
+        guard.load(tmp_path / 'absent')
+
+
+def test_the_last_batch_counts_each_image_once_and_progress_is_told():
+    told = []
+    made(batch_size=250, attacks=(guard.fgsm(8 / 255),), progress=lambda *n: told.append(n))
+    assert told == [(250, 360), (360, 360)]
+
+
+def test_what_cannot_be_guarded_is_said():
+    few = dict(class_names=CLASSES, views=('blur',), steps=1, **WINDOWS)
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match='names, 2, got logits of 3'):
+        guard.make(key, logits_fn, IMAGES[:64], **few | {'class_names': ('a', 'b')})
+    with pytest.raises(ValueError, match='0 successful attacks'):
+        guard.make(key, logits_fn, IMAGES[:64], attacks=(guard.fgsm(0.0),), **few)
+    with pytest.raises(ValueError, match="'reconstruction'"):
+        guard.make(key, logits_fn, IMAGES[:64], **few | {'views': ('reconstruction',)})
+    with pytest.raises(ValueError, match="'input_mfs'"):
+        guard.make(key, logits_fn, IMAGES[:64], method='input_mfs', **few)
+    with pytest.raises(ValueError, match='names, 3, got logits of 2'):
+        guard.judge(made(), lambda x: logits_fn(x)[:, :2], IMAGES[:2])
+
+
+def test_bytes_are_pixels():
+    as_bytes = np.round(255 * IMAGES[:90]).astype(np.uint8)
+    known = dict(class_names=CLASSES, views=('blur',), steps=20, **WINDOWS)
+    one = guard.make(jax.random.key(0), logits_fn, as_bytes, **known)
+    other = guard.make(jax.random.key(0), logits_fn, as_bytes.astype(np.float32) / 255, **known)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
