@@ -228,7 +228,8 @@ class Adaptive:
     """What `--mode=adaptive` attacks classifier and detectors with, see `adaptive`.
 
     `weight` is the joint attack's; each of the `images` takes up to `steps`. Detectors that see
-    views are the sweep's, fitted on its mixture.
+    views are the sweep's, fitted on its mixture; in `rounds` they are fitted again with what the
+    attacks on them made of fitting images.
     """
 
     epsilons: tuple[float, ...] = number(0, 1, (*(n / 255 for n in (1, 2, 4, 8)), 0.1), ends='(]')
@@ -237,6 +238,7 @@ class Adaptive:
     steps: int = number(1, 10**4, 40)
     images: int = number(1, _MANY, 100)
     weight: float = number(0, 10**6, 1.0)
+    rounds: int = number(0, 100, 0)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -113,4 +113,5 @@ def load_adaptive(run: Run) -> dict | None:
         return None
     found = storage.read_record(path, mode='adaptive')
     storage.check_origin(path, found['made_from'], heatmaps_origin(run), mode='adaptive')
-    return {name: found[name] for name in ('images', 'settings', 'false_alarms', 'rows')}
+    kept = ('images', 'settings', 'false_alarms', 'rows', 'auroc_of_the_mixture')
+    return {name: found[name] for name in kept if name in found}

@@ -14,17 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
+from sklearn import metrics as sklearn_metrics
 
 from occjax import adaptive, attack, data, detector, names, verdict
 from occjax import views as views_lib
-from occjax.experiment import devices, shard, stages, storage, store
+from occjax.experiment import devices, judging, shard, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
 from occjax.methods import METHODS
 from occjax.probes import detection, sweep
 from occjax.progress import say
 from occjax.report import figures, tables
-from occjax.types import UsageError
+from occjax.types import HeatmapSet, UsageError
 
 ATTACKS = dict(
     zip(
@@ -51,10 +52,10 @@ def attack_batch(
     mesh,
     **settings,
 ):
-    """Returns whether each `[B]` image is classified wrongly, evades, and after how many steps.
+    """Returns whether each `[B]` image is classified wrongly, evades, in how many steps, and how.
 
-    Attack `fgsm` doesn't know of the detector, `none` leaves the images. Each device attacks its
-    own images.
+    The last are the attacked images. Attack `fgsm` doesn't know of the detector, `none` leaves the
+    images. Each device attacks its own images.
     """
     whole, by_image = jax.P(), jax.P('data')
     return jax.shard_map(
@@ -95,13 +96,14 @@ def _attacked(
     if name in ATTACKS:
         ball |= {'weight': weight} if name == 'joint' else {}
         images, taken = ATTACKS[name](logits_fn, margin_fn, images, labels, steps=steps, **ball)
-        return jnp.argmax(logits_fn(images), -1) != labels, taken >= 0, taken
+        return jnp.argmax(logits_fn(images), -1) != labels, taken >= 0, taken, images
     if name == 'fgsm':
         images = attack.fgsm(logits_fn, images, labels, **ball)
     is_wrong = jnp.argmax(logits_fn(images), -1) != labels
     is_silent = margin_fn(images) <= 0
     # An untouched image can't evade: what is asked of it is whether it rings.
-    return is_wrong, is_silent & (is_wrong | (name == 'none')), jnp.zeros(len(images), int)
+    evades = is_silent & (is_wrong | (name == 'none'))
+    return is_wrong, evades, jnp.zeros(len(images), int), images
 
 
 def evade(run: Run) -> str:
@@ -117,23 +119,28 @@ def evade(run: Run) -> str:
             f'config.adaptive.methods has {sorted(missing)}, which config.detector.methods lacks: '
             'take them out of the one, or add them to the other and run --mode=detectors.'
         )
-    rows, alarms = [], {}
+    rows, alarms, kept = [], {}, {}
     for method in dict.fromkeys(wanted.methods):
         target = _target(run, variables, method)
         if not len(target.ids):
             raise UsageError(
                 'No test image is left that no detector was fitted on: map more of them.'
             )
-        measure = functools.partial(_measured, run, variables, target, method)
-        alarms[method] = 1 - measure('none', 0.0)['evasion']
-        for name in dict.fromkeys(('fgsm', *wanted.attacks)):
-            rows += [measure(name, epsilon) for epsilon in dict.fromkeys(wanted.epsilons)]
+        found, alarms[method] = _resisted(run, variables, target)
+        rows += found
+        if wanted.rounds and method in names.VIEWING:
+            for later, auroc in _hardened(run, variables, target):
+                kept[f'{method}, round {later.round}'] = auroc
+                if later.round:
+                    found, alarms[later.label] = _resisted(run, variables, later)
+                    rows += found
     result = {
         'manifest': results_lib.manifest(run),
         'made_from': store.heatmaps_origin(run),
         'images': len(target.ids),
         'settings': dataclasses.asdict(wanted),
         'false_alarms': alarms,
+        'auroc_of_the_mixture': kept,
         'rows': rows,
     }
     storage.write_record(run.workdir / 'adaptive.json', result)
@@ -145,12 +152,19 @@ def evade(run: Run) -> str:
 class _Target(NamedTuple):
     """A detector, and the clean test images that it is attacked by."""
 
+    method: str
     bank: detector.Bank
     thresholds: np.ndarray  # [K]
     autoencoder: Any  # of the views; None without any
     ids: np.ndarray
     name: str
     made_from: storage.Origin
+    round: int = 0  # how often it was fitted against its own attackers
+
+    @property
+    def label(self) -> str:
+        """What the detector is called in results."""
+        return f'{self.method}, round {self.round}' if self.round else self.method
 
 
 def _target(run, variables, method):
@@ -160,63 +174,168 @@ def _target(run, variables, method):
         found = sweep.deployed(run, variables, method)
         bank, thresholds, ids, name = map(found.get, ('bank', 'thresholds', 'judged', 'name'))
         autoencoder, made_from = stages.load_autoencoder(run), store.classifier_origin(run)
-        return _Target(bank, thresholds, autoencoder, ids[:count], name, made_from)
+        return _Target(method, bank, thresholds, autoencoder, ids[:count], name, made_from)
     division = store.divide(run, 'held_out')
     maps, judged = division.maps, division.is_judged[0]
     ids = maps.image_id[judged & ~maps.is_adversarial][:count]
     made_from = store.heatmaps_origin(run)
-    return _Target(*detection.deployed(run, division, method), None, ids, method, made_from)
+    return _Target(method, *detection.deployed(run, division, method), None, ids, method, made_from)
 
 
-def _measured(run, variables, target, method, name, epsilon):
+def _settings(run, variables, target):
+    """Returns what attacks and maps of a detector's images are made with."""
+    mapping, is_viewing = run.mapping(variables), target.method in names.VIEWING
+    return dict(
+        method=target.method,
+        views=run.config.sweep.views if is_viewing else (),
+        network=run.network,
+        mesh=devices.mesh(),
+        engine=mapping.engine,
+        chunk_size=mapping.chunk_size,
+        **run.geometry,
+        **run.knobs,
+    )
+
+
+def _attack(run, variables, target, name, epsilon, ids):
+    """Returns what `attack_batch` does to clean test images."""
+    say(f'adaptive: {name} at {epsilon:.3g} on {target.label}')
+    wanted = run.config.adaptive
+    attack_fn = functools.partial(
+        attack_batch,
+        variables,
+        target.bank,
+        target.thresholds,
+        target.autoencoder,
+        shard.fill_of(run, variables),
+        name=name,
+        epsilon=epsilon,
+        steps=wanted.steps,
+        weight=wanted.weight,
+        clip=run.config.attack.clip,
+        **_settings(run, variables, target),
+    )
+    # Few images at once: those that evade wait for the slowest of their batch.
+    batch_size = min(run.mapping(variables).batch_size, 8 * jax.device_count())
+    images, labels = data.take(run.dataset.test, ids), run.dataset.test.labels[ids]
+    found = devices.in_batches(attack_fn, images, labels, batch_size=batch_size)
+    return dict(zip(('wrong', 'evades', 'steps', 'images'), found, strict=True))
+
+
+def _path(run, target, name, epsilon, count):
+    """Returns where what an attack does to a detector is kept."""
+    wanted = run.config.adaptive
+    settings = f'{count}x{wanted.steps}-{wanted.weight:g}-{epsilon:.6g}'
+    return run.workdir / 'adaptive' / f'{target.name}-{name}-{settings}.npz'
+
+
+def _resisted(run, variables, target):
+    """Returns what every attack does to a detector, and how often it calls untouched images."""
+    wanted, measure = run.config.adaptive, functools.partial(_measured, run, variables, target)
+    rows = [
+        measure(name, epsilon)
+        for name in dict.fromkeys(('fgsm', *wanted.attacks))
+        for epsilon in dict.fromkeys(wanted.epsilons)
+    ]
+    return rows, 1 - measure('none', 0.0)['evasion']
+
+
+def _measured(run, variables, target, name, epsilon):
     """Returns what one attack at one epsilon does to one detector, from the store if it's there."""
-    wanted, images = run.config.adaptive, data.take(run.dataset.test, target.ids)
-    settings = f'{len(images)}x{wanted.steps}-{wanted.weight:g}-{epsilon:.6g}'
-    path = run.workdir / 'adaptive' / f'{target.name}-{name}-{settings}.npz'
 
     def part():
-        say(f'adaptive: {name} at {epsilon:.3g} on {method}')
-        mapping = run.mapping(variables)
-        attack_fn = functools.partial(
-            attack_batch,
-            variables,
-            target.bank,
-            target.thresholds,
-            target.autoencoder,
-            shard.fill_of(run, variables),
-            name=name,
-            method=method,
-            views=run.config.sweep.views if method in names.VIEWING else (),
-            epsilon=epsilon,
-            steps=wanted.steps,
-            weight=wanted.weight,
-            clip=run.config.attack.clip,
-            mesh=devices.mesh(),
-            network=run.network,
-            engine=mapping.engine,
-            chunk_size=mapping.chunk_size,
-            **run.geometry,
-            **run.knobs,
-        )
-        # Few images at once: those that evade wait for the slowest of their batch.
-        batch_size = min(mapping.batch_size, 8 * jax.device_count())
-        labels = run.dataset.test.labels[target.ids]
-        found = devices.in_batches(attack_fn, images, labels, batch_size=batch_size)
-        return dict(zip(('wrong', 'evades', 'steps'), found, strict=True))
+        found = _attack(run, variables, target, name, epsilon, target.ids)
+        return {key: found[key] for key in ('wrong', 'evades', 'steps')}
 
+    path = _path(run, target, name, epsilon, len(target.ids))
     found = storage.cached(path, part, mode='adaptive', made_from=target.made_from)
     evades, taken = found['evades'], found['steps']
     ends = stats.binomtest(int(evades.sum()), len(evades)).proportion_ci(method='wilson')
-    by_step = [float(np.mean(evades & (taken <= t))) for t in range(wanted.steps + 1)]
+    steps = range(run.config.adaptive.steps + 1)
     return {
-        'method': method,
+        'method': target.label,
         'attack': name,
         'epsilon': epsilon,
         'wrong': float(found['wrong'].mean()),
         'evasion': float(evades.mean()),
         'interval': [float(ends.low), float(ends.high)],
-        'by_step': by_step if name in ATTACKS else None,
+        'by_step': [float(np.mean(evades & (taken <= t))) for t in steps]
+        if name in ATTACKS
+        else None,
     }
+
+
+def _hardened(run, variables, target):
+    """Yields the detector, fitted ever again with what its attackers made of fitting images.
+
+    Beside it the AUROC of the mixture that it was fitted on first: what that costs. The first is
+    the detector as it was.
+
+    References:
+        Lapid et al. (RADAR), https://arxiv.org/abs/2404.12120
+    """
+    wanted, sets = run.config.adaptive, sweep.mapped(run, variables)
+    division, noise = sweep.mixed(run, sets, run.config.sweep.mixture)
+    maps, is_fitted, is_reserved = division
+    if not METHODS[target.method].windows:  # Nor are they made of what attacks it.
+        maps, noise = (
+            m and dataclasses.replace(m, logits=m.logits[:, :0, :0]) for m in (maps, noise)
+        )
+    division = judging.Division(maps, is_fitted[:1], is_reserved[:1])
+    clean = division.is_fitted[0] & ~division.maps.is_adversarial
+    ids, extra, stem = division.maps.image_id[clean][: wanted.images], [], target.name
+    for number in range(wanted.rounds + 1):
+        if number:
+            for name in dict.fromkeys(wanted.attacks):
+                extra += [
+                    _attacked_maps(run, variables, target, name, epsilon, ids)
+                    for epsilon in dict.fromkeys(wanted.epsilons)
+                ]
+        grown = _grown(division, extra)
+        banks = store.fit_banks(run, grown, target.method, noise)
+        bank, thresholds = detection.first(banks, grown, target.method)
+        scores = judging.score_banks(banks, METHODS[target.method], division.maps)[0]
+        judged = division.is_judged[0]
+        auroc = sklearn_metrics.roc_auc_score(division.maps.is_adversarial[judged], scores[judged])
+        name = f'{stem}-round{number}'
+        target = target._replace(bank=bank, thresholds=thresholds, name=name, round=number)
+        yield target, float(auroc)
+
+
+def _grown(division, extra):
+    """Returns a division with more maps to fit on."""
+    maps = HeatmapSet.concatenate([division.maps, *extra])
+    more = len(maps) - len(division.maps)
+    is_fitted = np.pad(division.is_fitted, ((0, 0), (0, more)), constant_values=True)
+    return judging.Division(maps, is_fitted, np.pad(division.is_reserved, ((0, 0), (0, more))))
+
+
+def _attacked_maps(run, variables, target, name, epsilon, ids):
+    """Returns what a detector sees of fitting images that an attack on it made wrong."""
+    settings = _settings(run, variables, target)
+    see_fn = functools.partial(
+        see_batch, variables, target.autoencoder, shard.fill_of(run, variables), **settings
+    )
+
+    def part():
+        found = _attack(run, variables, target, name, epsilon, ids)
+        batch_size = run.mapping(variables).batch_size
+        seen = devices.in_batches(see_fn, found['images'], batch_size=batch_size)
+        labels = run.dataset.test.labels[ids]
+        known = {'label': labels, 'image_id': ids, 'is_adversarial': np.ones(len(ids), bool)}
+        return {key: array[found['wrong']] for key, array in (seen | known).items()}
+
+    path = _path(run, target, f'fit-{name}', epsilon, len(ids))
+    return HeatmapSet(**storage.cached(path, part, mode='adaptive', made_from=target.made_from))
+
+
+@functools.partial(jax.jit, static_argnames=('method', 'views', 'network', 'mesh', *shard.WINDOWS))
+def see_batch(variables, autoencoder, fill, images, *, method, views, network, mesh, **settings):
+    """Returns the arrays of `verdict.observe`'s maps that a detector sees."""
+    seen = views_lib.of_names(views, autoencoder)
+    plain_fn, settings = functools.partial(network.fn, variables), settings | dict(fill=fill)
+    maps = verdict.observe(plain_fn, images, method=METHODS[method], views=seen, **settings)
+    return {name: getattr(maps, name) for name in ('logits', 'unoccluded', 'views')}
 
 
 def plot(result: dict) -> bytes:

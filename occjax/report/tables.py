@@ -241,18 +241,30 @@ def adaptive_table(found: dict | None) -> Table:
         low, high = row['interval']
         text = f'{row["evasion"]:.3f} ({low:.2f} to {high:.2f})'
         evading[row['method'], row['attack']].append(text)
-    alarms = ', '.join(f'{words(k)} {cell(v)}' for k, v in found['false_alarms'].items())
+    alarms = ', '.join(f'{_rounds(k)} {cell(v)}' for k, v in found['false_alarms'].items())
+    kept = found.get('auroc_of_the_mixture') or {}
+    cost = ', '.join(f'{_rounds(k)} {cell(v)}' for k, v in kept.items())
+    if cost:
+        cost = (
+            f'In a round detectors are fitted with attacks on them; AUROC of the mixture: {cost}. '
+        )
     return Table(
         title,
         ('Detector', 'Attack', *(f'ε = {epsilon(value)}' for value in epsilons)),
-        [(words(method), words(name), *cells) for (method, name), cells in evading.items()],
+        [(_rounds(method), words(name), *cells) for (method, name), cells in evading.items()],
         note=f'Shares of {cell(found["images"])} correctly classified test images that are '
         'classified wrongly and not called adversarial, at the thresholds of 5 % false positives, '
         "with Wilson's 95 % intervals. FGSM does not know of the detector, the others follow its "
         f'gradient for up to {found["settings"]["steps"]} steps. False alarms on the same images, '
-        f'unattacked: {alarms}. {claim}',
+        f'unattacked: {alarms}. {cost}{claim}',
         text_columns=2,
     )
+
+
+def _rounds(label):
+    """Returns what a reader sees for a method, and after how many rounds of fitting."""
+    method, *rest = label.split(', ')
+    return ', '.join([words(method), *rest])
 
 
 def cell(value):

@@ -62,12 +62,20 @@ def test_detectors_of_views_are_attacked_through_them(finished, tmp_path, one_in
     with pytest.raises(UsageError, match='sweep.mixture'):
         evasion.evade(run)
     swept.epsilons, swept.attacks, swept.mixture, swept.noise = (0.3,), (), ('fgsm',), True
-    swept.views, swept.images = ('reconstruction', 'shift', 'bits'), 150
+    swept.views, swept.images, settings.rounds = ('reconstruction', 'shift', 'bits'), 150, 1
     printed = evasion.evade(run)
     result = json.loads((run.workdir / 'adaptive.json').read_text())
-    assert [row['attack'] for row in result['rows']] == ['fgsm', 'selective']
-    plain, knowing = result['rows']
+    again = 'views_alone, round 1'
+    attacked = [(row['method'], row['attack']) for row in result['rows']]
+    expected = [(m, a) for m in ('views_alone', again) for a in ('fgsm', 'selective')]
+    assert attacked == expected
+    plain, knowing, *_ = result['rows']
     assert knowing['evasion'] >= plain['evasion']
+    assert set(result['false_alarms']) == {'views_alone', again}
+    costs = result['auroc_of_the_mixture']
+    assert list(costs) == ['views_alone, round 0', again]
+    assert all(0 <= cost <= 1 for cost in costs.values()) and len(set(costs.values())) == 2
+    assert 'other views, round 1' in printed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, 'in_batches', None)
         assert evasion.evade(run) == printed
@@ -111,7 +119,7 @@ def test_other_settings_are_attacked_anew(finished, tmp_path, monkeypatch):
     def attack_batch(*arrays, name, steps, weight, **_):
         attacked.append((name, steps, weight))
         count = len(arrays[-1])
-        return np.ones(count, bool), np.ones(count, bool), np.full(count, steps)
+        return np.ones(count, bool), np.ones(count, bool), np.full(count, steps), arrays[-2]
 
     monkeypatch.setattr(evasion, 'attack_batch', attack_batch)
     settings.epsilons, settings.attacks, settings.images = (0.1,), ('joint',), 8
