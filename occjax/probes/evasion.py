@@ -278,9 +278,7 @@ def _hardened(run, variables, target):
     division, noise = sweep.mixed(run, sets, run.config.sweep.mixture)
     maps, is_fitted, is_reserved = division
     if not METHODS[target.method].windows:  # Nor are they made of what attacks it.
-        maps, noise = (
-            m and dataclasses.replace(m, logits=m.logits[:, :0, :0]) for m in (maps, noise)
-        )
+        maps, noise = (_without_windows(each) for each in (maps, noise))
     division = judging.Division(maps, is_fitted[:1], is_reserved[:1])
     clean = division.is_fitted[0] & ~division.maps.is_adversarial
     ids, extra, stem = division.maps.image_id[clean][: wanted.images], [], target.name
@@ -300,6 +298,11 @@ def _hardened(run, variables, target):
         name = f'{stem}-round{number}'
         target = target._replace(bank=bank, thresholds=thresholds, name=name, round=number)
         yield target, float(auroc)
+
+
+def _without_windows(maps):
+    """Returns maps, if there are any, without what is seen under windows."""
+    return maps if maps is None else dataclasses.replace(maps, logits=maps.logits[:, :0, :0])
 
 
 def _grown(division, extra):
