@@ -92,9 +92,9 @@ def plot(result: dict) -> bytes:
     figure = Figure(figsize=size, layout='constrained', dpi=150)
     axes = figure.subplots(1, len(widths), gridspec_kw={'width_ratios': widths})
     for panel, draw_fn in zip(axes, panels, strict=False):
+        panel.set_xscale('log')
         draw_fn(panel, result)
         panel.axhline(0.5, color='#888', linewidth=0.8)
-        panel.set_xscale('log')
         panel.legend(fontsize=8, frameon=False)
         panel.spines[['top', 'right']].set_visible(False)
     for panel, (method, rows) in zip(axes[len(panels) :], methods.items(), strict=True):
@@ -120,6 +120,8 @@ def _plot_epsilons(axes, result):
         ends = [row['interval'] or (np.nan, np.nan) for row in own]
         axes.fill_between(epsilons, *np.transpose(ends), color=line.get_color(), alpha=0.15)
     axes.set_ylim(0, 1.02)
+    axes.set_xticks(epsilons, map(tables.epsilon, epsilons), fontsize=8)
+    axes.minorticks_off()
     axes.set_xlabel('ε of FGSM, fitted and judged')
 
 
