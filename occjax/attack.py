@@ -168,9 +168,8 @@ def bim(
     References:
         Kurakin et al., https://arxiv.org/abs/1607.02533
     """
-    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
     settings = dict(epsilon=epsilon, steps=steps, step_size=step_size, bounds=bounds)
-    return _ascend(logits_fn, loss_fn, images, labels, images, **settings)
+    return _ascend(logits_fn, loss_fn, images, labels, **settings)
 
 
 def pgd(
@@ -193,10 +192,12 @@ def pgd(
     References:
         Madry et al., https://arxiv.org/abs/1706.06083
     """
-    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
-    start = _clip(images + epsilon * _uniform(key, images), images, bounds)
+
+    def start_fn(images, epsilon):
+        return _clip(images + epsilon * _uniform(key, images), images, bounds)
+
     settings = dict(epsilon=epsilon, steps=steps, step_size=step_size, bounds=bounds)
-    return _ascend(logits_fn, loss_fn, images, labels, start, **settings, reach=2.5)
+    return _ascend(logits_fn, loss_fn, images, labels, **settings, start_fn=start_fn, reach=2.5)
 
 
 def pgd_l2(
@@ -219,19 +220,20 @@ def pgd_l2(
     References:
         Madry et al., https://arxiv.org/abs/1706.06083
     """
-    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
-    size = images[0].size
 
-    def inside(key):
+    def inside(key, image):
         along, out = jax.random.split(key)
-        direction = jax.random.normal(along, images.shape[1:], images.dtype)
-        return direction, jax.random.uniform(out, (), images.dtype) ** (1 / size)
+        direction = jax.random.normal(along, image.shape, image.dtype)
+        return direction, jax.random.uniform(out, (), image.dtype) ** (1 / image.size)
 
-    direction, radius = jax.vmap(inside)(_keys(key, images))
-    step = epsilon * radius[:, None, None, None] * unit(direction, order=2)
-    start = project(images + step, images, epsilon=epsilon, bounds=bounds, order=2)
+    def start_fn(images, epsilon):
+        direction, radius = jax.vmap(inside)(_keys(key, images), images)
+        step = epsilon * radius[:, None, None, None] * unit(direction, order=2)
+        return project(images + step, images, epsilon=epsilon, bounds=bounds, order=2)
+
     settings = dict(epsilon=epsilon, steps=steps, step_size=step_size, bounds=bounds)
-    return _ascend(logits_fn, loss_fn, images, labels, start, **settings, reach=2.5, order=2)
+    settings |= dict(start_fn=start_fn, reach=2.5, order=2)
+    return _ascend(logits_fn, loss_fn, images, labels, **settings)
 
 
 def mi_fgsm(
@@ -254,9 +256,8 @@ def mi_fgsm(
     References:
         Dong et al., https://arxiv.org/abs/1710.06081
     """
-    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
     settings = dict(epsilon=epsilon, steps=steps, step_size=step_size, bounds=bounds)
-    return _ascend(logits_fn, loss_fn, images, labels, images, **settings, decay=decay)
+    return _ascend(logits_fn, loss_fn, images, labels, **settings, decay=decay)
 
 
 class _Apgd(NamedTuple):
@@ -759,17 +760,18 @@ def _ascend(
     loss_fn,
     images,
     labels,
-    start,
     *,
     epsilon,
     steps,
     step_size,
     bounds,
+    start_fn=lambda images, epsilon: images,
     reach=1,
     decay=None,
     order=jnp.inf,
 ):
     """Climbs the loss by steps in the ball, signed or along the gradient, `reach` radii in all."""
+    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
     steps = jnp.broadcast_to(checks.count('steps', steps), len(images))
     if step_size is None:
         step_size = reach * epsilon / _per_image(jnp.maximum(steps, 1), images)
@@ -785,4 +787,5 @@ def _ascend(
         moved = adversarial + step_size * along
         return project(moved, images, epsilon=epsilon, bounds=bounds, order=order), direction
 
+    start = start_fn(images, epsilon)
     return _iterate(step, (start, jnp.zeros_like(images)), steps)[0]

@@ -66,12 +66,19 @@ def _logits(maps):
     return logits / 4
 
 
+def _changes(maps, *seen):
+    """What some `[M, ..., K]` logits are beyond the unoccluded ones, and these, by class."""
+    flat = []
+    for logits in seen:
+        own = maps.unoccluded.reshape(len(maps), *[1] * (logits.ndim - 2), logits.shape[-1])
+        flat.append((logits - own).reshape(len(maps), math.prod(logits.shape[1:])))
+    return maps.array_module.concatenate([*flat, maps.unoccluded], axis=1)
+
+
 def _logit_differences(maps):
     """What every window changes of all classes' logits, and the unoccluded logits, by class."""
     # Networks see these small numbers only once they are standardized.
-    changes = maps.logits - maps.unoccluded[:, None, None]
-    changes = changes.reshape(len(maps), math.prod(changes.shape[1:]))
-    return maps.array_module.concatenate([changes, maps.unoccluded], axis=1)
+    return _changes(maps, maps.logits)
 
 
 def _logit_maps(maps):
@@ -82,16 +89,13 @@ def _logit_maps(maps):
 
 
 def _views_alone(maps):
-    """What every other view changes of all classes' logits, and the unoccluded ones, by class."""
-    changes = maps.views - maps.unoccluded[:, None]
-    changes = changes.reshape(len(maps), math.prod(changes.shape[1:]))
-    return maps.array_module.concatenate([changes, maps.unoccluded], axis=1)
+    """The same of every other view."""
+    return _changes(maps, maps.views)
 
 
 def _all_views(maps):
-    """What windows and other views change, and the unoccluded logits once."""
-    windows = _logit_differences(maps)[:, : -maps.unoccluded.shape[-1]]
-    return maps.array_module.concatenate([windows, _views_alone(maps)], axis=1)
+    """The same of windows and other views."""
+    return _changes(maps, maps.logits, maps.views)
 
 
 def _log_spectrum(maps):

@@ -27,6 +27,13 @@ def test_an_input_is_its_own_map_s_alone(name):
         np.testing.assert_allclose(alone[0], inputs[2], rtol=1e-6)
 
 
+@pytest.mark.parametrize('name', METHODS)
+def test_of_no_maps_there_are_no_inputs_of_the_same_shape(name):
+    """A class that nothing is predicted as has none."""
+    some, none = (METHODS[name].inputs_fn(MAPS.select(slice(0, n))) for n in (2, 0))
+    assert none.shape == (0, *some.shape[1:])
+
+
 def test_the_paper_s_detector_sees_the_map():
     np.testing.assert_array_equal(METHODS['detector'].inputs_fn(MAPS), MAPS.maps)
     np.testing.assert_array_equal(METHODS['detector'].predicted(MAPS), MAPS.predicted)

@@ -189,7 +189,6 @@ def _settings(run, variables, target):
         method=target.method,
         views=run.config.sweep.views if is_viewing else (),
         network=run.network,
-        mesh=devices.mesh(),
         engine=mapping.engine,
         chunk_size=mapping.chunk_size,
         **run.geometry,
@@ -213,6 +212,7 @@ def _attack(run, variables, target, name, epsilon, ids):
         steps=wanted.steps,
         weight=wanted.weight,
         clip=run.config.attack.clip,
+        mesh=devices.mesh(),
         **_settings(run, variables, target),
     )
     # Few images at once: those that evade wait for the slowest of their batch.
@@ -282,22 +282,26 @@ def _hardened(run, variables, target):
     division = judging.Division(maps, is_fitted[:1], is_reserved[:1])
     clean = division.is_fitted[0] & ~division.maps.is_adversarial
     ids, extra, stem = division.maps.image_id[clean][: wanted.images], [], target.name
-    for number in range(wanted.rounds + 1):
-        if number:
-            for name in dict.fromkeys(wanted.attacks):
-                extra += [
-                    _attacked_maps(run, variables, target, name, epsilon, ids)
-                    for epsilon in dict.fromkeys(wanted.epsilons)
-                ]
+    yield target, _auroc(division, target)
+    for number in range(1, wanted.rounds + 1):
+        for name in dict.fromkeys(wanted.attacks):
+            extra += [
+                _attacked_maps(run, variables, target, name, epsilon, ids)
+                for epsilon in dict.fromkeys(wanted.epsilons)
+            ]
         grown = _grown(division, extra)
         banks = store.fit_banks(run, grown, target.method, noise)
         bank, thresholds = detection.first(banks, grown, target.method)
-        scores = judging.score_banks(banks, METHODS[target.method], division.maps)[0]
-        judged = division.is_judged[0]
-        auroc = sklearn_metrics.roc_auc_score(division.maps.is_adversarial[judged], scores[judged])
         name = f'{stem}-round{number}'
         target = target._replace(bank=bank, thresholds=thresholds, name=name, round=number)
-        yield target, float(auroc)
+        yield target, _auroc(division, target)
+
+
+def _auroc(division, target):
+    """Returns the AUROC of a detector on maps that it is not fitted on."""
+    maps, method = division.maps.select(division.is_judged[0]), METHODS[target.method]
+    scores = detector.score(target.bank, method.inputs_fn(maps), method.predicted(maps))
+    return float(sklearn_metrics.roc_auc_score(maps.is_adversarial, scores))
 
 
 def _without_windows(maps):
@@ -332,8 +336,8 @@ def _attacked_maps(run, variables, target, name, epsilon, ids):
     return HeatmapSet(**storage.cached(path, part, mode='adaptive', made_from=target.made_from))
 
 
-@functools.partial(jax.jit, static_argnames=('method', 'views', 'network', 'mesh', *shard.WINDOWS))
-def see_batch(variables, autoencoder, fill, images, *, method, views, network, mesh, **settings):
+@functools.partial(jax.jit, static_argnames=('method', 'views', 'network', *shard.WINDOWS))
+def see_batch(variables, autoencoder, fill, images, *, method, views, network, **settings):
     """Returns the arrays of `verdict.observe`'s maps that a detector sees."""
     seen = views_lib.of_names(views, autoencoder)
     plain_fn, settings = functools.partial(network.fn, variables), settings | dict(fill=fill)

@@ -3,11 +3,13 @@
 from occjax.report import tables
 
 _KEPT = (
-    *('n_correct', 'n_adversarial', 'balanced_accuracy', 'auroc', 'auroc_with_noise'),
+    'n_correct',
+    'n_adversarial',
+    'balanced_accuracy',
+    'auroc',
+    'auroc_with_noise',
     'paper_accuracy',
 )
-
-
 _KINDS = ('correct', 'adversarial')
 
 
@@ -79,8 +81,12 @@ def table(summary: dict) -> str:
             'Noise called at 5 % FPR',
         ),
     )
-    body = tables.markdown(tables.Table('', header, rows)).split('\n\n', 1)[1]
-    return f'{line}\n\n{body}\n{_classes(summary)}'
+    return f'{line}\n\n{_body(header, rows)}\n{_classes(summary)}'
+
+
+def _body(header, rows):
+    """Returns a table without a title."""
+    return tables.markdown(tables.Table('', header, rows)).split('\n\n', 1)[1]
 
 
 def _classes(summary):
@@ -103,8 +109,7 @@ def _classes(summary):
         *('Class', 'Correct maps (paper)', 'Adversarial maps (paper)'),
         *('Balanced accuracy, protocol paper', 'held out', "Paper's accuracy"),
     )
-    body = tables.markdown(tables.Table('', header, rows)).split('\n\n', 1)[1]
-    return f'\n{body}\n'
+    return f'\n{_body(header, rows)}\n'
 
 
 def _entry(found, name):
