@@ -283,10 +283,7 @@ def _fitted(init_key, fit_key, method, maps, steps):
         balance='weights',
         rng=np.random.default_rng(0),
     )
-    fields = dict(
-        features=method.features, convolutions=method.convolutions, standardize=method.standardize
-    )
-    bank = detector.init_bank(init_key, num_classes=count, grid=inputs.shape[1:], **fields)
+    bank = detector.init_bank(init_key, num_classes=count, grid=inputs.shape[1:], **method.fields)
     return jax.jit(functools.partial(detector.fit_bank, steps=steps))(fit_key, bank, *groups)
 
 

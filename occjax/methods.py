@@ -28,6 +28,11 @@ class Method(NamedTuple):
     passes: int | None = None  # of an image; None: one for every window, and one more
     windows: bool = True  # whether they see any
 
+    @property
+    def fields(self) -> dict:
+        """What `detector.init_bank` takes of it."""
+        return {name: getattr(self, name) for name in ('features', 'convolutions', 'standardize')}
+
     def predicted(self, maps: HeatmapSet) -> np.ndarray:
         """Returns `[M]`, whose network judges each map."""
         return np.zeros(len(maps), np.int32) if self.pooled else maps.predicted

@@ -99,9 +99,7 @@ def init_banks(key: jax.Array, division: Division, method: Method) -> detector.B
         jax.random.split(key, len(division.is_fitted)),
         num_classes=method.num_networks(maps),
         grid=method.inputs_fn(maps.select(slice(0, 1))).shape[1:],
-        features=method.features,
-        convolutions=method.convolutions,
-        standardize=method.standardize,
+        **method.fields,
     )
 
 
