@@ -127,6 +127,15 @@ _PROFILE_DIR = flags.DEFINE_string(
 _IMAGES = flags.DEFINE_string(
     'images', None, 'What --mode=detect judges: an image file, or a folder of them.'
 )
+_FPR = flags.DEFINE_float(
+    'fpr', 0.05, 'Share of clean images that --mode=detect may call adversarial.', 0.0, 1.0
+)
+flags.register_validator('fpr', lambda share: share <= 1, 'no number')  # NaN.
+_OUTPUT = flags.DEFINE_string(
+    'output',
+    None,
+    'Where --mode=detect puts verdicts.csv and detect.html; default: in the work directory.',
+)
 _BENCHMARK_IMAGES = flags.DEFINE_integer('benchmark_images', 4, 'Images that are timed.', 1, 1000)
 _BENCHMARK_REPEATS = flags.DEFINE_integer(
     'benchmark_repeats', 5, 'How often they are timed.', 1, 1000
@@ -206,7 +215,9 @@ def main(_):
     )
     timed = training if _BENCHMARK_TRAINING.value else engines
     modes = stages.STAGES | {
-        'detect': lambda run: detection.detect(run, _IMAGES.value),
+        'detect': lambda run: detection.detect(
+            run, _IMAGES.value, fpr=_FPR.value, output=_OUTPUT.value
+        ),
         'benchmark': lambda run: timed.benchmark(run, timing),
         'fidelity': lambda run: fidelity.fidelity(run, timing, shares),
         'sweep': sweep.sweep,

@@ -1,7 +1,8 @@
 """A guard: all that it takes to tell attacked images of one classifier, as one pytree.
 
-`make` fits it, `judge` applies it (under `jit`, to batches of any size), `save` and `load` keep it
-in one file. It works for any network: a function of images is all that it asks for.
+`make` fits it, `judge` applies it (under `jit`, to batches of any size), `at_fpr` makes it stricter
+or milder, `save` and `load` keep it in one file. It works for any network: a function of images is
+all that it asks for. A finished run has its own, `detectors/<method>.guard.npz`.
 
 Dimensions: B batch, N images, H W C image, K classes.
 """
@@ -29,7 +30,7 @@ AttackFn = Callable[..., Array]  # called as attack_fn(logits_fn, images, labels
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=('bank', 'thresholds', 'fill'),
+    data_fields=('bank', 'thresholds', 'fill', 'calibration'),
     meta_fields=('method', 'views', 'windows', 'class_names'),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Guard:
     bank: detector.Bank
     thresholds: Array  # f32[K]; infinite for a class with too few images to promise anything
     fill: Array  # what covers a window, see `occlusion.occluded_logits`
+    calibration: metrics.Calibration  # what thresholds come from
     method: str  # one of `methods.METHODS`
     views: tuple[str, ...]  # some of `views.VIEWS`
     windows: tuple[tuple[str, Any], ...]  # size, stride and grid
@@ -127,10 +129,38 @@ def make(
     is_fitted = fits[maps.image_id]
     bank = _fitted(init_key, fit_key, METHODS[method], maps.select(is_fitted), steps)
     sets = maps.select(~is_fitted & (kinds == _CLEAN))
-    scores = _scores(bank, METHODS[method], sets)
-    levels = metrics.class_thresholds(scores, sets.predicted, len(class_names), fpr)
-    kept = dict(thresholds=jnp.asarray(levels, jnp.float32), fill=jnp.asarray(fill, jnp.float32))
-    return Guard(bank=bank, class_names=tuple(class_names), **kept, **seen)
+    scores, judges = _scores(bank, METHODS[method], sets), np.ones(len(class_names), bool)
+    if not METHODS[method].pooled:
+        judges = metrics.has_both_kinds(maps.select(is_fitted), len(class_names))
+    known = metrics.Calibration(np.asarray(scores), sets.predicted, judges)
+    settings = dict(fpr=fpr, fill=fill, class_names=class_names, method=method, views=views)
+    return of_bank(bank, known, **settings, **windows)
+
+
+def of_bank(
+    bank: detector.Bank,
+    calibration: metrics.Calibration,
+    *,
+    fpr: float = 0.05,
+    fill: float | Array = 0.5,
+    class_names: Sequence[str],
+    method: str,
+    views: Sequence[str] = (),
+    **windows: Any,
+) -> Guard:
+    """Returns a guard of detectors that are fitted already; the arguments are `make`'s."""
+    fixed = _seen(method, views, windows) | dict(class_names=tuple(class_names))
+    arrays = dict(fill=jnp.asarray(fill, jnp.float32), thresholds=jnp.zeros(len(class_names)))
+    return at_fpr(Guard(bank=bank, calibration=calibration, **arrays, **fixed), fpr)
+
+
+def at_fpr(guard: Guard, fpr: float) -> Guard:
+    """Returns the same guard with the thresholds of another false positive rate, from 0 to 1.
+
+    A fresh clean image is called with probability at most `fpr`, see `metrics.class_thresholds`.
+    """
+    known = jax.tree.map(np.asarray, guard.calibration)
+    return dataclasses.replace(guard, thresholds=jnp.asarray(known.thresholds(fpr), jnp.float32))
 
 
 def judge(guard: Guard, logits_fn: LogitsFn, images: Array) -> Verdict:
@@ -145,28 +175,65 @@ def judge(guard: Guard, logits_fn: LogitsFn, images: Array) -> Verdict:
         ValueError: see `checks.images`; or if the classifier has another number of classes.
     """
     seen = dict(method=guard.method, views=guard.views, windows=guard.windows)
-    maps = _see(logits_fn, checks.images(images), fill=guard.fill, **seen)
+    return judge_maps(guard, _see(logits_fn, checks.images(images), fill=guard.fill, **seen))
+
+
+def judge_maps(guard: Guard, maps: HeatmapSet) -> Verdict:
+    """Returns what a guard says of images by what it sees of them."""
     _check_names(maps, guard.class_names)
     scores = _scores(guard.bank, METHODS[guard.method], maps)
-    thresholds = guard.thresholds[maps.predicted]
+    thresholds = jnp.asarray(guard.thresholds)[maps.predicted]
     return Verdict(maps.predicted, maps.max_probability, scores, thresholds, scores > thresholds)
 
 
 def save(guard: Guard, path: str | os.PathLike):
     """Writes a guard to one file; it appears whole or not at all."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(guard.bank)
-    arrays = {
-        'bank/' + '/'.join(str(part.key) for part in where): np.asarray(leaf)
-        for where, leaf in leaves
-    }
-    arrays |= {'thresholds': np.asarray(guard.thresholds), 'fill': np.asarray(guard.fill)}
-    meta = {name: getattr(guard, name) for name in ('method', 'views', 'windows', 'class_names')}
     content = io.BytesIO()
-    np.savez(content, meta=json.dumps(meta), **arrays)
+    np.savez(content, **to_arrays(guard))
     path = pathlib.Path(path)
     draft = path.with_name(f'.{path.name}.draft')
     draft.write_bytes(content.getvalue())
     draft.replace(path)
+
+
+_FIXED = ('method', 'views', 'windows', 'class_names')
+
+
+def to_arrays(guard: Guard) -> dict[str, np.ndarray]:
+    """Returns all of a guard as named arrays, for `from_arrays`."""
+    arrays = {'thresholds': guard.thresholds, 'fill': guard.fill}
+    arrays |= {f'calibration/{name}': a for name, a in guard.calibration._asdict().items()}
+    for where, leaf in jax.tree_util.tree_flatten_with_path(guard.bank)[0]:
+        arrays['bank/' + '/'.join(str(part.key) for part in where)] = leaf
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    return arrays | {
+        'meta': np.asarray(json.dumps({name: getattr(guard, name) for name in _FIXED}))
+    }
+
+
+def from_arrays(arrays: dict[str, np.ndarray]) -> Guard:
+    """Returns the guard of `to_arrays`; other arrays are left alone."""
+    meta, parts = json.loads(str(arrays['meta'])), {'bank': {}, 'calibration': {}}
+    for name, array in arrays.items():
+        first, *where = name.split('/')
+        if where:
+            tree = functools.reduce(
+                lambda tree, part: tree.setdefault(part, {}), where[:-1], parts[first]
+            )
+            tree[where[-1]] = jnp.asarray(array) if first == 'bank' else np.asarray(array)
+    return Guard(
+        bank=parts['bank'],
+        calibration=metrics.Calibration(**parts['calibration']),
+        method=meta['method'],
+        windows=tuple((name, _hashable(value)) for name, value in meta['windows']),
+        **{name: jnp.asarray(arrays[name]) for name in ('thresholds', 'fill')},
+        **{name: tuple(meta[name]) for name in ('views', 'class_names')},
+    )
+
+
+def _hashable(value):
+    """Returns what JSON made a list of as a tuple again."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def load(path: str | os.PathLike) -> Guard:
@@ -177,16 +244,7 @@ def load(path: str | os.PathLike) -> Guard:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        meta, bank = json.loads(str(arrays.pop('meta'))), {}
-        kept = {name: jnp.asarray(arrays.pop(name)) for name in ('thresholds', 'fill')}
-        for name, array in arrays.items():
-            _, *where, last = name.split('/')
-            inner = functools.reduce(lambda tree, part: tree.setdefault(part, {}), where, bank)
-            inner[last] = jnp.asarray(array)
-        windows = tuple(map(tuple, meta['windows']))
-        known = {name: tuple(meta[name]) for name in ('views', 'class_names')}
-        return Guard(bank=bank, method=meta['method'], windows=windows, **known, **kept)
+            return from_arrays(dict(file))
     except OSError:
         raise
     except Exception as error:

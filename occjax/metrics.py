@@ -273,24 +273,50 @@ def thresholds(
     A class without maps of both kinds to fit by has NaN, whatever scores: so all are judged by the
     same classes.
     """
-    fits = np.ones(len(fit_maps), bool) if is_reserved is None else ~is_reserved
+    known = calibration(fit_scores, fit_maps, num_classes, learns=learns, is_reserved=is_reserved)
     scores, chosen = _numbers(fit_scores), np.full(num_classes, np.nan)
-    for k in range(num_classes):
-        here = fit_maps.predicted == k
-        kinds = fit_maps.is_adversarial[here & fits]
-        if kinds.any() and not kinds.all():
-            chosen[k] = threshold
-            if threshold is None:
-                chosen[k] = best_threshold(scores[here], fit_maps.is_adversarial[here])
-    fitted = ~np.isnan(chosen)
-    sets = _sets_thresholds(fit_maps, learns, is_reserved) & fitted[fit_maps.predicted]
-    at_5, at_1 = (
-        np.where(
-            fitted, class_thresholds(scores[sets], fit_maps.predicted[sets], num_classes, f), np.nan
-        )
-        for f in (0.05, 0.01)
-    )
+    for k in np.flatnonzero(known.is_fitted):
+        chosen[k] = threshold
+        if threshold is None:
+            here = fit_maps.predicted == k
+            chosen[k] = best_threshold(scores[here], fit_maps.is_adversarial[here])
+    at_5, at_1 = (np.where(known.is_fitted, known.thresholds(f), np.nan) for f in (0.05, 0.01))
     return Thresholds(chosen, at_5, at_1)
+
+
+class Calibration(NamedTuple):
+    """Clean maps of which thresholds at any false positive rate come."""
+
+    scores: np.ndarray  # f32[N]
+    predicted: np.ndarray  # i32[N]
+    is_fitted: np.ndarray  # bool[K]: there were maps of both kinds to fit by
+
+    def thresholds(self, fpr: float) -> np.ndarray:
+        """Returns `[K]`, see `class_thresholds`; infinite for a class that is not fitted."""
+        found = class_thresholds(self.scores, self.predicted, len(self.is_fitted), fpr)
+        return np.where(self.is_fitted, found, np.inf)
+
+
+def calibration(
+    fit_scores: np.ndarray,
+    fit_maps: HeatmapSet,
+    num_classes: int,
+    *,
+    learns: bool = False,
+    is_reserved: np.ndarray | None = None,
+) -> Calibration:
+    """Returns what thresholds come from; the arguments are `per_class`'s."""
+    fits = np.ones(len(fit_maps), bool) if is_reserved is None else ~is_reserved
+    is_fitted = has_both_kinds(fit_maps.select(fits), num_classes)
+    sets = _sets_thresholds(fit_maps, learns, is_reserved) & is_fitted[fit_maps.predicted]
+    return Calibration(_numbers(fit_scores)[sets], fit_maps.predicted[sets], is_fitted)
+
+
+def has_both_kinds(maps: HeatmapSet, num_classes: int) -> np.ndarray:
+    """Returns `bool[K]`: whether clean and adversarial maps are predicted to be in a class."""
+    kinds = maps.predicted[maps.is_adversarial], maps.predicted[~maps.is_adversarial]
+    seen = [np.isin(np.arange(num_classes), predicted) for predicted in kinds]
+    return seen[0] & seen[1]
 
 
 def _sets_thresholds(fit_maps, learns, is_reserved):

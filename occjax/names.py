@@ -42,6 +42,8 @@ METHODS = (
     'conv_logits',
 )
 
+DEPLOYED = ('detector', 'all_logits')  # Those of them that `--mode=detect` asks.
+
 # The same of a sweep's, which stores other views beside the windows; and what sees no logits.
 VIEWING = ('all_views', 'views_alone')
 SPECTRAL = ('input_mfs',)

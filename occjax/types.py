@@ -67,6 +67,7 @@ class Batch(NamedTuple):
     is_real: np.ndarray  # bool[B]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeatmapSet:
     """What the detectors, baselines and tables are made from, without the classifier.

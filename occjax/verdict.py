@@ -3,9 +3,12 @@
 Dimensions: B batch, H W C image, K classes.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from occjax import convolution, detector, engine
@@ -37,6 +40,27 @@ def observe(
         image_id=jnp.zeros(len(images), int),
         is_adversarial=jnp.zeros(len(images), bool),
     )
+
+
+@functools.partial(jax.jit, static_argnames='method')
+def effects(bank: detector.Bank, maps: HeatmapSet, *, method: Method) -> Array:
+    """Returns `[M, h, w]`: by how much each window raised a score, in the score's own units.
+
+    That is the score less what it would be had this window changed nothing, its logits being those
+    of the unoccluded image.
+    """
+    h, w = maps.logits.shape[1:3]
+
+    def score(logits):
+        seen = dataclasses.replace(maps, logits=logits)
+        return detector.score(bank, method.inputs_fn(seen), method.predicted(seen))
+
+    def without(window):
+        here = (jnp.arange(h * w) == window).reshape(h, w, 1)
+        return score(jnp.where(here, maps.unoccluded[:, None, None], maps.logits))
+
+    changes = score(maps.logits) - jax.lax.map(without, jnp.arange(h * w))
+    return changes.T.reshape(len(maps), h, w)
 
 
 def margins(

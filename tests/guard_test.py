@@ -91,6 +91,31 @@ def test_a_guard_survives_its_file(tmp_path):
         guard.load(tmp_path / 'absent')
 
 
+def test_a_milder_guard_is_the_same_with_lower_thresholds():
+    """Those of its own rate are the ones it was made with; a rate of 0 never calls, of 1 always."""
+    again = guard.at_fpr(made(), 0.05)
+    jax.tree.map(np.testing.assert_array_equal, again, made())
+    mild = guard.at_fpr(made(), 0.2)
+    assert np.all(mild.thresholds <= made().thresholds) and np.any(
+        mild.thresholds < again.thresholds
+    )
+    one, other = (guard.judge(each, logits_fn, IMAGES[:40]) for each in (made(), mild))
+    np.testing.assert_array_equal(one.score, other.score)
+    for fpr in (0.0, 1.0):
+        said = guard.judge(guard.at_fpr(made(), fpr), logits_fn, IMAGES[:40])
+        assert np.all(np.asarray(said.is_adversarial) == (fpr == 1))
+
+
+def test_a_class_whose_network_saw_no_attack_never_calls():
+    """All images are of one class, and attacks lead to the other; the third is never predicted."""
+    key, ones = jax.random.key(0), LABELS == 0
+    some = dict(class_names=CLASSES, steps=5, attacks=(guard.fgsm(8 / 255),), noise=(), **WINDOWS)
+    alone = guard.make(key, logits_fn, IMAGES[ones], LABELS[ones], method='detector', **some)
+    np.testing.assert_array_equal(alone.thresholds, [np.inf] * 3)
+    both = guard.make(key, logits_fn, IMAGES, LABELS, method='detector', **some)
+    np.testing.assert_array_equal(np.isfinite(both.thresholds), [True, True, False])
+
+
 def test_the_last_batch_counts_each_image_once_and_progress_is_told():
     told = []
     made(batch_size=250, attacks=(guard.fgsm(8 / 255),), progress=lambda *n: told.append(n))

@@ -1,14 +1,17 @@
 """Laws of the verdict as one function of images."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from occjax import data, detector, metrics, verdict
 from occjax.experiment import judging, stages, store
 from occjax.methods import METHODS
+from occjax.types import HeatmapSet
 
 pytestmark = pytest.mark.usefixtures('small_plan')
 
@@ -42,6 +45,32 @@ def test_a_verdict_is_what_the_stored_maps_say(finished, method):
         margins = jax.jit(margins_fn)(images)
         expected = scores[clean] - LEVELS[maps.predicted[clean]]
         np.testing.assert_allclose(margins, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', ['detector', 'all_logits'])
+def test_a_window_that_changes_nothing_has_no_effect_and_others_what_they_add(name):
+    """Each is the score less that of maps whose logits are the unoccluded ones at this window."""
+    rng, method = np.random.default_rng(0), METHODS[name]
+    unoccluded = rng.normal(size=(3, 5)).astype(np.float32)
+    logits = unoccluded[:, None, None] + rng.normal(size=(3, 2, 4, 5)).astype(np.float32)
+    logits[:, 1, 2] = unoccluded
+    some = dict(unoccluded=unoccluded, label=np.zeros(3, int), image_id=np.zeros(3, int))
+    maps = HeatmapSet(logits=logits, is_adversarial=np.zeros(3, bool), **some)
+    inputs = method.inputs_fn(maps)
+    grid, count = inputs.shape[1:], method.num_networks(maps)
+    bank = detector.init_bank(jax.random.key(0), num_classes=count, grid=grid, **method.fields)
+    found = verdict.effects(bank, jax.tree.map(jnp.asarray, maps), method=method)
+    assert found.shape == (3, 2, 4)
+
+    def score(maps):
+        return np.asarray(detector.score(bank, method.inputs_fn(maps), method.predicted(maps)))
+
+    for row, column in np.ndindex(2, 4):
+        other = logits.copy()
+        other[:, row, column] = unoccluded
+        change = score(maps) - score(dataclasses.replace(maps, logits=other))
+        np.testing.assert_allclose(found[:, row, column], change, atol=1e-5)
+    assert np.abs(found[:, 1, 2]).max() < 1e-6 < np.abs(found[:, 0, 0]).min()
 
 
 def test_a_verdict_of_views_sees_them():

@@ -166,6 +166,16 @@ def score_banks(banks: detector.Bank, method: Method, maps: HeatmapSet) -> np.nd
     return np.asarray(_score_banks(banks, inputs, method.predicted(maps)))
 
 
+def first(
+    banks: detector.Bank, division: Division, method: Method
+) -> tuple[detector.Bank, metrics.Calibration]:
+    """Returns the first seed's bank, as one would deploy it, and what its thresholds come from."""
+    known = division.known(0, score_banks(banks, method, division.maps)[0])
+    num_classes = division.maps.unoccluded.shape[-1]
+    calibration = metrics.calibration(num_classes=num_classes, learns=True, **known)
+    return jax.tree.map(lambda leaf: leaf[0], banks), calibration
+
+
 def scorer(name: str, load_banks: Callable[[str], detector.Bank]) -> Scorer:
     """Returns what scores maps by a name: the networks of a method, or a baseline.
 

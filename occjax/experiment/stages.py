@@ -8,6 +8,7 @@ what is there today; else it makes what is missing, or says what no longer fits.
 """
 
 import functools
+import os
 import time
 from typing import Any
 
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from occjax import classifier, comparators, data, names, vgg
-from occjax.experiment import devices, shard, storage, store
+from occjax import classifier, comparators, data, guard, names, vgg
+from occjax.experiment import devices, judging, shard, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run, parts
+from occjax.methods import METHODS
 from occjax.progress import Progress, say
 from occjax.streams import Stream
 from occjax.types import UsageError
@@ -251,6 +253,42 @@ def detectors(run: Run):
                 directory, run.config.detector.steps, banks, made_from=made_from
             )
             say(f'detectors ({protocol}, {name}): fitted in {time.monotonic() - began:.0f} s')
+        if protocol == 'held_out':
+            for name in set(names.DEPLOYED) & set(run.config.detector.methods):
+                load_guard(run, name, division)
+
+
+def load_guard(run: Run, name: str, division: judging.Division | None = None) -> guard.Guard:
+    """Returns the detectors of a method as one would deploy them, from their file or made anew.
+
+    They are those of the first seed under the protocol `held_out`, at the thresholds that let 5 %
+    of the clean maps they come from pass for adversarial.
+
+    Args:
+        run: the experiment.
+        name: the method.
+        division: of that protocol, if it is at hand.
+    """
+    path = run.workdir / 'detectors' / f'{name}.guard.npz'
+
+    def make():
+        held_out = store.divide(run, 'held_out') if division is None else division
+        banks = store.load_banks(run, held_out, 'held_out', name)
+        fill = run.config.occlusion.fill
+        found = guard.of_bank(
+            *judging.first(banks, held_out, METHODS[name]),
+            fill=np.array(fill) if fill else shard.fill_of(run, load_variables(run)),
+            class_names=run.description['class_names'],
+            method=name,
+            **run.geometry,
+            **({'engine': 'approximate'} | run.knobs if run.knobs else {}),
+        )
+        return guard.to_arrays(found)
+
+    if not path.exists() and not os.access(run.workdir, os.W_OK):
+        return guard.from_arrays(make())  # It is made each time where nothing can be stored.
+    known = dict(mode='detectors', made_from=store.heatmaps_origin(run))
+    return guard.from_arrays(storage.cached(path, make, **known))
 
 
 STAGES = dict(zip(names.STAGES, (train, heatmaps, detectors, results_lib.make_report), strict=True))

@@ -18,7 +18,7 @@ import socket
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -42,13 +42,20 @@ class DamagedError(UsageError):
 
 def write_bytes(path: pathlib.Path, content: bytes):
     """Writes a file whole and to the disk, or not at all."""
+    with writing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Opens a file to be written, which appears whole once all is, or not at all."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         settings = dict(prefix=f'.{path.name}.', suffix=_PARTIAL)
         handle, temporary = tempfile.mkstemp(dir=path.parent, **settings)
         with os.fdopen(handle, 'wb') as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

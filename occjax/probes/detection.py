@@ -1,110 +1,277 @@
 """Verdicts on images of one's own (`--mode=detect`), by the detectors as one would deploy them.
 
-Those are the ones of the first seed, under the protocol `held_out`, at the thresholds that let 5 %
-of the clean maps they come from pass for adversarial.
+Images are read, judged and told part by part, in constant memory; what is judged is kept in
+`parts/`, named by the files and by what judged them, so that the same command goes on where it was
+stopped, and another false positive rate costs nothing.
 
-Dimensions: K classes.
+Dimensions: D detectors, n images of a part, S side of an image, h w heatmap grid.
 """
 
 import collections
+import contextlib
+import csv
 import dataclasses
 import functools
-import math
+import hashlib
+import io
+import json
 import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from occjax import detector, metrics, sources
-from occjax.experiment import devices, judging, shard, stages, store
-from occjax.experiment.run import Run
+from occjax import guard, names, occlusion, sources, verdict
+from occjax.experiment import devices, shard, stages, storage, store
+from occjax.experiment.run import Run, parts
 from occjax.methods import METHODS
+from occjax.progress import say
+from occjax.report import verdicts
 from occjax.types import HeatmapSet, UsageError
 
-
-def deployed(run: Run, division: judging.Division, method: str) -> tuple[detector.Bank, np.ndarray]:
-    """Returns the first seed's bank of a method, and its `[K]` thresholds.
-
-    That of a class without maps to fit by, or with too few clean ones to promise 5 %, is infinite:
-    its detector never calls.
-    """
-    return first(store.load_banks(run, division, 'held_out', method), division, method)
+_PART = 64  # images that are kept together, at least
+_TELLING = 3  # windows of an image that are named
 
 
-def first(banks: detector.Bank, division: judging.Division, method: str):
-    """Returns what `deployed` does, of banks that are at hand."""
-    known = division.known(0, judging.score_banks(banks, METHODS[method], division.maps)[0])
-    num_classes, rule = division.maps.unoccluded.shape[-1], dict(threshold=0.0, learns=True)
-    levels = metrics.thresholds(num_classes=num_classes, **rule, **known).at_5
-    return jax.tree.map(lambda leaf: leaf[0], banks), np.where(np.isnan(levels), np.inf, levels)
+def detect(run: Run, path: str | None, *, fpr: float = 0.05, output: str | None = None):
+    """Prints what each image is, how probable, and what each detector says of it.
 
+    On a terminal that is a table, else a line of JSON each. The same is in `verdicts.csv`, and with
+    pictures in `detect.html`.
 
-def detect(run: Run, path: str | None) -> str:
-    """Returns a line for each image: its class, how probable, and what each detector says.
+    Args:
+        run: a finished one.
+        path: a file or a folder of images.
+        fpr: the share of fresh clean images that each detector may call adversarial.
+        output: the folder of these files; None for one in the work directory.
 
     Raises:
         UsageError: if `--images` names nothing that can be read, or a stage is missing. If it is
-            only some of the files that cannot be read, the lines are printed first, one of them
-            for each of those.
+            only some of the files that cannot be read, all others are judged first.
     """
     files = _files(path)
-    images, said = _read(files, run.config.data.image_size)
-    if len(files) == 1 and said:
-        raise UsageError(*said.values())
-    if len(images):
-        read = [file for file in files if file not in said]
-        said |= zip(read, _judge(run, images), strict=True)
-    lines = '\n'.join(f'{file}  {said[file]}' for file in files)
-    if len(images) < len(files):
-        print(lines)
-        raise UsageError(f'{len(files) - len(images)} of {len(files)} files could not be read.')
-    return lines
+    guards = {
+        name: guard.at_fpr(stages.load_guard(run, name), fpr)
+        for name in names.DEPLOYED
+        if name in run.config.detector.methods
+    }
+    unread, calls = [], collections.Counter()
+    with _folder(run, path, output) as folder:
+        told = _judged(run, folder, files, guards)
+        with _written(run, folder, Path(path).expanduser(), guards, fpr) as write:
+            for entry in told:
+                write(entry)
+                if 'error' in entry:
+                    unread.append(entry)
+                for name, found in entry.get('detectors', {}).items():
+                    calls[name] += found['verdict'] == verdicts.ADVERSARIAL
+        _tell(folder, output, len(files) - len(unread), calls)
+    if len(files) == len(unread) == 1:
+        raise UsageError(f'Cannot read the image {files[0]}: {unread[0]["error"]}')
+    if unread:
+        raise UsageError(f'{len(unread)} of {len(files)} files could not be read.')
 
 
-def _read(files, size):
-    """Returns the images that can be read, and of the other files what is wrong."""
-    images, wrong = [], {}
+def _tell(folder, output, count, calls):
+    """Says how many were called, and where the page is."""
+    called = ', '.join(f'{n} by {name}' for name, n in calls.items())
+    say(f'{count} images judged; called adversarial: {called or "none"}.')
+    if folder.name == _NOWHERE:
+        say('Nothing can be written in the work directory: --output=<folder> takes the page.')
+    else:
+        say(f'Page: {folder / "detect.html"}')
+
+
+_NOWHERE = 'occjax-detect'
+
+
+@contextlib.contextmanager
+def _folder(run, path, output):
+    """Yields where files go: the given folder, one in the work directory, or one that vanishes."""
+    if output is not None:
+        folder = Path(output).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f'Cannot use --output={output}: {error.strerror}.') from None
+        yield folder
+    elif os.access(run.workdir, os.W_OK):
+        root = Path(path).expanduser().resolve()
+        digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
+        yield run.workdir / 'detect' / f'{root.name}-{digest}'
+    else:
+        with tempfile.TemporaryDirectory() as root:
+            yield Path(root) / _NOWHERE
+
+
+def _judged(run, folder, files, guards) -> Iterator[dict]:
+    """Yields what is said of each file, in their order."""
+    size = max(_PART, run.batch_size)
+    judge_fn = functools.partial(_judge, run, functools.cache(lambda: stages.load_variables(run)))
+    made_from = store.heatmaps_origin(run)
+    for name in guards:
+        content = guard.to_arrays(guards[name])
+        content.pop('thresholds')  # These follow from the scores.
+        made_from[name] = storage.digest_of(content)
+    wanted = []
+    for start in range(0, len(files), size):
+        here = files[start : start + size]
+        content = json.dumps([made_from, *map(_state, here)])
+        place = folder / 'parts' / f'{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz'
+        wanted.append((place, len(here), functools.partial(judge_fn, here, guards)))
+    there = dataclasses.replace(run, workdir=folder)
+    for arrays in parts(there, 'images', wanted, mode='detect', made_from=made_from):
+        yield from _entries(run, arrays, guards)
+    kept = {place for place, *_ in wanted}
+    for stale in set((folder / 'parts').glob('*.npz')) - kept:
+        stale.unlink()
+
+
+def _state(file):
+    """Returns what is to be known of a file to judge it again only if it changed."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return str(file), 0, 0
+    return str(file), found.st_size, found.st_mtime_ns
+
+
+def _judge(run, load_fn, files, guards) -> dict[str, np.ndarray]:
+    """Returns all that is known of some files, as arrays."""
+    images, wrong = [], []
     for file in files:
         try:
-            images.append(sources.read_image(file, size))
+            images.append(sources.read_image(file, run.config.data.image_size))
+            wrong.append('')
         except UsageError as error:
-            wrong[file] = str(error)
-    return np.array(images, np.float32) / 255, wrong
+            wrong.append(str(error).removeprefix(f'Cannot read the image {file}: '))
+    thumbnails = [verdicts.thumbnail(image) for image in images]
+    found = {
+        'file': np.array(list(map(str, files))),
+        'error': np.array(wrong),
+        'thumbnail': np.frombuffer(b''.join(thumbnails), np.uint8),
+        'thumbnail_size': np.array(list(map(len, thumbnails)), np.int64),
+    }
+    if not images:
+        return found
+    maps = _see(run, load_fn(), np.array(images, np.float32) / 255)
+    said = [guard.judge_maps(each, maps) for each in guards.values()]
+    effects = [
+        verdict.effects(each.bank, maps, method=METHODS[name]) for name, each in guards.items()
+    ]
+    return found | {
+        'predicted': np.asarray(maps.predicted),
+        'probability': np.asarray(maps.max_probability),
+        'map': np.asarray(maps.maps),
+        'score': np.stack([each.score for each in said]),
+        'effect': np.stack(effects),
+    }
 
 
-def _judge(run, images):
-    """Returns what `detect` says of each image."""
-    variables, division = stages.load_variables(run), store.divide(run, 'held_out')
+def _see(run, variables, images) -> HeatmapSet:
+    """Returns the maps of images that nothing else is known of."""
     predict_fn = functools.partial(_logits, variables, network=run.network)
     # Few images are no reason for a whole batch; maps are made in batches of a quarter.
     speed = dataclasses.replace(run.speed, eval_batch_size=min(run.batch_size, 4 * len(images)))
     few = dataclasses.replace(run, speed=speed)
-    per_device = math.ceil(len(images) / jax.device_count())
+    per_device = -(-len(images) // jax.device_count())
     batch_size = min(run.batch_size, per_device * jax.device_count())
-    unknown = np.zeros(len(images), np.int32)
-    maps = HeatmapSet(
-        logits=shard.map_images(few, variables, images),
-        unoccluded=devices.in_batches(predict_fn, images, batch_size=batch_size),
+    unknown = jnp.zeros(len(images), int)
+    return HeatmapSet(
+        logits=jnp.asarray(shard.map_images(few, variables, images)),
+        unoccluded=jnp.asarray(devices.in_batches(predict_fn, images, batch_size=batch_size)),
         label=unknown,
         image_id=unknown,
         is_adversarial=unknown.astype(bool),
     )
-    verdicts = [[] for _ in images]
-    for method in ('detector', 'all_logits'):
-        if method in run.config.detector.methods:
-            bank, levels = deployed(run, division, method)
-            seen = METHODS[method].inputs_fn(maps).astype(np.float32)
-            scores = detector.score(bank, seen, METHODS[method].predicted(maps))
-            for said, margin in zip(verdicts, scores - levels[maps.predicted], strict=True):
-                word = 'adversarial' if margin > 0 else 'clean'
-                known = f'{word} ({margin:+.2f})' if np.isfinite(margin) else 'no threshold'
-                said.append(f'{method}: {known}')
-    names = run.description['class_names']
-    return [
-        f'{names[k]} ({p:.3f})  {"  ".join(said)}'
-        for k, p, said in zip(maps.predicted, maps.max_probability, verdicts, strict=True)
-    ]
+
+
+def _entries(run, arrays, guards) -> Iterator[dict[str, Any]]:
+    """Yields what is said of each file of a part, and what only the page shows beside it."""
+    class_names = run.description['class_names']
+    ends = np.cumsum(arrays['thumbnail_size'])
+    i = 0
+    for file, error in zip(arrays['file'].tolist(), arrays['error'].tolist(), strict=True):
+        if error:
+            yield {'file': file, 'error': error}
+            continue
+        k = int(arrays['predicted'][i])
+        yield {
+            'file': file,
+            'class': class_names[k],
+            'probability': round(float(arrays['probability'][i]), 4),
+            'detectors': {
+                name: _said(arrays['score'][d][i], each.thresholds[k], arrays['effect'][d][i])
+                for d, (name, each) in enumerate(guards.items())
+            },
+            'map': arrays['map'][i],
+            'thumbnail': arrays['thumbnail'][ends[i] - arrays['thumbnail_size'][i] : ends[i]],
+        }
+        i += 1
+
+
+def _said(score, threshold, effect):
+    """Returns what a detector says of an image, and the windows that moved its score most."""
+    order = np.abs(effect).argsort(axis=None)[::-1][:_TELLING]
+    rows, columns = np.unravel_index(order, effect.shape)
+    word = verdicts.ADVERSARIAL if score > threshold else verdicts.CLEAN
+    known = bool(np.isfinite(threshold))
+    return {
+        'score': round(float(score), 4),
+        'threshold': round(float(threshold), 4) if known else None,
+        'verdict': word if known else verdicts.UNKNOWN,
+        'windows': [
+            {'row': int(r), 'column': int(c), 'effect': round(float(effect[r, c]), 4)}
+            for r, c in zip(rows, columns, strict=True)
+        ],
+    }
+
+
+@contextlib.contextmanager
+def _written(run, folder, path, guards, fpr):
+    """Yields a function that adds an entry to what is printed, to the table and to the page."""
+    origins = occlusion.window_origins(run.image_shape, **run.geometry)
+    known = dict(
+        title=f'Verdicts on {path.name or path}',
+        detectors=list(guards),
+        fpr=fpr,
+        image_size=run.config.data.image_size,
+        window_size=run.config.occlusion.size,
+        origins=origins.tolist(),
+        root=os.path.join(path, '') if path.is_dir() else '',
+    )
+    row_fn = verdicts.line if sys.stdout.isatty() else _json
+    with (
+        storage.writing(folder / 'verdicts.csv') as table,
+        storage.writing(folder / 'detect.html') as page,
+    ):
+        page.write(verdicts.head(**known).encode())
+        table.write(_csv(verdicts.columns(guards)))
+
+        def write(entry):
+            print(row_fn(entry), flush=True)
+            table.write(_csv(verdicts.cells(entry, guards)))
+            page.write(verdicts.row(entry).encode())
+
+        yield write
+        page.write(verdicts.tail().encode())
+
+
+def _json(entry):
+    """Returns an entry as a line of JSON, without what only the page shows."""
+    return json.dumps({k: v for k, v in entry.items() if k not in ('map', 'thumbnail')})
+
+
+def _csv(cells: Sequence[Any]) -> bytes:
+    """Returns a line of a table; names that are no UTF-8 are spelt out."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator='\n').writerow(cells)
+    return line.getvalue().encode(errors='backslashreplace')
 
 
 @functools.partial(jax.jit, static_argnames='network')

@@ -22,7 +22,7 @@ from occjax.experiment import devices, judging, shard, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
 from occjax.methods import METHODS
-from occjax.probes import detection, sweep
+from occjax.probes import sweep
 from occjax.progress import say
 from occjax.report import figures, tables
 from occjax.types import HeatmapSet, UsageError
@@ -179,7 +179,8 @@ def _target(run, variables, method):
     maps, judged = division.maps, division.is_judged[0]
     ids = maps.image_id[judged & ~maps.is_adversarial][:count]
     made_from = store.heatmaps_origin(run)
-    return _Target(method, *detection.deployed(run, division, method), None, ids, method, made_from)
+    found = stages.load_guard(run, method, division)
+    return _Target(method, found.bank, found.thresholds, None, ids, method, made_from)
 
 
 def _settings(run, variables, target):
@@ -291,9 +292,10 @@ def _hardened(run, variables, target):
             ]
         grown = _grown(division, extra)
         banks = store.fit_banks(run, grown, target.method, noise)
-        bank, thresholds = detection.first(banks, grown, target.method)
+        bank, known = judging.first(banks, grown, METHODS[target.method])
         name = f'{stem}-round{number}'
-        target = target._replace(bank=bank, thresholds=thresholds, name=name, round=number)
+        levels = known.thresholds(0.05)
+        target = target._replace(bank=bank, thresholds=levels, name=name, round=number)
         yield target, _auroc(division, target)
 
 

@@ -24,7 +24,8 @@ from occjax import metrics, names
 from occjax.experiment import judging, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
-from occjax.probes import conditions, detection, passes
+from occjax.methods import METHODS
+from occjax.probes import conditions, passes
 from occjax.report import sweep as sweep_report
 from occjax.report import tables
 from occjax.types import HeatmapSet, UsageError
@@ -119,10 +120,13 @@ def deployed(run: Run, variables: Any, method: str) -> dict[str, Any]:
 
     def make():
         banks = store.fit_banks(run, division, method, noise)
-        bank, thresholds = detection.first(banks, division, method)
+        bank, known = judging.first(banks, division, METHODS[method])
         clean = division.is_judged[0] & ~division.maps.is_adversarial
         leaves = {f'leaf_{i:03d}': leaf for i, leaf in enumerate(jax.tree.leaves(bank))}
-        return leaves | {'thresholds': thresholds, 'judged': division.maps.image_id[clean]}
+        return leaves | {
+            'thresholds': known.thresholds(0.05),
+            'judged': division.maps.image_id[clean],
+        }
 
     found = storage.cached(path, make, mode='sweep', made_from=store.classifier_origin(run))
     leaves = [found[name] for name in sorted(found) if name.startswith('leaf_')]

@@ -252,14 +252,24 @@ def _page(facts, found, listed, pictures, manifest):
     )
     title = html.escape(_heading(facts))
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{title}</title><style>{_STYLE}</style></head>\n<body><main>\n'
-        f'<header><h1>{title}</h1></header>\n<ul class="found">{cards}</ul>\n'
+        f'{opening(_heading(facts))}<header><h1>{title}</h1></header>\n'
+        f'<ul class="found">{cards}</ul>\n'
         f'<div class="pictures">{shown}</div>\n<h2>Tables</h2>\n<div class="tables">'
         f'{"".join(map(_html, listed))}</div>\n<h2>Provenance</h2>\n'
-        f'<dl class="facts">{named}</dl>\n{_html(manifest)}</main></body></html>\n'
+        f'<dl class="facts">{named}</dl>\n{_html(manifest)}{CLOSING}'
     )
+
+
+def opening(title: str, style: str = '') -> str:
+    """Returns the start of a page, in the house's style and more of its own."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{html.escape(title)}</title><style>{_STYLE}{style}</style></head>\n<body><main>\n'
+    )
+
+
+CLOSING = '</main></body></html>\n'
 
 
 _LONG = 11  # Tables of more rows are folded.

@@ -1,15 +1,20 @@
 """Laws of verdicts on images of one's own."""
 
+import csv
+import dataclasses
 import functools
-import re
+import json
+import os
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from occjax import attack, data
+from occjax import attack, data, guard
 from occjax.experiment import judging, shard, stages, store
+from occjax.experiment.run import Speed
 from occjax.methods import METHODS
 from occjax.probes import detection
 from occjax.types import UsageError
@@ -21,42 +26,158 @@ pytestmark = pytest.mark.usefixtures('small_plan')
 
 @pytest.fixture
 def judged(finished, small_plan, tmp_path):
-    """A run that judges a folder of ten test images, and that folder."""
+    """A run that judges a folder of ten test images, four at once, and that folder."""
     run, _ = finished
+    folder = tmp_path / 'images'
+    folder.mkdir()
     for i, pixels in enumerate(run.dataset.test.images[:10]):
-        Image.fromarray(pixels).save(tmp_path / f'{i}.png')
-    return run, tmp_path
+        Image.fromarray(pixels).save(folder / f'{i}.png')
+    return dataclasses.replace(run, speed=Speed(eval_batch_size=4)), folder
 
 
-def test_bad_files_have_lines_of_their_own(judged, capsys):
+@pytest.fixture
+def detect(tmp_path, capsys, monkeypatch):
+    """Returns a function that judges, in parts of four, and gives back what is printed."""
+    monkeypatch.setattr(detection, '_PART', 4)
+
+    def call(run, path, **settings):
+        capsys.readouterr()
+        settings = dict(output=str(tmp_path / 'found')) | settings
+        try:
+            detection.detect(run, str(path), **settings)
+        finally:
+            call.printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return call.printed
+
+    return call
+
+
+def counted(monkeypatch):
+    """Returns a list to which the sizes of the parts are added that are judged."""
+    sizes, judge = [], detection._judge
+
+    def count(run, load_fn, files, guards):
+        sizes.append(len(files))
+        return judge(run, load_fn, files, guards)
+
+    monkeypatch.setattr(detection, '_judge', count)
+    return sizes
+
+
+def test_bad_files_have_lines_of_their_own(judged, detect, monkeypatch):
     run, folder = judged
-    expected = detection.detect(run, str(folder)).splitlines()
+    expected = detect(run, folder)
     (folder / '3.png').write_bytes((folder / '3.png').read_bytes()[:-40])
     (folder / '10.png').write_text('<html>')
-    with pytest.raises(UsageError, match='^2 of 11 files could not be read.$'):
-        detection.detect(run, str(folder))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 11
-    for i in (3, 10):
-        assert lines[i].startswith(f'{folder / f"{i}.png"}  Cannot read the image {folder}')
-    assert lines[:3] + lines[4:10] == expected[:3] + expected[4:]
+    Image.new('L', (60, 60)).save(folder / '11.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)  # It refuses twice as many.
+    with pytest.raises(UsageError, match='^3 of 12 files could not be read.$'):
+        detect(run, folder)
+    lines = detect.printed
+    assert len(lines) == 12
+    for i, reason in ((3, 'truncated'), (10, 'in no format'), (11, 'decompression bomb')):
+        assert lines[i].keys() == {'file', 'error'}
+        assert lines[i]['file'] == str(folder / f'{i}.png') and reason in lines[i]['error']
+    assert [lines[i] for i in (0, 1, 2, 4)] == [expected[i] for i in (0, 1, 2, 4)]
 
 
-def test_hidden_folders_and_folders_called_like_images_are_left_out(judged, capsys):
+def test_strange_images_and_names_are_judged(judged, detect):
     run, folder = judged
-    expected = detection.detect(run, str(folder))
+    picture = Image.open(folder / '1.png')
+    strange = folder / 'Ünïcode, with "quotes" and spaces'
+    strange.mkdir()
+    picture.convert('CMYK').save(strange / 'a <b>.tif')
+    picture.save(
+        strange / 'animated.gif', save_all=True, append_images=[Image.new('RGB', (16, 16))]
+    )
+    picture.convert('RGBA').save(strange / os.fsdecode(b'no utf-8 \xff.png'))
+    exif = Image.Exif()
+    exif[0x112] = 3  # Stored upside down.
+    picture.transpose(Image.Transpose.ROTATE_180).save(strange / 'turned.png', exif=exif)
+    found = {line['file'].rsplit('/', 1)[1]: line for line in detect(run, folder)}
+    assert len(found) == 14
+    for name in ('a <b>.tif', 'animated.gif', 'no utf-8 \udcff.png', 'turned.png'):
+        assert found[name]['class'] == found['1.png']['class']
+        assert found[name]['probability'] == pytest.approx(found['1.png']['probability'], abs=0.05)
+
+
+def test_hidden_folders_and_folders_called_like_images_are_left_out(judged, detect, capsys):
+    run, folder = judged
+    expected = detect(run, folder)
     (folder / 'a.png').mkdir()
     (folder / 'b.png').symlink_to('nowhere')
     (folder / '.thumbnails').mkdir()
     Image.new('RGB', (8, 8)).save(folder / '.thumbnails' / '0.png')
-    assert detection.detect(run, str(folder)) == expected
-    assert '2 that are no image files' in capsys.readouterr().err
+    assert detect(run, folder) == expected
 
 
-def test_few_images_are_mapped_in_small_batches(judged, monkeypatch):
+def test_it_goes_on_where_it_was_stopped(judged, detect, tmp_path, monkeypatch):
+    """Files are equal bit by bit; what changed is judged again, another rate judges nothing."""
+    run, folder = judged
+    expected = detect(run, folder, output=str(tmp_path / 'other'))
+    judge = detection._judge
+
+    def stopped(run, load_fn, files, guards):
+        if len(list((tmp_path / 'found' / 'parts').glob('*.npz'))) == 1:
+            raise KeyboardInterrupt
+        return judge(run, load_fn, files, guards)
+
+    monkeypatch.setattr(detection, '_judge', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        detect(run, folder)
+    assert detect.printed == expected[:4]
+    assert not list((tmp_path / 'found').glob('*.[ch]*'))
+    monkeypatch.setattr(detection, '_judge', judge)
+    sizes = counted(monkeypatch)
+    assert detect(run, folder) == expected
+    assert sizes == [4, 2]
+    for name in ('verdicts.csv', 'detect.html'):
+        assert (tmp_path / 'found' / name).read_bytes() == (tmp_path / 'other' / name).read_bytes()
+    strict, mild = (detect(run, folder, fpr=fpr) for fpr in (0.05, 0.5))
+    assert sizes == [4, 2] and strict == expected
+    for one, other in zip(strict, mild, strict=True):
+        for name in ('detector', 'all_logits'):
+            assert one['detectors'][name]['score'] == other['detectors'][name]['score']
+            levels = [each['detectors'][name]['threshold'] or np.inf for each in (one, other)]
+            assert levels[0] >= levels[1]
+    Image.fromarray(run.dataset.test.images[20:21][0]).save(folder / '9.png')
+    again = detect(run, folder)
+    assert sizes == [4, 2, 2] and again[:9] == expected[:9] and again[9] != expected[9]
+    assert len(list((tmp_path / 'found' / 'parts').glob('*.npz'))) == 3
+    os.utime(folder / '0.png', (1, 1))
+    assert detect(run, folder) == again and sizes == [4, 2, 2, 4]
+
+
+def test_the_table_says_what_is_printed(judged, detect, tmp_path, monkeypatch, capsys):
+    run, folder = judged
+    (folder / '5.png').write_text('no image')
+    with pytest.raises(UsageError):
+        detect(run, folder, fpr=0.3)
+    lines = detect.printed
+    with open(tmp_path / 'found' / 'verdicts.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(lines) == 10
+    for row, line in zip(rows, lines, strict=True):
+        assert row['file'] == line['file'] and row['error'] == line.get('error', '')
+        for name, said in line.get('detectors', {}).items():
+            assert float(row[f'{name}_score']) == said['score']
+            assert row[f'{name}_verdict'] == said['verdict']
+            assert row[f'{name}_threshold'] == str(said['threshold'] or '')
+    monkeypatch.setattr('sys.stdout.isatty', lambda: True, raising=False)
+    with pytest.raises(UsageError):
+        detection.detect(run, str(folder), fpr=0.3, output=str(tmp_path / 'found'))
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 10
+    for text, line in zip(shown, lines, strict=True):
+        assert line['file'] in text and ('not read' in text) == ('error' in line)
+        for name, said in line.get('detectors', {}).items():
+            assert f'{name}: {said["verdict"]}' in text
+
+
+def test_few_images_are_mapped_in_small_batches(judged, detect, monkeypatch):
     """One image on four devices is a batch of four, and says what it says among others."""
     run, folder = judged
-    expected, sizes = detection.detect(run, str(folder)).splitlines(), []
+    expected, sizes = detect(run, folder), []
     map_batch, logits = shard.map_batch, detection._logits
 
     def recorded(fn):
@@ -68,11 +189,29 @@ def test_few_images_are_mapped_in_small_batches(judged, monkeypatch):
 
     monkeypatch.setattr(shard, 'map_batch', recorded(map_batch))
     monkeypatch.setattr(detection, '_logits', recorded(logits))
-    assert detection.detect(run, str(folder / '4.png')) == expected[4]
+    assert detect(run, folder / '4.png') == [expected[4]]
     assert sizes == [jax.device_count()] * 2
 
 
-def test_attacked_images_as_files_are_judged_as_in_memory(judged):
+def test_memory_does_not_grow_with_the_number_of_images(judged, detect):
+    run, folder = judged
+    for i in range(10, 400):
+        (folder / f'{i}.png').hardlink_to(folder / f'{i % 10}.png')
+    detect(run, folder / '0.png')  # Compiles.
+    peaks = []
+    for count in (40, 400):
+        for path in list(folder.iterdir())[: 400 - count]:
+            path.rename(folder.parent / path.name)
+        tracemalloc.start()
+        detect(run, folder, output=str(folder.parent / str(count)))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        for path in folder.parent.glob('*.png'):
+            path.rename(folder / path.name)
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_attacked_images_as_files_are_judged_as_in_memory(judged, detect):
     """8 bits round a pixel by half a level, which moves scores by little."""
     run, folder = judged
     variables, split = stages.load_variables(run), run.dataset.test
@@ -81,49 +220,78 @@ def test_attacked_images_as_files_are_judged_as_in_memory(judged):
     attacked = np.asarray(attack.fgsm(logits_fn, images, labels, epsilon=0.3))
     for i, image in enumerate(attacked):
         Image.fromarray(np.round(image * 255).astype(np.uint8)).save(folder / f'{i}.png')
-    expected = detection._judge(run, attacked)
-    for line, said in zip(detection.detect(run, str(folder)).splitlines(), expected, strict=True):
-        found, wanted = line.split('  ')[1:], said.split('  ')
-        assert found[0].split(' (')[0] == wanted[0].split(' (')[0]
-        for one, other in zip(found, wanted, strict=True):
-            if '(' in other:
-                number = [float(text.split('(')[1].rstrip(')')) for text in (one, other)]
-                assert number[0] == pytest.approx(number[1], abs=0.1)
+    found = detect(run, folder)
+    for name in ('detector', 'all_logits'):
+        loaded = guard.load(run.workdir / 'detectors' / f'{name}.guard.npz')
+        said = guard.judge(loaded, logits_fn, attacked)
+        scores = [line['detectors'][name]['score'] for line in found]
+        np.testing.assert_allclose(scores, said.score, atol=0.1)
+        names = [run.description['class_names'][k] for k in said.predicted]
+        assert [line['class'] for line in found] == names
 
 
-def test_detect_says_what_the_stored_maps_say(finished, tmp_path, one_in_two):
+def test_detect_says_what_the_stored_maps_say(finished, tmp_path, detect, one_in_two):
     """Test images as files: the class, its probability and the margins are the table's."""
     run, _ = finished
     _, levels, maps, scores = seed_0(run, 'detector')
     clean = np.flatnonzero(~maps.is_adversarial & np.isfinite(levels[maps.predicted]))[:5]
+    folder = tmp_path / 'images'
+    folder.mkdir()
     for i, m in enumerate(clean):
         pixels = run.dataset.test.images[maps.image_id[m : m + 1]][0]
-        Image.fromarray(pixels).save(tmp_path / f'{i}.png')
-    (tmp_path / 'note.txt').write_text('no image')
-    lines = detection.detect(run, str(tmp_path)).splitlines()
-    assert len(lines) == 5
+        Image.fromarray(pixels).save(folder / f'{i}.png')
+    (folder / 'note.txt').write_text('no image')
+    lines = detect(run, folder)
     names = run.description['class_names']
     for i, (m, line) in enumerate(zip(clean, lines, strict=True)):
-        assert line.startswith(str(tmp_path / f'{i}.png'))
-        assert f'{names[maps.predicted[m]]} ({maps.max_probability[m]:.3f})' in line
-        margin = scores[m] - levels[maps.predicted[m]]
-        word, number = re.search(r' detector: (\w+) \((.*?)\)', line).groups()
-        assert float(number) == pytest.approx(margin, abs=0.02)
-        assert word == ('adversarial' if margin > 0 else 'clean')
-    alone = detection.detect(run, str(tmp_path / '3.png'))
-    assert alone == lines[3]
+        assert line['file'] == str(folder / f'{i}.png')
+        assert line['class'] == names[maps.predicted[m]]
+        assert line['probability'] == pytest.approx(maps.max_probability[m], abs=1e-3)
+        said, level = line['detectors']['detector'], levels[maps.predicted[m]]
+        assert said['score'] == pytest.approx(scores[m], abs=0.02)
+        assert said['threshold'] == pytest.approx(level, abs=1e-3)
+        assert said['verdict'] == ('adversarial' if said['score'] > level else 'clean')
+        assert len(said['windows']) == 3
 
 
 @pytest.mark.parametrize('kind', ['nothing', 'missing', 'empty', 'broken'])
-def test_detect_names_what_it_cannot_read(finished, tmp_path, kind):
+def test_detect_names_what_it_cannot_read(finished, tmp_path, detect, kind):
     folder = tmp_path / kind
     if kind in ('empty', 'broken'):
         folder.mkdir()
     if kind == 'broken':
         (folder / 'a.png').write_bytes(b'no image')
-    images = None if kind == 'nothing' else str(folder)
     with pytest.raises(UsageError, match='--images' if kind != 'broken' else 'a.png'):
-        detection.detect(finished[0], images)
+        if kind == 'nothing':
+            detection.detect(finished[0], None)
+        detect(finished[0], folder)
+
+
+def test_where_nothing_can_be_written_verdicts_are_printed(judged, detect, monkeypatch, capsys):
+    run, folder = judged
+    expected = detect(run, folder)
+    before = {path: path.stat().st_mtime_ns for path in run.workdir.rglob('*')}
+    access = os.access
+    denied = lambda path, mode: mode != os.W_OK and access(path, mode)  # noqa: E731
+    monkeypatch.setattr(os, 'access', denied)
+    detection.detect(run, str(folder))
+    printed = capsys.readouterr()
+    assert [json.loads(line) for line in printed.out.splitlines()] == expected
+    assert '--output=<folder>' in printed.err
+    assert before == {path: path.stat().st_mtime_ns for path in run.workdir.rglob('*')}
+    blocked = folder / '0.png' / 'below a file'
+    with pytest.raises(UsageError, match='Cannot use --output='):
+        detect(run, folder, output=str(blocked))
+
+
+def test_an_unfinished_run_is_said_to_be_so(judged, detect, tmp_path):
+    run, folder = judged
+    unfinished = dataclasses.replace(run, workdir=tmp_path / 'unfinished')
+    unfinished.workdir.mkdir()
+    for name in ('config.json', 'dataset.json'):
+        (unfinished.workdir / name).write_bytes((run.workdir / name).read_bytes())
+    with pytest.raises(UsageError, match='run --mode=heatmaps first'):
+        detect(unfinished, folder)
 
 
 @pytest.mark.parametrize('reserved', [18, 19])
@@ -134,9 +302,10 @@ def test_deployed_thresholds_keep_the_promise_of_5_percent(finished, reserved):
     part = np.concatenate([np.arange(60), 20 + np.arange(40)] * 10)
     masks = [np.broadcast_to(mask, (3, len(part))) for mask in (part >= 30, part < reserved)]
     division = judging.Division(maps, *masks)
-    _, levels = detection.deployed(run, division, 'detector')
-    assert len(levels) == 10
     banks = store.load_banks(run, division, 'held_out', 'detector')
+    _, known = judging.first(banks, division, METHODS['detector'])
+    levels = known.thresholds(0.05)
+    assert len(levels) == 10
     scores = judging.score_banks(banks, METHODS['detector'], maps)[0]
     clean = (part < reserved) & ~maps.is_adversarial
     expected = [scores[clean & (maps.predicted == k)].max() for k in range(10)]
@@ -152,5 +321,6 @@ def test_a_detector_without_a_threshold_never_calls(finished):
     part = np.tile(np.arange(20), 10)
     masks = [np.broadcast_to(mask, (3, 200)) for mask in (part >= 5, part == 0)]
     division = judging.Division(maps, *masks)
-    _, levels = detection.deployed(run, division, 'detector')
-    assert (levels == np.inf).all()
+    banks = store.load_banks(run, division, 'held_out', 'detector')
+    _, known = judging.first(banks, division, METHODS['detector'])
+    assert (known.thresholds(0.05) == np.inf).all()
