@@ -8,7 +8,7 @@ Dimensions: M heatmaps.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -334,6 +334,23 @@ def _overall(classes):
     counts = {name: sum(entry[name] for entry in classes.values()) for name in COUNTS}
     mean = {name: float(np.mean(v)) if v else None for name, v in found.items()}
     return counts | mean | {'over': {name: [len(v), len(classes)] for name, v in found.items()}}
+
+
+def histogram(scores: Mapping[str, np.ndarray], *, bins: int = 30) -> dict | None:
+    """Returns `edges` of bins, and the share of every kind's scores that is in each.
+
+    The first and the last hundredth of all scores are in the outermost bins. None without scores.
+    """
+    together = np.concatenate(list(scores.values()))
+    if not len(together):
+        return None
+    low, high = np.quantile(together, (0.01, 0.99))
+    # Equal scores are one bar in the middle.
+    edges = np.linspace(*((low, high) if low < high else (low - 0.5, low + 0.5)), bins + 1)
+    return {'edges': edges.tolist()} | {
+        kind: (np.histogram(np.clip(values, low, high), edges)[0] / max(1, len(values))).tolist()
+        for kind, values in scores.items()
+    }
 
 
 def interval(values: Sequence[float], *, judged_over_fitted: float) -> tuple[float, float] | None:

@@ -374,3 +374,19 @@ class MeasureTest(parameterized.TestCase):
         np.testing.assert_allclose(metrics.spearman(maps, maps**3), [1, 1, 1])
         np.testing.assert_allclose(metrics.spearman(maps, -maps), [-1, -1, -1])
         self.assertTrue(np.isnan(metrics.spearman(maps, np.ones_like(maps))).all())
+
+
+def test_a_histogram_counts_every_score_once():
+    rng = np.random.default_rng(0)
+    kinds = {'clean': rng.normal(size=500), 'attacked': rng.normal(size=30) + 9, 'noise': []}
+    kinds['noise'] = np.zeros(0)
+    found = metrics.histogram(kinds)
+    assert len(found['edges']) == 31
+    assert sum(found['clean']) == pytest.approx(1) and sum(found['attacked']) == pytest.approx(1)
+    assert not any(found['noise'])
+    assert metrics.histogram({'clean': np.zeros(0), 'attacked': np.zeros(0)}) is None
+    middle = np.searchsorted(found['edges'], 5)
+    assert sum(found['clean'][:middle]) == pytest.approx(1)
+    assert sum(found['attacked'][middle:]) == pytest.approx(1)
+    constant = metrics.histogram({'all': np.full(5, 0.3)}, bins=3)
+    assert np.diff(constant['edges']).min() > 0 and constant['all'] == [0, 1, 0]

@@ -294,22 +294,6 @@ def roc(scores: np.ndarray, division: Division) -> dict[str, list[float]] | None
     return {'fpr': grid.tolist(), 'tpr': np.mean(curves, axis=0).tolist()}
 
 
-def histogram(scores: dict[str, np.ndarray]) -> dict[str, list[float]] | None:
-    """Returns `edges` of 30 bins, and the share of every kind's scores that is in each.
-
-    The first and the last hundredth of all scores are in the outermost bins. None without scores.
-    """
-    together = np.concatenate(list(scores.values()))
-    if not len(together):
-        return None
-    ends = np.quantile(together, (0.01, 0.99))
-    edges = np.linspace(*ends, 31)
-    return {'edges': edges.tolist()} | {
-        kind: (np.histogram(np.clip(values, *ends), edges)[0] / max(1, len(values))).tolist()
-        for kind, values in scores.items()
-    }
-
-
 def control_rates(
     scorer: Scorer, scores: np.ndarray, division: Division, controls: HeatmapSet
 ) -> dict:

@@ -79,13 +79,13 @@ def _rank_agreement(per_class, class_names):
 
 
 def _histogram(scorer, scores, division, controls):
-    """Returns `judging.histogram` of the first seed's scores of maps that nothing was fitted on."""
+    """Returns `metrics.histogram` of the first seed's scores of maps that nothing was fitted on."""
     judged, attacked = division.is_judged[0], division.maps.is_adversarial
     kinds = {'clean': scores[0][judged & ~attacked], 'attacked': scores[0][judged & attacked]}
     if len(controls.get('noise', ())):
         fresh = ~np.isin(controls['noise'].image_id, division.maps.image_id[~judged])
         kinds['noise'] = scorer.score_fn(controls['noise'])[0][fresh]
-    return judging.histogram(kinds)
+    return metrics.histogram(kinds)
 
 
 def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:

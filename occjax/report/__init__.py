@@ -1,1 +1,1 @@
-"""From numbers to pages, tables and pictures: bytes out, no file read or written."""
+"""From numbers to pages, tables and pictures: bytes out; only `pictures.save` writes a file."""

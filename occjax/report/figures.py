@@ -1,12 +1,8 @@
 """What was found, and the paper's Figures 1 to 3, drawn from finished arrays.
 
-Every heatmap in every figure has one colour scale, 0 to 1, and brighter is higher, so that
-"darker" means a lower probability in all of them.
-
 Dimensions: H W C image, h w heatmap grid, M maps.
 """
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,19 +10,15 @@ import numpy as np
 
 from occjax import config as config_lib
 from occjax import occlusion
-from occjax.report import tables
+from occjax.report import canvas, pictures, tables
+from occjax.report.canvas import GAP, HEAD
 from occjax.types import HeatmapSet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_INK, _MUTED, _WRONG, _ACCENT = '#1c2330', '#5b6675', '#b3261e', '#00a3ff'
-_SERIES = ('#0b63b5', '#d1495b', '#6b8f2a', '#7a5195')  # told apart without red and green
 _KINDS = ('correct', 'adversarial')
 _ADJECTIVES = {'noise': 'noisy'}
-_COLOURS = {'cmap': 'inferno', 'vmin': 0.0, 'vmax': 1.0}
-_SCALE = 'P(predicted class), window covered'
-_GAP, _HEAD = 0.14, 0.5  # inches between panels, and above one for its title
 
 
 class Example(NamedTuple):
@@ -46,26 +38,26 @@ def attack_figure(
     """Draws Figure 1: up to four images, each above its attacked twin, with both predictions."""
     examples = examples[:4]
     if not examples:
-        return _message('No successful attack')
+        return canvas.message('No successful attack')
     # A single pair is side by side as in the paper, several are in columns.
     rows, columns = (1, 2) if len(examples) == 1 else (2, len(examples))
     side = 2.5
-    figure = _figure(columns * (side + _GAP) + _GAP, rows * (side + _HEAD) + _GAP)
+    figure = canvas.figure(columns * (side + GAP) + GAP, rows * (side + HEAD) + GAP)
     places = [
-        (_GAP + column * (side + _GAP), _HEAD + row * (side + _HEAD))
+        (GAP + column * (side + GAP), HEAD + row * (side + HEAD))
         for row in range(rows)
         for column in range(columns)
     ]
-    panels = [_panel(figure, *place, side) for place in places]
+    panels = [canvas.panel(figure, *place, side) for place in places]
     for i, example in enumerate(examples):
         above, below = panels[i], panels[i + len(examples)]
-        _draw_image(above, example.clean)
-        _title(above, 'Clean, classified as', class_names[example.label])
-        _draw_image(below, example.adversarial)
+        canvas.draw_image(above, example.clean)
+        canvas.title(above, 'Clean, classified as', class_names[example.label])
+        canvas.draw_image(below, example.adversarial)
         failed = example.predicted == example.label
         head = 'no successful attack, still' if failed else 'classified as'
-        colour = _INK if failed else _WRONG
-        _title(
+        colour = canvas.INK if failed else canvas.WRONG
+        canvas.title(
             below,
             f'FGSM, ε = {tables.epsilon(epsilon)}, {head}',
             class_names[example.predicted],
@@ -83,7 +75,7 @@ def occlusion_figure(
     is drawn as the mean of the image.
     """
     if example is None:
-        return _message('No image to occlude')
+        return canvas.message('No image to occlude')
     origins = occlusion.window_origins(
         example.clean.shape[:2], size=config.size, stride=config.stride, grid=config.grid
     )
@@ -92,30 +84,29 @@ def occlusion_figure(
     if example.predicted != example.label:
         pairs.append(('FGSM', example.adversarial, example.adversarial_map, example.predicted))
     side, foot = 1.8, 0.45
-    width = (len(shown) + 1) * (side + _GAP) + 1.6
-    figure = _figure(width, len(pairs) * (side + _HEAD + foot))
+    width = (len(shown) + 1) * (side + GAP) + 1.6
+    figure = canvas.figure(width, len(pairs) * (side + HEAD + foot))
     for row, (kind, image, heatmap, k) in enumerate(pairs):
-        top = _HEAD + row * (side + _HEAD + foot)
+        top = HEAD + row * (side + HEAD + foot)
         fill = np.asarray(config.fill or image.mean((0, 1)), np.float32)
         for number, cell in enumerate(shown, 1):
-            panel = _panel(figure, _GAP + (number - 1) * (side + _GAP), top, side)
+            panel = canvas.panel(figure, GAP + (number - 1) * (side + GAP), top, side)
             covered = occlusion.occlude(image, origins[cell], size=config.size, fill=fill)
-            _draw_image(panel, np.asarray(covered))
-            _outline(panel, origins[cell] - 0.5, config.size)
+            canvas.draw_image(panel, np.asarray(covered))
+            canvas.outline(panel, origins[cell] - 0.5, (config.size, config.size))
             p = heatmap.flat[cell]
-            _title(panel, f'{kind}, window {number}', f'P({class_names[k]}) = {p:.2f}')
-        last = _panel(figure, width - side - 1.05, top, side)
-        drawn = _draw_map(last, heatmap)
-        _title(last, '{}, map of {}×{} cells'.format(kind, *heatmap.shape), f'P({class_names[k]})')
+            canvas.title(panel, f'{kind}, window {number}', f'P({class_names[k]}) = {p:.2f}')
+        last = canvas.panel(figure, width - side - 1.05, top, side)
+        drawn = canvas.draw_map(last, heatmap)
+        canvas.title(
+            last, '{}, map of {}×{} cells'.format(kind, *heatmap.shape), f'P({class_names[k]})'
+        )
         for number, cell in enumerate(shown, 1):
             row, column = np.unravel_index(cell, heatmap.shape)
-            _outline(last, (row - 0.5, column - 0.5), 1)
+            canvas.outline(last, (row - 0.5, column - 0.5), (1, 1))
             _number(last, row, column, number)
-        last.set(xticks=_ends(heatmap, 1), yticks=_ends(heatmap, 0))
-        last.set_xlabel('column', fontsize=8.5, color=_MUTED, labelpad=1)
-        last.set_ylabel('row', fontsize=8.5, color=_MUTED, labelpad=1)
-        last.tick_params(labelsize=8, colors=_MUTED)
-    _colour_bar(figure, drawn, width - 0.9, _HEAD, top + side - _HEAD)
+        canvas.tick_cells(last, heatmap)
+    canvas.colour_bar(figure, drawn, width - 0.9, HEAD, top + side - HEAD)
     return figure
 
 
@@ -128,57 +119,26 @@ def maps_figure(maps: HeatmapSet, *, class_names: Sequence[str]) -> 'Figure':
     sets = [
         np.flatnonzero((maps.predicted == k) & (maps.is_adversarial == kind)) for kind in (0, 1)
     ]
-    side = 4 if max(map(len, sets)) > 9 else 3
-    whole, small = 4.2, 0.08
-    figure = _figure(2 * whole + 5 * _GAP + 0.8, whole + _HEAD + _GAP)
-    heads = ('Correctly classified as', 'Adversarial, classified as')
-    drawn = None
-    for kind, (head, noun, index) in enumerate(zip(heads, _KINDS, sets, strict=True)):
-        left = _GAP + kind * (whole + 2 * _GAP)
-        middle = (left + whole / 2) / figure.get_figwidth()
-        plural = 'map' if len(index) == 1 else 'maps'
-        title = f'{head} {class_names[k]} ({len(index):,} {plural})'
-        style = {'ha': 'center', 'va': 'center', 'parse_math': False}
-        y = 1 - _HEAD / 2 / figure.get_figheight()
-        size = _fitting(title, whole)
-        figure.text(middle, y, title, fontsize=size, color=_INK, weight='bold', **style)
-        if not len(index):
-            figure.text(middle, 0.5, f'no {noun} maps', color=_MUTED, fontsize=12, **style)
-            continue
-        chosen = index[np.linspace(0, len(index) - 1, min(side**2, len(index))).astype(int)]
-        pitch = (whole + small) / side
-        # `maps.maps` would compute the probabilities of the whole set for these few.
-        for i, heatmap in enumerate(maps.select(chosen).maps):
-            row, column = divmod(i, side)
-            place = (left + column * pitch, _HEAD + row * pitch)
-            panel = _panel(figure, *place, pitch - small)
-            drawn = _draw_map(panel, heatmap)
-            panel.set_axis_off()
-    if drawn is not None:
-        _colour_bar(figure, drawn, 2 * whole + 4 * _GAP, _HEAD, whole)
-    return figure
+    # `maps.maps` would compute the probabilities of the whole set for these few.
+    few = maps.select(np.concatenate([pictures.evenly(index) for index in sets]))
+    counts = tuple(map(len, sets))
+    name = class_names[k]
+    return pictures.gallery(few.maps, few.is_adversarial, class_name=name, counts=counts)
 
 
 def roc_figure(curves: dict[str, dict | None]) -> 'Figure':
     """Draws the ROC curves of `judging.roc`, by the names of what scores."""
-    curves = {name: curve for name, curve in curves.items() if curve}
-    if not curves:
-        return _message('No class has maps of both kinds')
-    figure, axes = _axes(5.2, 4.6)
-    axes.plot([0, 1], [0, 1], color='#b9c0ca', linewidth=1, linestyle='--')
-    for colour, (name, curve) in zip(_SERIES, curves.items(), strict=False):
-        area = np.trapezoid(curve['tpr'], curve['fpr'])
-        label = f'{tables.words(name)} ({area:.2f})'
-        axes.plot(curve['fpr'], curve['tpr'], color=colour, linewidth=2, label=label)
-    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel='Share of clean images called adversarial')
-    axes.set_ylabel('Share of attacked images called so')
-    axes.legend(fontsize=9, frameon=False, loc='lower right')
+    found = {tables.words(k): (v['fpr'], v['tpr']) for k, v in curves.items() if v}
+    if not found:
+        return canvas.message('No class has maps of both kinds')
+    figure, axes = canvas.axes(5.2, 4.6)
+    canvas.draw_curves(axes, found)
     return figure
 
 
 def classes_figure(detection: dict, class_names: Sequence[str]) -> 'Figure':
     """Draws each class's balanced accuracy with its 95 % interval, beside the paper's accuracy."""
-    figure, axes = _axes(7.4, 0.42 * (len(class_names) + 1) + 1)
+    figure, axes = canvas.axes(7.4, 0.42 * (len(class_names) + 1) + 1)
     labels = [*class_names, 'Overall']
     entries = [*(detection['per_class'].get(name) or {} for name in class_names)]
     entries.append(detection.get('overall') or {})
@@ -188,11 +148,11 @@ def classes_figure(detection: dict, class_names: Sequence[str]) -> 'Figure':
         if ours is not None:
             low, high = (entry.get('interval') or {}).get('balanced_accuracy') or (ours, ours)
             reach = [[max(0, ours - low)], [max(0, high - ours)]]
-            axes.barh(place + 0.18, ours, 0.34, color=_SERIES[0])
-            axes.errorbar(ours, place + 0.18, xerr=reach, color=_INK, linewidth=1, capsize=2)
+            axes.barh(place + 0.18, ours, 0.34, color=canvas.SERIES[0])
+            axes.errorbar(ours, place + 0.18, xerr=reach, color=canvas.INK, linewidth=1, capsize=2)
         if theirs is not None:
-            axes.barh(place - 0.18, theirs, 0.34, color='#b9c0ca')
-    axes.axvline(0.5, color=_MUTED, linewidth=0.8, linestyle='--')
+            axes.barh(place - 0.18, theirs, 0.34, color=canvas.PALE)
+    axes.axvline(0.5, color=canvas.MUTED, linewidth=0.8, linestyle='--')
     axes.set_yticks(places, labels, parse_math=False)
     axes.set_xlim(0, 1.02)
     axes.set_xlabel('Balanced accuracy (ours, blue; bar: 95 %), accuracy (paper, grey)')
@@ -202,20 +162,15 @@ def classes_figure(detection: dict, class_names: Sequence[str]) -> 'Figure':
 def scores_figure(histogram: dict | None) -> 'Figure':
     """Draws how the paper's detector scores clean, attacked and noisy images."""
     if not histogram:
-        return _message('No scores')
-    figure, axes = _axes(5.2, 4.6)
-    edges = np.array(histogram['edges'])
-    for colour, (kind, shares) in zip(
-        _SERIES, ((kind, v) for kind, v in histogram.items() if kind != 'edges'), strict=False
-    ):
-        axes.stairs(
-            shares, edges, color=colour, linewidth=2, label=f'{_ADJECTIVES.get(kind, kind)} images'
-        )
-        axes.stairs(shares, edges, color=colour, alpha=0.15, fill=True)
-    axes.axvline(0, color=_MUTED, linewidth=0.8, linestyle='--')
-    axes.set(xlabel="Score of the paper's detector (above 0: called adversarial)")
-    axes.set_ylabel('Share of images')
-    axes.legend(fontsize=9, frameon=False)
+        return canvas.message('No scores')
+    figure, axes = canvas.axes(5.2, 4.6)
+    shares = {
+        f'{_ADJECTIVES.get(kind, kind)} images': values
+        for kind, values in histogram.items()
+        if kind != 'edges'
+    }
+    name = "Score of the paper's detector"
+    canvas.draw_shares(axes, np.array(histogram['edges']), shares, threshold=0, name=name)
     return figure
 
 
@@ -262,68 +217,7 @@ def _telling_cells(heatmap):
 
 def png(figure: 'Figure') -> bytes:
     """Returns a figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', metadata={'Software': None})
-    return buffer.getvalue()
-
-
-def _figure(width, height):
-    """Returns an empty figure of that size in inches, without pyplot's global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), dpi=120, facecolor='white')
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _axes(width, height):
-    """Returns a figure of that size in inches, and its only panel."""
-    figure = _figure(width, height)
-    figure.set_layout_engine('constrained')
-    axes = figure.add_subplot()
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.tick_params(labelsize=9, colors=_MUTED)
-    return figure, axes
-
-
-def _panel(figure, left, top, width, height=None):
-    """Returns new axes whose corner is `left` and `top` inches from the figure's top left one."""
-    across, down = figure.get_size_inches()
-    height = width if height is None else height
-    return figure.add_axes(
-        (left / across, 1 - (top + height) / down, width / across, height / down)
-    )
-
-
-def _message(text):
-    """Returns a figure that says why there is nothing to see."""
-    figure = _figure(5, 1.6)
-    figure.text(0.5, 0.5, text, color=_MUTED, fontsize=14, ha='center', va='center')
-    return figure
-
-
-def _draw_image(panel, image):
-    """Draws [H, W, C] pixels; other than three channels become one grey."""
-    if image.shape[-1] == 3:
-        panel.imshow(np.clip(image, 0, 1))
-    else:
-        panel.imshow(image.mean(-1), cmap='gray', vmin=0, vmax=1)
-    panel.set(xticks=[], yticks=[])
-    panel.spines[:].set_color('#c8ced6')
-
-
-def _draw_map(panel, heatmap):
-    """Draws [h, w] probabilities, row 0 at the top as in the image, on the scale of all maps."""
-    return panel.imshow(heatmap, interpolation='nearest', origin='upper', **_COLOURS)
-
-
-def _outline(panel, origin, size):
-    """Frames the square whose top-left corner is `origin` (row, column)."""
-    from matplotlib.patches import Rectangle
-
-    row, column = origin
-    panel.add_patch(Rectangle((column, row), size, size, fill=False, edgecolor=_ACCENT, lw=1.8))
+    return canvas.encode(figure, 'png')
 
 
 def _number(panel, row, column, number):
@@ -332,40 +226,4 @@ def _number(panel, row, column, number):
 
     text = panel.text(column, row, number, color='white', fontsize=9, weight='bold')
     text.set(ha='center', va='center_baseline')
-    text.set_path_effects([patheffects.withStroke(linewidth=2.2, foreground=_INK)])
-
-
-def _title(panel, head, verdict, colour=_INK):
-    """Puts two lines above a panel: what it is, and in bold what the classifier says."""
-    panel.set_title(head, fontsize=8.5, color=_MUTED, pad=19)
-    panel.annotate(
-        verdict,
-        (0.5, 1),
-        (0, 5),
-        xycoords='axes fraction',
-        textcoords='offset points',
-        ha='center',
-        fontsize=_fitting(verdict, panel.get_position().width * panel.figure.get_figwidth()),
-        color=colour,
-        weight='bold',
-        parse_math=False,
-    )
-
-
-def _fitting(text, inches):
-    """Returns the font size in which bold text is about so wide, at most 10.5."""
-    return max(5, min(10.5, 105 * inches / len(text)))
-
-
-def _ends(heatmap, axis):
-    """Returns the first and last cell of an axis as ticks."""
-    return sorted({0, heatmap.shape[axis] - 1})
-
-
-def _colour_bar(figure, drawn, left, top, height):
-    """Adds the one colour bar of all maps."""
-    panel = _panel(figure, left, top, 0.14, height)
-    bar = figure.colorbar(drawn, cax=panel, ticks=[0, 0.25, 0.5, 0.75, 1])
-    bar.set_label(_SCALE, fontsize=8.5, color=_MUTED)
-    panel.tick_params(labelsize=8, colors=_MUTED)
-    bar.outline.set_visible(False)
+    text.set_path_effects([patheffects.withStroke(linewidth=2.2, foreground=canvas.INK)])

@@ -277,17 +277,3 @@ def test_a_roc_curve_is_the_mean_of_the_classes_rates():
     assert judging.roc(scores, division._replace(is_fitted=np.ones_like(fitted))) is None
     perfect = judging.roc(maps.is_adversarial.astype(float), division)
     assert set(perfect['tpr']) == {1.0}
-
-
-def test_a_histogram_counts_every_score_once():
-    rng = np.random.default_rng(0)
-    kinds = {'clean': rng.normal(size=500), 'attacked': rng.normal(size=30) + 9, 'noise': []}
-    kinds['noise'] = np.zeros(0)
-    found = judging.histogram(kinds)
-    assert len(found['edges']) == 31
-    assert sum(found['clean']) == pytest.approx(1) and sum(found['attacked']) == pytest.approx(1)
-    assert not any(found['noise'])
-    assert judging.histogram({'clean': np.zeros(0), 'attacked': np.zeros(0)}) is None
-    middle = np.searchsorted(found['edges'], 5)
-    assert sum(found['clean'][:middle]) == pytest.approx(1)
-    assert sum(found['attacked'][middle:]) == pytest.approx(1)
