@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from occjax import adaptive, attack, data, detector, names, verdict
+from occjax import adaptive, attack, data, detector, guard, names, verdict
 from occjax import views as views_lib
 from occjax.experiment import devices, judging, shard, stages, storage, store
 from occjax.experiment import results as results_lib
@@ -179,7 +179,7 @@ def _target(run, variables, method):
     maps, judged = division.maps, division.is_judged[0]
     ids = maps.image_id[judged & ~maps.is_adversarial][:count]
     made_from = store.heatmaps_origin(run)
-    found = stages.load_guard(run, method, division)
+    found = guard.at_fpr(stages.load_guard(run, method, division), 0.05)
     return _Target(method, found.bank, found.thresholds, None, ids, method, made_from)
 
 
