@@ -6,6 +6,7 @@ Shapes and types are always known. Values are looked at where they are: not unde
 Dimensions: B batch, H W C image, K classes.
 """
 
+import operator
 from typing import Any
 
 import jax
@@ -109,6 +110,23 @@ def count(name: str, value: Any) -> Any:
     if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
         raise ValueError(f'Expected {name} to be an integer, got {value!r}.')
     return number(name, value)
+
+
+def sides(name: str, value: Any) -> tuple[int, int]:
+    """Returns rows and columns: of one number both, of two each.
+
+    Raises:
+        ValueError: if they are not integers from 1.
+    """
+    try:
+        found = tuple(map(operator.index, value if np.ndim(value) else (value, value)))
+    except TypeError:
+        found = ()
+    if len(found) != 2 or min(found) < 1:
+        raise ValueError(
+            f'Expected {name} to be an integer >= 1 or two of them, (rows, columns), got {value!r}.'
+        )
+    return found
 
 
 def fill(fill: Any, images: Array) -> Array:

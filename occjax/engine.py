@@ -12,7 +12,9 @@ import math
 import jax
 
 from occjax import checks, convolution, incremental, names, occlusion
+from occjax.fills import Fill
 from occjax.incremental import Plan
+from occjax.occlusion import Progress, Sides
 from occjax.types import Array, LogitsFn
 
 # Times fewer multiplications from which `incremental` pays. Cutting out and pasting is not among
@@ -37,11 +39,12 @@ def occluded_logits(
     logits_fn: LogitsFn,
     images: Array,
     *,
-    size: int,
-    stride: int,
-    fill: float | Array = 0.5,
+    size: Sides,
+    stride: Sides,
+    fill: Fill = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
+    progress: Progress | None = None,
     engine: str = 'auto',
     threshold: float = 1.0,
     every: int = 1,
@@ -51,7 +54,7 @@ def occluded_logits(
     Args:
         logits_fn: maps `[B, H, W, C]` images to `[B, K]` logits, deterministically, each image on
             its own.
-        images, size, stride, fill, grid, chunk_size: see `occlusion.occluded_logits`.
+        images, size, stride, fill, grid, chunk_size, progress: see `occlusion.occluded_logits`.
         engine: 'full', 'incremental', 'approximate', or 'auto' for the one with less to do: what
             cannot be looked into, or calls the host, runs in full.
         threshold, every: of the approximate engine, see `incremental.occluded_logits`.
@@ -68,7 +71,7 @@ def occluded_logits(
         engine = _engine_for(logits_fn, images, geometry)
     if engine not in names.ENGINES:
         raise ValueError(f"Expected engine 'auto' or one of {names.ENGINES}, got {engine!r}.")
-    settings = geometry | dict(fill=fill, chunk_size=chunk_size)
+    settings = geometry | dict(fill=fill, chunk_size=chunk_size, progress=progress)
     if engine != 'full':
         knobs = dict(threshold=threshold, every=every)
         return incremental.occluded_logits(logits_fn, images, **settings, **knobs)
@@ -93,11 +96,12 @@ def heatmaps(
     images: Array,
     classes: Array,
     *,
-    size: int,
-    stride: int,
-    fill: float | Array = 0.5,
+    size: Sides,
+    stride: Sides,
+    fill: Fill = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
+    progress: Progress | None = None,
     engine: str = 'auto',
     threshold: float = 1.0,
     every: int = 1,
@@ -109,7 +113,7 @@ def heatmaps(
             its own.
         images: `[B, H, W, C]` in [0, 1]; H and W may differ.
         classes: `[B]`, the class explained in each image, in the paper the predicted one.
-        size, stride, fill, grid, chunk_size: see `occlusion.occluded_logits`.
+        size, stride, fill, grid, chunk_size, progress: see `occlusion.occluded_logits`.
         engine, threshold, every: see `occluded_logits`; `choose` tells what 'auto' takes.
 
     Returns:
@@ -119,7 +123,7 @@ def heatmaps(
         ValueError: as `occluded_logits`, and if `classes` is not one class for each image.
     """
     settings = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
-    settings |= dict(engine=engine, threshold=threshold, every=every)
+    settings |= dict(progress=progress, engine=engine, threshold=threshold, every=every)
     return occlusion.heatmaps_by(occluded_logits, logits_fn, images, classes, **settings)
 
 

@@ -31,7 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from occjax import checks, convolution, occlusion, tracing
+from occjax import checks, convolution, fills, occlusion, tracing
+from occjax.fills import Fill
+from occjax.occlusion import Progress, Sides
 from occjax.rules import RULES, Rule
 from occjax.tracing import Operation, Program, Value
 from occjax.types import Array, LogitsFn
@@ -118,8 +120,8 @@ def plan(
     logits_fn: LogitsFn,
     image_shape: tuple[int, int, int],
     *,
-    size: int,
-    stride: int,
+    size: Sides,
+    stride: Sides,
     grid: str = 'paper',
     threshold: float = 1.0,
     every: int = 1,
@@ -146,14 +148,15 @@ def plan(
     image = jax.ShapeDtypeStruct((1, *image_shape), dtype)
     program = tracing.trace(checks.logits_fn(logits_fn), image)
     low = np.pad(origins.astype(np.int64), ((0, 0), (1, 1)))
-    stop = low + [1, size, size, image_shape[-1]]
+    stop = low + [1, *checks.sides('size', size), image_shape[-1]]
     regions, steps = {program.arguments[0]: _region(low, stop, image.shape)}, []
     for operation in program.operations:
         step = _step(operation, regions, threshold)
         steps += [step] if step else []
     (logits,) = program.outputs
     everything = np.zeros((len(origins), 2), int), np.shape(logits)
-    logits = _read(logits, regions.get(logits), *everything, 0.0)
+    changed = regions.get(logits) if isinstance(logits, Value) else None
+    logits = _read(logits, changed, *everything, 0.0)
     return Plan(program, origins, steps, _tail(steps), logits, knots, shape)
 
 
@@ -312,11 +315,12 @@ def occluded_logits(
     logits_fn: LogitsFn,
     images: Array,
     *,
-    size: int,
-    stride: int,
-    fill: float | Array = 0.5,
+    size: Sides,
+    stride: Sides,
+    fill: Fill = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
+    progress: Progress | None = None,
     threshold: float = 1.0,
     every: int = 1,
 ) -> Array:
@@ -328,6 +332,8 @@ def occluded_logits(
         images: `[B, H, W, C]` in [0, 1]; H and W may differ.
         size, stride, fill, grid: see `occlusion.occluded_logits`.
         chunk_size: windows that are computed at once; None chooses for the device.
+        progress: called with how many windows of all images are done, and how many are computed,
+            see `occlusion.map_chunks`.
         threshold: share of a side, in (0, 1], to which what a window changes may grow.
         every: how many grid cells a side there are for one that is computed.
 
@@ -341,7 +347,8 @@ def occluded_logits(
     settings = dict(size=size, stride=stride, grid=grid, threshold=threshold, every=every)
     found = plan(logits_fn, images.shape[1:], **settings, dtype=images.dtype)
     chunk_size = occlusion.default_chunk(images.shape[1:]) if chunk_size is None else chunk_size
-    logits = _evaluate(found, images, checks.fill(fill, images), size, chunk_size)
+    covers = fills.of(fill, images)
+    logits = _evaluate(found, images, covers, checks.sides('size', size), chunk_size, progress)
     logits = logits.reshape(len(images), *map(len, found.knots), -1)
     if every == 1:
         return logits
@@ -362,7 +369,7 @@ def _weights(count, knots):
     return weights.astype(np.float32)
 
 
-def _evaluate(found, images, fill, size, chunk_size):
+def _evaluate(found, images, fill, size, chunk_size, progress):
     """Returns the `[B * P, K]` logits under all windows."""
     program, windows, (argument,) = found.program, len(found.origins), found.program.arguments
     values = [argument, *(x for operation in program.operations for x in operation.results)]
@@ -396,7 +403,7 @@ def _evaluate(found, images, fill, size, chunk_size):
         image, window = pair // windows, pair % windows
         corner = jnp.asarray(found.origins)[window]
         corner = (image, *corner, np.int32(0))
-        box = lax.dynamic_slice(fill, corner, (1, size, size, fill.shape[-1]))
+        box = lax.dynamic_slice(fill, corner, (1, *size, fill.shape[-1]))
         env = {argument: box}
         take(head, env, image, window)
         return [env[x] for x in live]
@@ -408,7 +415,8 @@ def _evaluate(found, images, fill, size, chunk_size):
         return _boxed(found.logits, env, padded, image, window)[0]
 
     count = len(images) * windows
-    values = occlusion.map_chunks(jax.vmap(one), count, chunk_size=chunk_size)
+    settings = dict(chunk_size=chunk_size, progress=progress)
+    values = occlusion.map_chunks(jax.vmap(one), count, **settings)
     return jax.vmap(finish)(jnp.arange(count, dtype=jnp.int32), values)
 
 
@@ -463,15 +471,16 @@ def heatmaps(
     images: Array,
     classes: Array,
     *,
-    size: int,
-    stride: int,
-    fill: float | Array = 0.5,
+    size: Sides,
+    stride: Sides,
+    fill: Fill = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
+    progress: Progress | None = None,
     threshold: float = 1.0,
     every: int = 1,
 ) -> Array:
     """Returns `occlusion.heatmaps`, `[B, h, w]`; see `occluded_logits`."""
     settings = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
-    settings |= dict(threshold=threshold, every=every)
+    settings |= dict(progress=progress, threshold=threshold, every=every)
     return occlusion.heatmaps_by(occluded_logits, logits_fn, images, classes, **settings)

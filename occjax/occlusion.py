@@ -15,14 +15,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import checks
+from occjax import checks, fills
+from occjax.fills import Fill
 from occjax.types import Array, LogitsFn, promoting
 
+Sides = int | tuple[int, int]  # of rows and columns alike, or (rows, columns)
+Progress = Callable[[int, int], None]  # called with how many are done, and how many there are
 
-def _starts(side: int, *, size: int, stride: int, grid: str) -> list[int]:
+
+def _starts(
+    image_shape: tuple[int, int], *, size: Sides, stride: Sides, grid: str
+) -> tuple[list[int], list[int]]:
+    """Returns the first pixels of the windows along the rows and the columns of an image."""
+    sizes, strides = checks.sides('size', size), checks.sides('stride', stride)
+    rows, columns = (
+        _along(*side, grid=grid) for side in zip(image_shape, sizes, strides, strict=True)
+    )
+    return rows, columns
+
+
+def _along(side: int, size: int, stride: int, *, grid: str) -> list[int]:
     """Returns the first pixel of every window along one side of an image."""
-    if size < 1 or stride < 1:
-        raise ValueError(f'Expected size and stride >= 1, got size={size}, stride={stride}.')
     if size > side:
         raise ValueError(f'Window size {size} exceeds the image side {side}.')
     room = side - size
@@ -35,36 +48,39 @@ def _starts(side: int, *, size: int, stride: int, grid: str) -> list[int]:
 
 
 def grid_shape(
-    image_shape: tuple[int, int], *, size: int, stride: int, grid: str = 'paper'
+    image_shape: tuple[int, int], *, size: Sides, stride: Sides, grid: str = 'paper'
 ) -> tuple[int, int]:
     """Returns the heatmap shape `(h, w)` of images of `image_shape = (H, W)`.
 
-    Rules, a side: `paper` ⌈(side − size) / stride⌉ (§III-C; one fewer than usual where stride
-    divides side − size, and none where the window is as large as the image), `floor`
-    ⌊(side − size) / stride⌋ + 1, `cover` the same and, where pixels would remain at the far
-    edge, one more window that ends there.
+    Size and stride are one number for both sides, or (rows, columns). Rules, a side: `paper`
+    ⌈(side − size) / stride⌉ (§III-C; one fewer than usual where stride divides side − size, and
+    none where the window is as large as the image), `floor` ⌊(side − size) / stride⌋ + 1, `cover`
+    the same and, where pixels would remain at the far edge, one more window that ends there.
 
     Raises:
-        ValueError: for a window larger than the image, a size or stride below 1, another rule.
+        ValueError: for a window larger than the image, sizes or strides that are not integers from
+            1, another rule.
 
     >>> grid_shape((32, 32), size=15, stride=5)
     (4, 4)
     >>> grid_shape((224, 224), size=32, stride=14)
     (14, 14)
+    >>> grid_shape((32, 32), size=(15, 8), stride=(5, 4))
+    (4, 6)
     """
-    h, w = (len(_starts(side, size=size, stride=stride, grid=grid)) for side in image_shape)
-    return h, w
+    rows, columns = _starts(image_shape, size=size, stride=stride, grid=grid)
+    return len(rows), len(columns)
 
 
 def window_origins(
-    image_shape: tuple[int, int], *, size: int, stride: int, grid: str = 'paper'
+    image_shape: tuple[int, int], *, size: Sides, stride: Sides, grid: str = 'paper'
 ) -> np.ndarray:
     """Returns the `[P, 2]` top-left pixels (row, column) of the windows, row by row.
 
     Raises:
         ValueError: as `grid_shape`, and if the grid has no window at all.
     """
-    rows, columns = (_starts(side, size=size, stride=stride, grid=grid) for side in image_shape)
+    rows, columns = _starts(image_shape, size=size, stride=stride, grid=grid)
     if not rows or not columns:
         raise ValueError(
             f'A window of size {size} in an image of {tuple(image_shape)} leaves no cell under '
@@ -75,27 +91,28 @@ def window_origins(
 
 
 @promoting
-def occlude(images: Array, origin: Array, *, size: int, fill: float | Array = 0.5) -> Array:
+def occlude(images: Array, origin: Array, *, size: Sides, fill: Fill = 0.5) -> Array:
     """Covers one window of every image.
 
     Args:
         images: `[..., H, W, C]`.
         origin: `[2]`, row and column of the window's top-left pixel; may be traced.
-        size: side of the square window in pixels.
-        fill: what covers it: one value, `[C]` values, or whole images.
+        size: of the window in pixels, one side of a square or (rows, columns).
+        fill: what covers it: one value, `[C]` values, whole images, 'blur' or 'mean', see
+            `fills.of`.
 
     Returns:
         The images with `fill` inside the window, untouched outside.
 
     Raises:
-        ValueError: if the images are integers, of which `fill` would be one, or `fill` does not
-            fit them.
+        ValueError: if the images are integers, of which `fill` would be one, `size` is none, or
+            `fill` does not fit them.
     """
     images = checks.floats(images)
-    fill = checks.fill(fill, images)
+    fill, (rows, columns) = fills.of(fill, images), checks.sides('size', size)
     height, width = images.shape[-3:-1]
     row, column = jnp.arange(height)[:, None] - origin[0], jnp.arange(width) - origin[1]
-    covered = (row >= 0) & (row < size) & (column >= 0) & (column < size)
+    covered = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
     # A select, not a scatter: with traced origins under vmap a scatter copies whole images.
     return jnp.where(covered[..., None], fill, images)
 
@@ -115,11 +132,12 @@ def occluded_logits(
     logits_fn: LogitsFn,
     images: Array,
     *,
-    size: int,
-    stride: int,
-    fill: float | Array = 0.5,
+    size: Sides,
+    stride: Sides,
+    fill: Fill = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
+    progress: Progress | None = None,
 ) -> Array:
     """Returns the classifier's logits under every window of every image.
 
@@ -133,12 +151,15 @@ def occluded_logits(
             of masked images as a batch, so it may call the host (`jax.pure_callback`) or be
             compiled for batches of `chunk_size` (`jax.jit(...).lower(...).compile()`).
         images: `[B, H, W, C]` in [0, 1]; H and W may differ.
-        size: side of the square window in pixels, the paper's O_l.
-        stride: its step in pixels, the paper's O_s.
-        fill: what covers a window: one value, `[C]` values, an image or `[B, H, W, C]` of them.
+        size: of a window in pixels, the paper's O_l: one side of a square, or (rows, columns).
+        stride: its step in pixels, the paper's O_s: one for both sides, or (down, to the right).
+        fill: what covers a window: one value, `[C]` values, an image or `[B, H, W, C]` of them, or
+            'blur' or 'mean' of each image, see `fills.of`.
         grid: where windows are, see `grid_shape`.
         chunk_size: masked images that a call of `logits_fn` sees, at most all; None chooses for the
             device. The last call is filled up with images from the start.
+        progress: called with how many windows of all images are done, and how many there are, see
+            `map_chunks`.
 
     Returns:
         `[B, h, w, K]`, cell `[row, column]` for the window at that place in the image.
@@ -154,21 +175,46 @@ def occluded_logits(
     images = checks.images(images, slack=checks.NEAR)
     geometry = dict(size=size, stride=stride, grid=grid)
     origins = jnp.asarray(window_origins(images.shape[1:3], **geometry))
-    fill = checks.fill(fill, images)
+    fill = fills.of(fill, images)
     mask = jax.vmap(functools.partial(occlude, size=size))
 
-    def logits_of(pairs):
-        image = pairs // len(origins)
-        return logits_fn(mask(images[image], origins[pairs % len(origins)], fill=fill[image]))
+    def logits_of(image, window):
+        return logits_fn(mask(images[image], origins[window], fill=fill[image]))
 
-    logits = map_chunks(
-        logits_of,
-        len(images) * len(origins),
-        chunk_size=default_chunk(images.shape[1:]) if chunk_size is None else chunk_size,
-        is_exact=chunk_size is not None,
-        is_traced=not isinstance(logits_fn, jax.stages.Compiled),
-    )
+    is_traced = not isinstance(logits_fn, jax.stages.Compiled)
+    settings = dict(chunk_size=chunk_size, is_traced=is_traced, progress=progress)
+    logits = map_pairs(logits_of, images.shape, len(origins), **settings)
     return logits.reshape(len(images), *grid_shape(images.shape[1:3], **geometry), -1)
+
+
+def map_pairs(
+    fn: Callable[[Array, Array], Array],
+    images_shape: tuple[int, ...],
+    count: int,
+    *,
+    chunk_size: int | None,
+    is_traced: bool,
+    progress: Progress | None,
+) -> Array:
+    """Returns `fn(image, number)`, `[B, count, ...]`, of every image with every number.
+
+    Args:
+        fn: maps `[n]` images by their index, and `[n]` numbers, to an array of leading axis n; of
+            each pair it makes one image for the classifier.
+        images_shape: `(B, H, W, C)`.
+        count: how many numbers there are.
+        chunk_size: n; None chooses for the device.
+        is_traced, progress: see `map_chunks`.
+    """
+    found = map_chunks(
+        lambda pairs: fn(pairs // count, pairs % count),
+        images_shape[0] * count,
+        chunk_size=default_chunk(images_shape[1:]) if chunk_size is None else chunk_size,
+        is_exact=chunk_size is not None,
+        is_traced=is_traced,
+        progress=progress,
+    )
+    return found.reshape(-1, count, *found.shape[1:])
 
 
 def map_chunks(
@@ -178,8 +224,15 @@ def map_chunks(
     chunk_size: int,
     is_exact: bool = False,
     is_traced: bool = True,
+    progress: Progress | None = None,
 ) -> Any:
     """Returns `fn(arange(count))`, computed for at most `chunk_size` numbers at once.
+
+    Progress is told on the host after each chunk. Chunks follow one another, so it never falls, and
+    the last call says that all are done; it may come after the result does, and
+    `jax.effects_barrier()` waits for it. Under `jax.shard_map` each device counts its own, under
+    `vmap` each element its own. Under `jit` it is a part of the program: pass the same function, or
+    each new one is compiled anew.
 
     Args:
         fn: maps `[n]` numbers to a pytree of leading axis n.
@@ -187,6 +240,8 @@ def map_chunks(
         chunk_size: n, or where `is_exact` is not set fewer, so that all chunks are alike.
         is_exact: whether a call sees just `chunk_size` numbers, the last one some of them again.
         is_traced: whether `fn` may be traced.
+        progress: called with how many numbers are done, and `count`; None leaves nothing of it in
+            the program.
     """
     if chunk_size < 1:
         raise ValueError(f'Expected chunk_size >= 1, got {chunk_size}.')
@@ -194,11 +249,24 @@ def map_chunks(
     size = min(chunk_size, count) if is_exact else math.ceil(count / chunks)
     # The last chunk is filled up with numbers from the start, which are cut off again.
     numbers = (jnp.arange(chunks * size, dtype=jnp.int32) % count).reshape(chunks, size)
+
+    def tell(first, _):
+        progress(min(int(first) + size, count), count)
+
+    def telling(fn):
+        def told(some):
+            found = fn(some)
+            # With a number of each result, so that it is there when it is told of.
+            jax.debug.callback(tell, some[0], [x.ravel()[0] for x in jax.tree.leaves(found)])
+            return found
+
+        return fn if progress is None else told
+
     if not is_traced:
-        parts = [fn(some) for some in numbers]
+        parts = [telling(fn)(some) for some in numbers]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *parts)
     # Gradients compute a chunk's layers again: to keep those of all windows takes gigabytes.
-    mapped = jax.lax.map(jax.checkpoint(fn), numbers)
+    mapped = jax.lax.map(telling(jax.checkpoint(fn)), numbers)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], mapped)
 
 
@@ -214,11 +282,12 @@ def heatmaps(
     images: Array,
     classes: Array,
     *,
-    size: int,
-    stride: int,
-    fill: float | Array = 0.5,
+    size: Sides,
+    stride: Sides,
+    fill: Fill = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
+    progress: Progress | None = None,
 ) -> Array:
     """Returns the probability of each image's class while each window is covered.
 
@@ -226,7 +295,7 @@ def heatmaps(
         logits_fn: maps `[B, H, W, C]` images to `[B, K]` logits, deterministically.
         images: `[B, H, W, C]` in [0, 1]; H and W may differ.
         classes: `[B]`, the class explained in each image, in the paper the predicted one.
-        size, stride, fill, grid, chunk_size: see `occluded_logits`.
+        size, stride, fill, grid, chunk_size, progress: see `occluded_logits`.
 
     Returns:
         `[B, h, w]` heatmaps in [0, 1].
@@ -234,8 +303,9 @@ def heatmaps(
     Raises:
         ValueError: as `occluded_logits`, and if `classes` is not one class for each image.
     """
-    geometry = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
-    return heatmaps_by(occluded_logits, logits_fn, images, classes, **geometry)
+    settings = dict(size=size, stride=stride, fill=fill, grid=grid, chunk_size=chunk_size)
+    settings |= dict(progress=progress)
+    return heatmaps_by(occluded_logits, logits_fn, images, classes, **settings)
 
 
 def heatmaps_by(

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from occjax import checks, comparators, names
+from occjax.fills import blur
 from occjax.types import Array, LogitsFn
 
 View = Callable[[Array], Array]  # maps [B, H, W, C] images in [0, 1] to such
@@ -37,17 +37,6 @@ def viewed_logits(logits_fn: LogitsFn, images: Array, views: Sequence[View]) -> 
         raise ValueError('Expected at least one view, got none.')
     logits_fn = checks.logits_fn(logits_fn)
     return jnp.stack([logits_fn(view(images)) for view in views], axis=1)
-
-
-def blur(images: Array, *, sigma: float) -> Array:
-    """Returns images under a Gaussian of `sigma` pixels, cut at three of them; edges repeat."""
-    reach = max(1, round(3 * sigma))
-    weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
-    weights = (weights / weights.sum()).astype(np.float32)
-    height, width = images.shape[1:3]
-    padded = jnp.pad(images, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode='edge')
-    rows = sum(weight * padded[:, i : i + height] for i, weight in enumerate(weights))
-    return sum(weight * rows[:, :, i : i + width] for i, weight in enumerate(weights))
 
 
 def sharpen(images: Array, *, sigma: float) -> Array:

@@ -24,8 +24,9 @@ FUNCTIONS = [
     and not name.startswith('_')
 ]
 
-WINDOWS = 'size, stride, fill, grid, chunk_size'
+WINDOWS = 'size, stride, fill, grid, chunk_size, progress'
 IMAGES, LOSS = 'logits_fn, images, labels', 'loss_fn, bounds'
+EXPLAINED, FILL = 'logits_fn, images, classes', 'fill, chunk_size, progress'
 # Other programs call these by name.
 CONTRACTS = {
     'fgsm': f'({IMAGES}, *, epsilon, {LOSS})',
@@ -45,6 +46,9 @@ CONTRACTS = {
     'occlusion.heatmaps': f'(logits_fn, images, classes, *, {WINDOWS})',
     'incremental.heatmaps': f'(logits_fn, images, classes, *, {WINDOWS}, threshold, every)',
     'incremental.occluded_logits': f'(logits_fn, images, *, {WINDOWS}, threshold, every)',
+    'attribution.rise': f'({EXPLAINED}, *, key, masks, cells, keep, {FILL})',
+    'attribution.deletion': f'({EXPLAINED}, saliency, *, steps, {FILL})',
+    'attribution.insertion': f'({EXPLAINED}, saliency, *, steps, {FILL})',
     'accelerate': '(fn)',
     'vgg.init': '(key, *, image_size, num_classes, hidden, plan, channels, levels, mean, std)',
     'vgg.logits': '(variables, images, *, plan)',

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 import occjax
-from occjax import adaptive, attack, incremental, occlusion, vgg
+from occjax import adaptive, attack, fills, incremental, occlusion, vgg
 
 PLAN, SIDE = (4, 'M', 8, 'M'), 8
 VARIABLES = vgg.init(jax.random.key(0), image_size=SIDE, num_classes=3, hidden=8, plan=PLAN)
@@ -44,7 +45,7 @@ SCALELESS = [name for name in GRADIENTS if name != 'joint_pgd']  # It weighs two
 MAPS = {
     'heatmaps': functools.partial(occjax.heatmaps, logits_fn, **WINDOWS),
     'occlusion.heatmaps': functools.partial(occlusion.heatmaps, logits_fn, **WINDOWS),
-    'occluded_logits': lambda x, y, **kw: occjax.occluded_logits(logits_fn, x, **WINDOWS, **kw),
+    'occluded_logits': lambda x, y, **kw: occjax.occluded_logits(logits_fn, x, **WINDOWS | kw),
     'incremental.heatmaps': functools.partial(incremental.heatmaps, logits_fn, **WINDOWS),
     'approximate heatmaps': functools.partial(
         incremental.heatmaps, logits_fn, threshold=0.5, **WINDOWS
@@ -250,6 +251,7 @@ def test_a_model_in_training_mode_is_told_to_leave_it():
         (np.zeros((SIDE, 3)), 'fill to be a number'),
         (np.zeros((2, SIDE, SIDE, 3)), 'fill to be a number'),
         (np.nan, 'fill to be numbers, got NaN'),
+        ('grey', "fill to be 'blur', 'mean', numbers or images, got 'grey'"),
     ],
 )
 def test_a_fill_that_does_not_fit_is_refused(fn, fill, message):
@@ -266,6 +268,40 @@ def test_every_form_of_a_fill_is_the_same_fill(fn):
         np.testing.assert_allclose(fn(IMAGES, LABELS, fill=fill), expected, atol=1e-6)
     grey = fn(IMAGES, LABELS, fill=0.25)
     np.testing.assert_allclose(fn(IMAGES, LABELS, fill=np.full(1, 0.25)), grey, atol=1e-6)
+
+
+@each_map
+def test_a_fill_by_name_is_what_it_makes_of_each_image(fn):
+    named = {name: np.asarray(fills.of(name, IMAGES)) for name in ('blur', 'mean')}
+    for name, images in named.items():
+        expected = fn(IMAGES, LABELS, fill=images)
+        np.testing.assert_allclose(fn(IMAGES, LABELS, fill=name), expected, atol=1e-6)
+        assert np.abs(expected - fn(IMAGES, LABELS, fill=0.5)).max() > 1e-3
+
+
+@pytest.mark.parametrize('shape', [(24, 40, 3), (40, 24, 1), (2, 45, 45, 2), (2, 2, 23, 30, 3)])
+def test_fills_by_name_are_scipy_s(shape):
+    """Of images in any number of axes; the blur's width is the shorter side's share."""
+    images = np.random.default_rng(0).uniform(size=shape).astype(np.float32)
+    sigma = min(shape[-3:-1]) * 10 / 224
+    reach, axes = max(1, round(3 * sigma)), [0] * (len(shape) - 3)
+    expected = ndimage.gaussian_filter(
+        images, (*axes, sigma, sigma, 0), mode='nearest', radius=(*axes, reach, reach, 0)
+    )
+    np.testing.assert_allclose(fills.of('blur', images), expected, atol=1e-6)
+    averages = np.mean(images, axis=(-3, -2), keepdims=True)
+    np.testing.assert_allclose(fills.of('mean', images), averages + 0 * images, atol=1e-6)
+    one = occlusion.occlude(images, np.array([1, 2]), size=(5, 4), fill='mean')
+    np.testing.assert_allclose(one[..., 1:6, 2:6, :], averages + np.zeros((5, 4, 1)), atol=1e-6)
+    np.testing.assert_array_equal(one[..., 6:, :, :], images[..., 6:, :, :])
+
+
+@each_map
+@pytest.mark.parametrize('sides', [0, (0, 2), (2, -1), 1.5, (2, 2, 2), '3', None, (2, 1.0)])
+@pytest.mark.parametrize('name', ['size', 'stride'])
+def test_sides_that_are_none_are_refused(fn, name, sides):
+    with pytest.raises(ValueError, match=rf'{name} to be an integer >= 1 or two of them, \(rows'):
+        fn(IMAGES, LABELS, **{name: sides})
 
 
 def test_integers_are_no_images_to_occlude():

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 import occjax
-from occjax import adaptive, attack, comparators, convolution, detector, incremental, vgg
+from occjax import (
+    adaptive,
+    attack,
+    attribution,
+    comparators,
+    convolution,
+    detector,
+    incremental,
+    vgg,
+)
 
 PLAN, SIDE = (4, 'M', 8, 'M'), 8
 IMAGES = np.random.default_rng(0).uniform(size=(3, SIDE, SIDE, 3)).astype(np.float32)
@@ -82,6 +91,16 @@ FUNCTIONS = {
     },
     'sign_noise': lambda: attack.sign_noise(IMAGES, key=key(), epsilon=0.1),
     'heatmaps': lambda: occjax.heatmaps(network(), IMAGES, LABELS, **WINDOWS),
+    'windows with sides': lambda: occjax.heatmaps(
+        network(), IMAGES, LABELS, size=(2, 3), stride=(3, 2), fill='blur'
+    ),
+    'rise': lambda: attribution.rise(network(), IMAGES, LABELS, key=key(), masks=5, fill='mean'),
+    **{
+        name: lambda name=name: getattr(attribution, name)(
+            network(), IMAGES, LABELS, GRIDS[0, :3], steps=4
+        )
+        for name in ('deletion', 'insertion')
+    },
     'accelerate': lambda: convolution.accelerate(network())(IMAGES),
     'incremental': lambda: incremental.heatmaps(network(), IMAGES, LABELS, **WINDOWS),
     'approximate': lambda: incremental.heatmaps(

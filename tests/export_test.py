@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import occjax
-from occjax import classifier, engine, names, verdict, vgg
+from occjax import attribution, classifier, engine, names, verdict, vgg
 from occjax.methods import METHODS
 
 PLAN = (32, 'M', 32, 'M')
@@ -44,7 +44,13 @@ def margins(variables, images, name):
     return verdict.margins(logits_fn, bank, jnp.zeros(10), images, **settings)
 
 
-PROGRAMS = {'fgsm': fgsm, 'train_step': train_step} | {
+def explain(variables, images):
+    logits_fn = functools.partial(vgg.logits, variables, plan=PLAN)
+    saliency = attribution.rise(logits_fn, images, LABELS, key=jax.random.key(0), masks=5)
+    return attribution.insertion(logits_fn, images, LABELS, saliency, steps=4)
+
+
+PROGRAMS = {'explain': explain, 'fgsm': fgsm, 'train_step': train_step} | {
     f'{fn.__name__}, {name}': functools.partial(fn, name=name)
     for name in names.ENGINES
     for fn in (logits, margins)

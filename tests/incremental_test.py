@@ -44,7 +44,10 @@ def assert_equal(actual, expected, *, atol=1e-5):
     assert np.abs(actual - expected).max() <= 0.02 * spread
 
 
-GEOMETRIES = [((32, 32), dict(size=8, stride=5)), ((37, 29), dict(size=7, stride=6, grid='cover'))]
+GEOMETRIES = [
+    ((32, 32), dict(size=8, stride=5)),
+    ((37, 29), dict(size=(7, 10), stride=(9, 6), grid='cover')),
+]
 
 
 @pytest.mark.parametrize('name', NETWORKS)
@@ -92,6 +95,9 @@ def test_a_derivative_of_ones_own_is_kept_on_boxes():
     np.testing.assert_array_equal(jit(jax.grad(loss))(images), np.zeros_like(images))
 
 
+SIZES, STRIDES = st.integers(1, 14), st.integers(3, 9)
+
+
 @st.composite
 def random_network(draw):
     """Layers by their numbers, and a geometry that leaves the grid a cell."""
@@ -112,9 +118,9 @@ def random_network(draw):
         else:
             layers.append((kind, channels, draw(st.sampled_from([1, 3, 5]))))
     image_shape = tuple(draw(st.integers(17, 30)) for _ in range(2))
-    size = draw(st.integers(1, 14))
+    size, stride = (tuple(draw(side) for _ in range(2)) for side in (SIZES, STRIDES))
     grid = draw(st.sampled_from(['paper', 'floor', 'cover']))
-    geometry = dict(size=size, stride=draw(st.integers(3, 9)), grid=grid)
+    geometry = dict(size=size, stride=stride, grid=grid)
     return layers, channels, image_shape, geometry, draw(st.sampled_from([1, 3, None]))
 
 
@@ -247,6 +253,15 @@ def test_flop_ratio_of_vgg11(side, size, stride, expected):
     # The paper's ten classes; at 32 pixels §III-B's shorter head.
     ratio = planned_vgg(side, size=size, stride=stride).ratio
     assert ratio == pytest.approx(expected, abs=0.01 if expected < 2 else 0.05)
+
+
+def test_a_window_turned_on_its_side_saves_as_much():
+    flat = planned_vgg(64, size=(8, 24), stride=(6, 10))
+    tall = planned_vgg(64, size=(24, 8), stride=(10, 6))
+    assert (flat.ratio, flat.grid) == (tall.ratio, tall.grid[::-1])
+    assert flat.ratio < planned_vgg(64, size=8, stride=(6, 10)).ratio
+    shapes = [[step.shape[1:3] for step in plan.steps] for plan in (flat, tall)]
+    assert shapes[0] == [shape[::-1] for shape in shapes[1]]
 
 
 def test_linear_layers_are_taken_for_all_windows_at_once():
