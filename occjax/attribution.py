@@ -107,7 +107,8 @@ def _weighed(weights, mask_fn):
     @jax.checkpoint
     def add(total, some):
         number, weight = some
-        return total + weight[:, None, None] * mask_fn(number).astype(total.dtype), None
+        mask = mask_fn(number).astype(total.dtype)
+        return total + weight[:, None, None] * mask[None], None
 
     weights = weights.astype(jnp.float32) if weights.dtype.itemsize < 4 else weights
     numbers = jnp.arange(weights.shape[1], dtype=jnp.int32)

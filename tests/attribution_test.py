@@ -46,19 +46,20 @@ def line(cells, side, shift):
 
 
 @functools.cache
-def every_mask():
+def every_mask(image_shape=SHAPE[:2], cells=CELLS):
     """Returns all masks that there are, `[M, H, W]`, and how probable each is."""
     masks, chances = [], []
-    for down, right in itertools.product(range(3), range(2)):
-        rows, columns = line(2, 6, down), line(3, 5, right)
-        for cells in itertools.product([0, 1], repeat=6):
-            masks.append(rows @ np.reshape(cells, CELLS) @ columns.T)
-            chances.append(KEEP ** sum(cells) * (1 - KEEP) ** (6 - sum(cells)) / 6)
-    return np.stack(masks), np.array(chances)
+    shifts = [range(-(-side // n)) for side, n in zip(image_shape, cells, strict=True)]
+    for by in itertools.product(*shifts):
+        rows, columns = (line(*each) for each in zip(cells, image_shape, by, strict=True))
+        for grid in itertools.product([0, 1], repeat=rows.shape[1] * columns.shape[1]):
+            masks.append(rows @ np.reshape(grid, cells) @ columns.T)
+            chances.append(np.prod(np.where(grid, KEEP, 1 - KEEP)))
+    return np.stack(masks), np.array(chances) / sum(chances)
 
 
 @functools.cache
-def drawn(count=1200):
+def drawn(image_shape=SHAPE[:2], cells=CELLS, count=1200):
     """Returns the masks that a classifier sees on a white image."""
     seen = []
 
@@ -70,20 +71,22 @@ def drawn(count=1200):
         shape = jax.ShapeDtypeStruct((len(images), 2), np.float32)
         return jax.pure_callback(host, shape, images)
 
-    settings = dict(key=KEY, masks=count, cells=CELLS, keep=KEEP, chunk_size=200)
-    white = np.ones((1, *SHAPE), np.float32)
+    settings = dict(key=KEY, masks=count, cells=cells, keep=KEEP, chunk_size=200)
+    white = np.ones((1, *image_shape, 1), np.float32)
     attribution.rise(foreign, white, np.zeros(1, int), **settings).block_until_ready()
     return np.stack(seen)
 
 
-def test_masks_are_small_grids_magnified_and_shifted():
-    masks, chances = every_mask()
-    distances = np.abs(drawn()[:, None] - masks).max(axis=(2, 3))
+@pytest.mark.parametrize(('image_shape', 'cells'), [((6, 5), (2, 3)), ((4, 4), (2, 2))])
+def test_masks_are_small_grids_magnified_and_shifted(image_shape, cells):
+    """All of them, and as often as they should be; both shifts are drawn alone."""
+    masks, chances = every_mask(image_shape, cells)
+    distances = np.abs(drawn(image_shape, cells)[:, None] - masks).max(axis=(2, 3))
     assert distances.min(axis=1).max() < 1e-6
     # Some shifts make the same of two grids: those are counted as the first one.
     same = np.abs(masks[:, None] - masks).max(axis=(2, 3)).argmin(axis=1)
     found = np.bincount(distances.argmin(axis=1), minlength=len(masks))
-    expected = len(drawn()) * np.bincount(same, chances, minlength=len(masks))
+    expected = len(distances) * np.bincount(same, chances, minlength=len(masks))
     assert not found[expected == 0].any()
     chi2 = ((found - expected)[expected > 0] ** 2 / expected[expected > 0]).sum()
     freedom = (expected > 0).sum() - 1
@@ -171,6 +174,20 @@ def test_a_gradient_of_a_saliency_is_that_of_finite_differences():
 
     numeric = (total(step) - total(-step)) / (2 * step)
     np.testing.assert_allclose(jax.grad(total)(0.0), numeric, rtol=0.02)
+
+
+def test_a_gradient_does_not_keep_all_masks():
+    settings = dict(key=KEY, masks=500, chunk_size=5)
+
+    def total(images):
+        return attribution.rise(mean_and_max, images, np.zeros(1, int), **settings).var()
+
+    def mean_and_max(images):
+        return jnp.stack([images.mean((1, 2, 3)), images.max((1, 2, 3))], axis=-1)
+
+    images = jax.ShapeDtypeStruct((1, 32, 32, 1), np.float32)
+    found = jax.jit(jax.grad(total)).lower(images).compile().memory_analysis()
+    assert found.temp_size_in_bytes < 500 * 32 * 32 * 4 / 2
 
 
 # --- Deletion and insertion. ----------------------------------------------------------------------
@@ -285,7 +302,10 @@ def test_what_matters_in_an_occlusion_map_is_dark():
 
 
 def test_quantus_flips_pixels_alike():
-    """Of one channel, as its pixels are numbers; black is 0; its curve begins after a step."""
+    """Of one channel, as its pixels are numbers; its curve begins after a step.
+
+    Quantus needs an environment of its own: it brings OpenCV, by which TFDS then decodes images.
+    """
     torch = pytest.importorskip('torch')
     quantus = pytest.importorskip('quantus')
     images = np.random.default_rng(7).uniform(size=(4, 6, 5, 1)).astype(np.float32)
