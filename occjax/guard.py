@@ -22,6 +22,7 @@ import numpy as np
 
 from occjax import attack, checks, detector, metrics, names, verdict
 from occjax import views as views_lib
+from occjax.fills import Fill
 from occjax.methods import METHODS
 from occjax.types import Array, HeatmapSet, LogitsFn
 
@@ -39,7 +40,7 @@ class Guard:
 
     bank: detector.Bank
     thresholds: Array  # f32[K]; infinite for a class with too few images to promise anything
-    fill: Array  # what covers a window, see `occlusion.occluded_logits`
+    fill: Array  # what covers a window, see `occlusion.occluded_logits`; `windows` may name it
     calibration: metrics.Calibration  # what thresholds come from
     method: str  # one of `methods.METHODS`
     views: tuple[str, ...]  # some of `views.VIEWS`
@@ -87,7 +88,7 @@ def make(
     class_names: Sequence[str],
     method: str = 'views_alone',
     views: Sequence[str] = tuple(views_lib.VIEWS),
-    fill: float | Array = 0.5,
+    fill: Fill = 0.5,
     attacks: Sequence[AttackFn] = ATTACKS,
     noise: Sequence[float] = (8 / 255, 0.1),
     fpr: float = 0.05,
@@ -142,13 +143,15 @@ def of_bank(
     calibration: metrics.Calibration,
     *,
     fpr: float = 0.05,
-    fill: float | Array = 0.5,
+    fill: Fill = 0.5,
     class_names: Sequence[str],
     method: str,
     views: Sequence[str] = (),
     **windows: Any,
 ) -> Guard:
     """Returns a guard of detectors that are fitted already; the arguments are `make`'s."""
+    if isinstance(fill, str):
+        windows, fill = windows | dict(fill=fill), 0.0
     fixed = _seen(method, views, windows) | dict(class_names=tuple(class_names))
     arrays = dict(fill=jnp.asarray(fill, jnp.float32), thresholds=jnp.zeros(len(class_names)))
     return at_fpr(Guard(bank=bank, calibration=calibration, **arrays, **fixed), fpr)
@@ -232,7 +235,7 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Guard:
 
 
 def _hashable(value):
-    """Returns what JSON made a list of as a tuple again."""
+    """Returns a list, as JSON makes one of a tuple, as that."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -256,7 +259,8 @@ def _seen(method, views, windows):
     unknown = {*views} - {*views_lib.VIEWS} or {method} & {*names.SPECTRAL} or {method} - {*METHODS}
     if unknown:
         raise ValueError(f'{sorted(unknown)} is no view, or no method, that a guard can have.')
-    return dict(method=method, views=tuple(views), windows=tuple(windows.items()))
+    windows = tuple((name, _hashable(value)) for name, value in windows.items())
+    return dict(method=method, views=tuple(views), windows=windows)
 
 
 def _check_names(maps, class_names):
@@ -270,7 +274,7 @@ def _check_names(maps, class_names):
 def _see(logits_fn, images, *, method, views, windows, fill):
     """Returns what detectors see of images."""
     seen = views_lib.of_names(views)
-    settings = dict(windows) | dict(fill=fill)
+    settings = dict(fill=fill) | dict(windows)
     return verdict.observe(logits_fn, images, method=METHODS[method], views=seen, **settings)
 
 

@@ -1,5 +1,6 @@
 """Laws of the guard, on a network that is none of ours."""
 
+import dataclasses
 import functools
 import zipfile
 
@@ -114,6 +115,22 @@ def test_a_class_whose_network_saw_no_attack_never_calls():
     np.testing.assert_array_equal(alone.thresholds, [np.inf] * 3)
     both = guard.make(key, logits_fn, IMAGES, LABELS, method='detector', **some)
     np.testing.assert_array_equal(np.isfinite(both.thresholds), [True, True, False])
+
+
+def test_windows_that_are_not_square_and_named_fills_survive_the_file(tmp_path):
+    """And are judged through: a square of grey is another guard."""
+    some = dict(class_names=CLASSES, steps=5, method='detector', size=[4, 6], stride=(4, 3))
+    key = jax.random.key(0)
+    one = guard.make(key, logits_fn, IMAGES, LABELS, fill='blur', **some)
+    guard.save(one, tmp_path / 'guard.npz')
+    loaded = guard.load(tmp_path / 'guard.npz')
+    judge = jax.jit(functools.partial(guard.judge, logits_fn=logits_fn))
+    scores = [judge(each, images=IMAGES[:9]).score for each in (one, loaded)]
+    np.testing.assert_array_equal(*scores)
+    assert dict(loaded.windows) == dict(size=(4, 6), stride=(4, 3), fill='blur')
+    grey = dict(one.windows) | dict(fill=0.5)
+    other = judge(dataclasses.replace(one, windows=tuple(grey.items())), images=IMAGES[:9])
+    assert np.abs(other.score - scores[0]).max() > 1e-3
 
 
 def test_the_last_batch_counts_each_image_once_and_progress_is_told():
