@@ -109,6 +109,7 @@ class Classifier:
     `source` is 'vgg', '<file.py>:<function>' or 'torchvision:<name>:<file>', see `networks.load`;
     but for 'vgg' no other field of these is read.
 
+    An epoch of few images goes over all of them again until it has at least `epoch_steps` steps.
     `flip` mirrors half of the training images, others in each epoch. `resize` has the side to which
     images are shrunk in each of the first epochs: an epoch at 64 pixels costs a twelfth of one at
     224 (progressive learning, https://arxiv.org/abs/2104.00298).
@@ -125,6 +126,7 @@ class Classifier:
     plan: str = one_of(*names.PLANS)
     hidden: int = number(1, 2**14, 4096)
     epochs: int = number(1, 10**4)
+    epoch_steps: int = number(0, 10**6, 0)
     batch_size: int = number(1, 2**16, 128)
     learning_rate: float = number(0, 1, ends='(]')
     dropout_rate: float = number(0, 1, 0.5, ends='[)')
@@ -149,7 +151,9 @@ class Attack:
 class Occlusion:
     """The grey square (§III-C), and how many images of each split are mapped.
 
-    `threshold` and `every` make approximate maps, see `approximate`; at 1 they are exact.
+    `threshold` and `every` make approximate maps, see `approximate`; at 1 they are exact. Maps hold
+    the logits of all classes, or of the `top_classes` that an image ranks highest and of the others
+    together, see `types.condense`: so a thousand classes take the room of a few.
     """
 
     size: int = number(1, 4096)
@@ -160,6 +164,7 @@ class Occlusion:
     test_images: int = number(0, _MANY, 0)
     threshold: float = number(0, 1, 1.0, ends='(]')
     every: int = number(1, 4096, 1)
+    top_classes: int = number(0, 10**6, 0)
 
     @property
     def is_approximate(self) -> bool:

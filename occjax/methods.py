@@ -3,7 +3,7 @@
 A method fits a bank of small networks like the paper's, on other inputs or with other widths. The
 scores of `metrics.BASELINES` need no fitting. All come from the same stored maps.
 
-Dimensions: M maps, h w heatmap grid, P = h * w windows, K classes.
+Dimensions: M maps, h w heatmap grid, P = h * w windows, K classes (or columns of condensed maps).
 """
 
 import math
@@ -67,17 +67,17 @@ def _logits(maps):
     """All classes' logits, under every window and of the unoccluded image, by class."""
     # Networks learn fastest from inputs of about unit size.
     windows = maps.logits.reshape(len(maps), math.prod(maps.logits.shape[1:]))
-    logits = maps.array_module.concatenate([windows, maps.unoccluded], axis=1)
+    logits = maps.array_module.concatenate([windows, maps.columns], axis=1)
     return logits / 4
 
 
 def _changes(maps, *seen):
     """What some `[M, ..., K]` logits are beyond the unoccluded ones, and these, by class."""
-    flat = []
+    columns, flat = maps.columns, []
     for logits in seen:
-        own = maps.unoccluded.reshape(len(maps), *[1] * (logits.ndim - 2), logits.shape[-1])
+        own = columns.reshape(len(maps), *[1] * (logits.ndim - 2), logits.shape[-1])
         flat.append((logits - own).reshape(len(maps), math.prod(logits.shape[1:])))
-    return maps.array_module.concatenate([*flat, maps.unoccluded], axis=1)
+    return maps.array_module.concatenate([*flat, columns], axis=1)
 
 
 def _logit_differences(maps):
@@ -89,7 +89,7 @@ def _logit_differences(maps):
 def _logit_maps(maps):
     """The same as an image of the windows, `[M, h, w, 2K]`: the unoccluded logits in every cell."""
     xp = maps.array_module
-    everywhere = xp.broadcast_to(maps.unoccluded[:, None, None], maps.logits.shape)
+    everywhere = xp.broadcast_to(maps.columns[:, None, None], maps.logits.shape)
     return xp.concatenate([maps.logits, everywhere], axis=-1) / 4
 
 
@@ -110,7 +110,7 @@ def _log_spectrum(maps):
 
 def _unoccluded_logits(maps):
     """The same without the windows: one forward pass."""
-    return maps.unoccluded / 4
+    return maps.columns / 4
 
 
 METHODS = dict(

@@ -90,6 +90,15 @@ def threshold_at_fpr(clean_scores: np.ndarray, fpr: float) -> float:
     return float(np.concatenate([[np.inf], ordered, [-np.inf]])[k])
 
 
+def fewest(fpr: float) -> int:
+    """Returns how many clean scores it takes until `threshold_at_fpr` is finite.
+
+    >>> fewest(0.05), fewest(0.01)
+    (19, 99)
+    """
+    return math.ceil(1 / fpr - 1 - 1e-9)
+
+
 def class_thresholds(
     clean_scores: np.ndarray, predicted: np.ndarray, num_classes: int, fpr: float
 ) -> np.ndarray:

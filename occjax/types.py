@@ -1,7 +1,8 @@
 """The nouns that the modules share, and the letters for their dimensions.
 
 Dimensions: B batch, N images of a split, H W C image, K classes, h w heatmap grid, P = h * w
-windows, V views, M heatmaps. Images are NHWC; outside of `vgg` pixels are float32 in [0, 1].
+windows, V views, M heatmaps, T classes of highest rank. Images are NHWC; outside of `vgg` pixels
+are float32 in [0, 1].
 """
 
 import dataclasses
@@ -75,13 +76,13 @@ class HeatmapSet:
     The arrays are NumPy's, as stored; JAX's where an attacker differentiates through them.
     """
 
-    logits: np.ndarray  # f32[M, h, w, K] of the image under each window
+    logits: np.ndarray  # f32[M, h, w, K] of the image under each window; [..., T + 1]: `condense`
     unoccluded: np.ndarray  # f32[M, K] of the image itself
     label: np.ndarray  # i32[M], the true class
     image_id: np.ndarray  # i32[M], position of the (clean) source image in its split
     is_adversarial: np.ndarray  # bool[M]
     comparators: np.ndarray | None = None  # f32[M, 3], `names.COMPARATORS`; None where not computed
-    views: np.ndarray | None = None  # f32[M, V, K] logits of other views; None where not computed
+    views: np.ndarray | None = None  # f32[M, V, K] of other views, as `logits`; or not computed
     spectrum: np.ndarray | None = None  # f16[M, F], `comparators.spectrum`; None where not computed
 
     @property
@@ -95,11 +96,29 @@ class HeatmapSet:
         return self.unoccluded.argmax(-1).astype(np.int32)
 
     @property
+    def top_classes(self) -> int:
+        """T, of how many classes `logits` are, by rank; 0 where they are of all K, by class."""
+        columns, classes = self.logits.shape[-1], self.unoccluded.shape[-1]
+        return 0 if columns == classes else columns - 1
+
+    @property
+    def ranked(self) -> np.ndarray:
+        """`[M, T]`, the classes that the first T columns of condensed `logits` are of."""
+        return _ranking(self.unoccluded)[:, : self.top_classes]
+
+    @property
+    def columns(self) -> np.ndarray:
+        """`[M, K]` or `[M, T + 1]`, the unoccluded logits in the columns of `logits`."""
+        return condense(self.unoccluded, self.unoccluded, self.top_classes)
+
+    @property
     def maps(self) -> np.ndarray:
         """`[M, h, w]`, the probability of the predicted class under each window (§III-C)."""
         xp = self.array_module
         z = self.logits - self.logits.max(-1, keepdims=True)
         p = xp.exp(z) / xp.exp(z).sum(-1, keepdims=True)
+        if self.top_classes:
+            return p[..., 0]
         return xp.take_along_axis(p, self.predicted[:, None, None, None], axis=-1)[..., 0]
 
     @property
@@ -116,6 +135,18 @@ class HeatmapSet:
     def __len__(self):
         return len(self.label)
 
+    def condensed(self, top_classes: int) -> 'HeatmapSet':
+        """Returns the maps with the logits of a few classes, see `condense`.
+
+        Raises:
+            ValueError: if they are condensed already.
+        """
+        logits, views = (
+            each if each is None else condense(each, self.unoccluded, top_classes)
+            for each in (self.logits, self.views)
+        )
+        return dataclasses.replace(self, logits=logits, views=views)
+
     def select(self, chosen) -> 'HeatmapSet':
         """Returns the maps that an index or boolean array chooses."""
         present = {name: array for name, array in vars(self).items() if array is not None}
@@ -127,3 +158,43 @@ class HeatmapSet:
         names = [f.name for f in dataclasses.fields(cls)]
         names = [name for name in names if all(getattr(s, name) is not None for s in sets)]
         return cls(**{name: np.concatenate([getattr(s, name) for s in sets]) for name in names})
+
+
+def condense(logits: np.ndarray, unoccluded: np.ndarray, top_classes: int) -> np.ndarray:
+    """Returns the logits of the classes that an image ranks highest, and of all others together.
+
+    Of a thousand classes a map keeps a few this way. The last column is the logarithm of the
+    others' summed exponentials, so that a softmax over the columns gives those few classes the
+    very probabilities that they have among all. The predicted class is the first column.
+
+    Args:
+        logits: `[M, ..., K]`, of images under windows or in other views.
+        unoccluded: `[M, K]`, of the images themselves, which rank the classes.
+        top_classes: T; 0 keeps `logits` as they are, as do K - 1 and more, which would save none.
+
+    Returns:
+        `[M, ..., T + 1]`, by rank; or `[M, ..., K]`, by class.
+
+    Raises:
+        ValueError: if `logits` are of other classes, such as condensed ones.
+
+    >>> condense(np.log([[1.0, 2, 4, 8]]), np.array([[0.0, 3, 9, 1]]), 2).round(3)
+    array([[1.386, 0.693, 2.197]])
+    """
+    columns, classes = logits.shape[-1], unoccluded.shape[-1]
+    if columns != classes:
+        raise ValueError(f'Expected logits of {classes} classes, got {columns} columns.')
+    if not 0 < top_classes < classes - 1:
+        return logits
+    xp = logits.__array_namespace__()
+    order = _ranking(unoccluded).reshape(len(logits), *[1] * (logits.ndim - 2), classes)
+    ordered = xp.take_along_axis(logits, order, axis=-1)
+    others = ordered[..., top_classes:]
+    largest = others.max(-1, keepdims=True)
+    others = largest + xp.log(xp.exp(others - largest).sum(-1, keepdims=True))
+    return xp.concatenate([ordered[..., :top_classes], others], axis=-1)
+
+
+def _ranking(unoccluded):
+    """Returns `[M, K]` classes, the highest logit first; of equal ones the first, as `argmax`."""
+    return unoccluded.__array_namespace__().argsort(-unoccluded, axis=-1, stable=True)

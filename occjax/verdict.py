@@ -23,6 +23,7 @@ def observe(
     *,
     method: Method,
     views: Sequence[View] = (),
+    top_classes: int = 0,
     **settings: Any,
 ) -> HeatmapSet:
     """Returns what detectors of a method see of images; the arguments are those of `margins`."""
@@ -31,7 +32,7 @@ def observe(
     windows = jnp.zeros((len(images), 0, 0, unoccluded.shape[-1]), unoccluded.dtype)
     if method.windows:
         windows = engine.occluded_logits(logits_fn, images, **settings)
-    return HeatmapSet(
+    maps = HeatmapSet(
         logits=windows,
         unoccluded=unoccluded,
         views=viewed_logits(plain_fn, images, views) if views else None,
@@ -40,6 +41,7 @@ def observe(
         image_id=jnp.zeros(len(images), int),
         is_adversarial=jnp.zeros(len(images), bool),
     )
+    return maps.condensed(top_classes)
 
 
 @functools.partial(jax.jit, static_argnames='method')
@@ -57,7 +59,7 @@ def effects(bank: detector.Bank, maps: HeatmapSet, *, method: Method) -> Array:
 
     def without(window):
         here = (jnp.arange(h * w) == window).reshape(h, w, 1)
-        return score(jnp.where(here, maps.unoccluded[:, None, None], maps.logits))
+        return score(jnp.where(here, maps.columns[:, None, None], maps.logits))
 
     changes = score(maps.logits) - jax.lax.map(without, jnp.arange(h * w))
     return changes.T.reshape(len(maps), h, w)
@@ -82,7 +84,8 @@ def margins(
         images: `[B, H, W, C]` in [0, 1].
         method: what the detectors see.
         views: those of images that they see beside the windows.
-        **settings: of `engine.occluded_logits`: engine, size, stride, fill, grid, chunk_size.
+        **settings: `top_classes`, if the detectors see condensed maps, see `types.condense`; and
+            those of `engine.occluded_logits`: engine, size, stride, fill, grid, chunk_size.
     """
     maps = observe(logits_fn, images, method=method, views=views, **settings)
     scores = detector.score(bank, method.inputs_fn(maps), method.predicted(maps))

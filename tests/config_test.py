@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from configs import cifar10, digits, imagenette
+from configs import cifar10, digits, folder, imagenette
 from occjax import config
 from occjax.types import UsageError
 
@@ -37,7 +37,7 @@ def leaves(section, prefix=''):
 LEAVES = list(leaves(digits.get_config()))
 
 
-@pytest.mark.parametrize('module', [digits, cifar10, imagenette])
+@pytest.mark.parametrize('module', [digits, cifar10, folder, imagenette])
 def test_configs_are_valid_and_survive_json(module):
     wanted = module.get_config()
     wanted.validate()

@@ -14,24 +14,62 @@ MAPS = toy_maps([(3, 2), (4, 5)], grid=(3, 4))
 VIEWS = np.random.default_rng(1).normal(size=(len(MAPS), 5, 2)).astype(np.float32)
 SPECTRUM = np.random.default_rng(2).uniform(size=(len(MAPS), 9)).astype(np.float16)
 MAPS = dataclasses.replace(MAPS, views=VIEWS, spectrum=SPECTRUM)
+MANY = toy_maps([(2, 1)] * 7, grid=(3, 4), seed=3)
+MANY = dataclasses.replace(
+    MANY,
+    views=np.random.default_rng(4).normal(size=(len(MANY), 5, 7)).astype(np.float32),
+    spectrum=np.random.default_rng(5).uniform(size=(len(MANY), 9)).astype(np.float16),
+)
+SETS = {'all classes': MAPS, 'two of seven': MANY.condensed(2)}
+of_each_set = pytest.mark.parametrize('maps', SETS.values(), ids=SETS)
 
 
+@of_each_set
 @pytest.mark.parametrize('name', METHODS)
-def test_an_input_is_its_own_map_s_alone(name):
+def test_an_input_is_its_own_map_s_alone(name, maps):
     """No map changes what a network sees of another, except by the order of shuffled cells."""
-    inputs = METHODS[name].inputs_fn(MAPS)
-    assert len(inputs) == len(MAPS)
+    inputs = METHODS[name].inputs_fn(maps)
+    assert len(inputs) == len(maps)
     assert np.isfinite(inputs).all()
     if name != 'shuffled_cells':
-        alone = METHODS[name].inputs_fn(MAPS.select(slice(2, 3)))
+        alone = METHODS[name].inputs_fn(maps.select(slice(2, 3)))
         np.testing.assert_allclose(alone[0], inputs[2], rtol=1e-6)
 
 
+@of_each_set
 @pytest.mark.parametrize('name', METHODS)
-def test_of_no_maps_there_are_no_inputs_of_the_same_shape(name):
+def test_of_no_maps_there_are_no_inputs_of_the_same_shape(name, maps):
     """A class that nothing is predicted as has none."""
-    some, none = (METHODS[name].inputs_fn(MAPS.select(slice(0, n))) for n in (2, 0))
+    some, none = (METHODS[name].inputs_fn(maps.select(slice(0, n))) for n in (2, 0))
     assert none.shape == (0, *some.shape[1:])
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_of_condensed_maps_methods_see_ranks_and_no_classes(name):
+    """Other names for the classes change no input; and who judges are all of them still."""
+    order = np.random.default_rng(6).permutation(7)
+    fields = {
+        field: getattr(MANY, field)[..., order] for field in ('logits', 'unoccluded', 'views')
+    }
+    few, renamed = (m.condensed(3) for m in (MANY, dataclasses.replace(MANY, **fields)))
+    method = METHODS[name]
+    seen = method.inputs_fn(few)
+    np.testing.assert_allclose(method.inputs_fn(renamed), seen, rtol=1e-5, atol=1e-6)
+    assert method.num_networks(few) == method.num_networks(MANY)
+    np.testing.assert_array_equal(method.predicted(few), method.predicted(MANY))
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_condensing_to_all_classes_changes_no_input(name):
+    for top_classes in (0, 6, 7, 100):
+        seen = METHODS[name].inputs_fn(MANY.condensed(top_classes))
+        np.testing.assert_array_equal(seen, METHODS[name].inputs_fn(MANY))
+
+
+@pytest.mark.parametrize('name', ['detector', 'relative_map', 'shuffled_cells', 'log_map'])
+def test_what_sees_the_map_alone_sees_the_same_of_condensed_ones(name):
+    seen = METHODS[name].inputs_fn(MANY.condensed(1))
+    np.testing.assert_allclose(seen, METHODS[name].inputs_fn(MANY), rtol=1e-4, atol=1e-6)
 
 
 def test_the_paper_s_detector_sees_the_map():
@@ -90,10 +128,11 @@ def test_logit_maps_keep_the_windows_places():
     np.testing.assert_allclose(inputs[:, 2, 1, 2:], MAPS.unoccluded, rtol=1e-6)
 
 
+@of_each_set
 @pytest.mark.parametrize('name', [name for name in METHODS if name != 'shuffled_cells'])
-def test_jax_and_numpy_see_the_same(name):
+def test_jax_and_numpy_see_the_same(name, maps):
     """The attacker's gradients go through the very functions that the tables are made with."""
-    on_device = type(MAPS)(**{k: jnp.asarray(v) for k, v in vars(MAPS).items() if v is not None})
+    on_device = type(maps)(**{k: jnp.asarray(v) for k, v in vars(maps).items() if v is not None})
     inputs = METHODS[name].inputs_fn(on_device)
     assert isinstance(inputs, jax.Array)
-    np.testing.assert_allclose(inputs, METHODS[name].inputs_fn(MAPS), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(inputs, METHODS[name].inputs_fn(maps), rtol=1e-5, atol=1e-6)

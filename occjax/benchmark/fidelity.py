@@ -104,10 +104,10 @@ def _logits(run, variables, images, exact, *, threshold, every):
     knobs, size, wanted = dict(threshold=threshold, every=every), run.shard_size, []
     name = f'threshold-{threshold:g}-every-{every}'
     for start in range(0, len(images), size):
-        here = images[start : start + size]
+        here, plain = (a[start : start + size] for a in (images, exact.unoccluded))
 
-        def explain(here=here):
-            return {'logits': shard.map_images(run, variables, here, knobs=knobs)}
+        def explain(here=here, plain=plain):
+            return {'logits': shard.map_images(run, variables, here, plain, knobs=knobs)}
 
         path = run.workdir / 'fidelity' / f'{name}-{start:07d}.npz'
         wanted.append((path, len(here), explain))

@@ -1,13 +1,13 @@
 """Fits detectors on some maps and judges them by others, over several seeds, all at once.
 
 A seed has its own division of the maps, its own initial weights and its own undersampling; the
-detectors of all seeds and classes are one program.
+detectors of all seeds, and of a few classes at a time, are one program.
 
 Dimensions: S seeds, M maps, K classes.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,9 @@ from occjax.config import Detector
 from occjax.methods import METHODS, Method
 from occjax.streams import Stream
 from occjax.types import HeatmapSet
+
+# Classes whose networks are fitted, or score, at once: those of a thousand would fill any memory.
+_AT_ONCE = 16
 
 
 class Scorer(NamedTuple):
@@ -85,11 +88,33 @@ def divide(maps: HeatmapSet, protocol: str, settings: Detector, seed: int) -> Di
     return Division(maps, *masks)
 
 
+def lacking(division: Division) -> np.ndarray:
+    """Returns `bool[K]`, of which classes some seed has too few maps.
+
+    It has none of a kind to fit on, or too few clean ones for a threshold of its own at 5 % false
+    positives; classes without one share theirs, see `metrics.class_thresholds`.
+    """
+    maps, sets = division.maps, division.is_fitted
+    if division.is_reserved.any():
+        sets = division.is_reserved
+    known = maps.predicted, maps.is_adversarial, maps.unoccluded.shape[-1]
+    clean = _counts(sets, *known)[..., 0]
+    is_few = (_counts(division.is_fitted, *known) == 0).any(-1) | (clean < metrics.fewest(0.05))
+    return is_few.any(0)
+
+
+def _counts(chosen, predicted, is_adversarial, num_classes):
+    """Returns `[S, K, 2]`, how many clean and adversarial maps of each class `[S, M]` choose."""
+    place = 2 * predicted + is_adversarial
+    counts = [np.bincount(place[row], minlength=2 * num_classes) for row in chosen]
+    return np.reshape(counts, (len(chosen), num_classes, 2))
+
+
 @functools.partial(
     jax.jit, static_argnames=('num_classes', 'grid', 'features', 'convolutions', 'standardize')
 )
 def _init_banks(keys, **settings):
-    return jax.vmap(functools.partial(detector.init_bank, **settings))(keys)
+    return jax.lax.map(functools.partial(detector.init_bank, **settings), keys)
 
 
 def init_banks(key: jax.Array, division: Division, method: Method) -> detector.Bank:
@@ -105,8 +130,15 @@ def init_banks(key: jax.Array, division: Division, method: Method) -> detector.B
 
 @functools.partial(jax.jit, static_argnames=('steps', 'batch_size'))
 def _fit_banks(keys, banks, groups, **hyperparameters):
-    fit = functools.partial(detector.fit_bank, **hyperparameters)
-    return jax.vmap(fit)(keys, banks, *groups)
+    fit = functools.partial(detector.fit, **hyperparameters)
+    return jax.vmap(jax.vmap(fit))(keys, banks, *groups)
+
+
+def _few_at_once(classes: np.ndarray, predicted: np.ndarray) -> Iterator[tuple]:
+    """Yields some of the classes, which of the `[M]` maps are theirs, and these maps' places."""
+    for start in range(0, len(classes), _AT_ONCE):
+        few = classes[start : start + _AT_ONCE]
+        yield few, np.isin(predicted, few), np.searchsorted(few, predicted)
 
 
 def fit_banks(
@@ -118,7 +150,9 @@ def fit_banks(
     seed: int,
     noise: HeatmapSet | None = None,
 ) -> detector.Bank:
-    """Fits every seed's bank on its own maps.
+    """Returns every seed's bank, fitted on its own maps; on the host, as it may be large.
+
+    Networks without maps of both kinds stay as they are.
 
     Args:
         key: JAX random key.
@@ -136,25 +170,35 @@ def fit_banks(
         is_fitted = np.concatenate([is_fitted, joins], axis=1)
         maps = HeatmapSet.concatenate([maps, noise])
     inputs, predicted = method.inputs_fn(maps).astype(np.float32), method.predicted(maps)
-    groups = [
-        detector.group_by_class(
-            inputs[fitted],
-            predicted[fitted],
-            maps.is_adversarial[fitted],
-            num_classes=method.num_networks(maps),
-            balance=settings.balance,
-            rng=streams.rng(seed, Stream.UNDERSAMPLING, i),
+    kinds, count = maps.is_adversarial, method.num_networks(maps)
+    keys = jax.random.split(key, len(is_fitted))
+    keys = jax.vmap(lambda key: jax.random.split(key, count))(keys)
+    rngs = [streams.rng(seed, Stream.UNDERSAMPLING, i) for i in range(len(is_fitted))]
+    learns = (_counts(is_fitted, predicted, kinds, count) > 0).all(-1).any(0)
+    banks = jax.tree.map(np.array, banks)
+    for few, are_theirs, places in _few_at_once(np.flatnonzero(learns), predicted):
+        groups = [
+            detector.group_by_class(
+                inputs[here],
+                places[here],
+                kinds[here],
+                num_classes=len(few),
+                balance=settings.balance,
+                rng=rng,
+            )
+            for here, rng in zip(is_fitted & are_theirs, rngs, strict=True)
+        ]
+        fitted = _fit_banks(
+            keys[:, few],
+            jax.tree.map(lambda leaf, few=few: leaf[:, few], banks),
+            detector.stack_groups(groups),
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
         )
-        for i, fitted in enumerate(is_fitted)
-    ]
-    return _fit_banks(
-        jax.random.split(key, len(is_fitted)),
-        banks,
-        detector.stack_groups(groups),
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-    )
+        for leaf, part in zip(jax.tree.leaves(banks), jax.tree.leaves(fitted), strict=True):
+            leaf[:, few] = part
+    return banks
 
 
 _score_banks = jax.jit(jax.vmap(detector.score, in_axes=(0, None, None)))
@@ -162,8 +206,18 @@ _score_banks = jax.jit(jax.vmap(detector.score, in_axes=(0, None, None)))
 
 def score_banks(banks: detector.Bank, method: Method, maps: HeatmapSet) -> np.ndarray:
     """Returns the `[S, M]` scores that every seed's bank gives to maps."""
-    inputs = method.inputs_fn(maps).astype(np.float32)
-    return np.asarray(_score_banks(banks, inputs, method.predicted(maps)))
+    inputs, predicted = method.inputs_fn(maps).astype(np.float32), method.predicted(maps)
+    seeds, count = jax.tree.leaves(banks)[0].shape[:2]
+    scores = np.zeros((seeds, len(maps)), np.float32)
+    for few, are_theirs, places in _few_at_once(np.arange(count), predicted):
+        rows = np.flatnonzero(are_theirs)
+        if len(rows):
+            # Past the end the first again, so that about as many are scored by one program.
+            padded = np.resize(rows, -(-len(rows) // 64) * 64) if count > _AT_ONCE else rows
+            these = jax.tree.map(lambda leaf, few=few: leaf[:, few], banks)
+            found = _score_banks(these, inputs[padded], places[padded])
+            scores[:, rows] = found[:, : len(rows)]
+    return scores
 
 
 def first(

@@ -168,7 +168,10 @@ def cost(run: Run, shards: list[dict]) -> dict:
 
 
 def make_report(run: Run) -> str:
-    """Writes the report from what is stored, without classifier or images; returns its tables."""
+    """Writes the report from what is stored, without classifier or images; returns its tables.
+
+    They are what fits on a screen: of many classes some, the others are in `tables.md`.
+    """
     maps, shards = store.load_shards(run, 'train')
     results = gather(run, maps, shards)
     class_names = run.description['class_names']
@@ -183,7 +186,8 @@ def make_report(run: Run) -> str:
     )
     for name, content in files.items():
         storage.write_bytes(run.workdir / 'report' / name, content)
-    return tables.to_markdown(tables.build(results, rows, class_names))
+    listed = tables.build(results, rows, class_names)
+    return tables.to_markdown([tables.shorten(table) for table in listed])
 
 
 def examples(shards: list[dict]) -> list[figures.Example]:

@@ -17,7 +17,7 @@ from occjax.experiment import devices
 from occjax.experiment.run import Run
 from occjax.names import COMPARATORS
 from occjax.streams import Stream
-from occjax.types import Split
+from occjax.types import Split, condense
 
 
 class Part(NamedTuple):
@@ -67,6 +67,9 @@ def map_batch(variables, images, fill, *, mesh, network, engine='full', **geomet
         out_specs=by_image,
         check_vma=False,
     )(variables, images, fill)
+
+
+_condense = jax.jit(condense, static_argnums=2)
 
 
 def fill_of(run: Run, variables: Any) -> np.ndarray:
@@ -159,9 +162,9 @@ def collect(
 ) -> dict:
     """Returns a shard: the heatmaps of some images and their attacks, and what the attack did.
 
-    They are stored as the logits of all classes, so that every detector and table follows without
-    the classifier. The arrays of the paper's maps have the names of `HeatmapSet`'s fields, those
-    of the `controls` the kind before them.
+    They are stored as the logits of all classes, or of those that the config keeps, so that every
+    detector and table follows without the classifier. The arrays of the paper's maps have the names
+    of `HeatmapSet`'s fields, those of the `controls` the kind before them.
     """
     images, labels = data.take(split, ids), split.labels[ids]
     paper = attacked_parts(run, variables, images, labels)
@@ -169,23 +172,23 @@ def collect(
     if controls:
         parts = control_parts(run, variables, paper, labels, ids)
         groups |= {f'{kind}_': [part] for kind, part in parts.items()}
-    chosen = np.concatenate(
-        [part.images[part.is_mapped] for parts in groups.values() for part in parts]
-    )
-    logits = map_images(run, variables, chosen)
+    every = [part for parts in groups.values() for part in parts]
+    chosen = np.concatenate([part.images[part.is_mapped] for part in every])
+    unoccluded = np.concatenate([part.unoccluded[part.is_mapped] for part in every])
+    logits = map_images(run, variables, chosen, unoccluded)
     engine = run.mapping(variables).engine
     compared = compare(run, variables, autoencoder, chosen)
     arrays = {}
     for prefix, parts in groups.items():
         masks = [part.is_mapped for part in parts]
         counts = [mask.sum() for mask in masks]
-        (here, logits), (scores, compared) = (
-            np.split(array, [sum(counts)]) for array in (logits, compared)
+        (here, logits), (scores, compared), (own, unoccluded) = (
+            np.split(array, [sum(counts)]) for array in (logits, compared, unoccluded)
         )
         maps = {
             'logits': here,
             'comparators': scores,
-            'unoccluded': np.concatenate([part.unoccluded[part.is_mapped] for part in parts]),
+            'unoccluded': own,
             'label': np.concatenate([labels[mask] for mask in masks]),
             'image_id': np.concatenate([ids[mask] for mask in masks]),
             'is_adversarial': np.repeat([part.is_adversarial for part in parts], counts),
@@ -207,14 +210,22 @@ def collect(
 
 
 def map_images(
-    run: Run, variables: Any, images: np.ndarray, *, knobs: dict | None = None
+    run: Run,
+    variables: Any,
+    images: np.ndarray,
+    unoccluded: np.ndarray,
+    *,
+    knobs: dict | None = None,
 ) -> np.ndarray:
     """Returns the `[M, h, w, K]` logits of `[M, H, W, C]` images under every window.
 
-    The maps are those that the config asks for, or with `knobs` approximate ones of their own.
+    The maps are those that the config asks for, or with `knobs` approximate ones of their own. The
+    `[M, K]` unoccluded logits rank the classes that it keeps, see `types.condense`.
     """
+    top_classes = run.config.occlusion.top_classes
     if not len(images):
-        return np.zeros((0, *run.grid, len(run.description['class_names'])), np.float32)
+        logits = np.zeros((0, *run.grid, unoccluded.shape[-1]), np.float32)
+        return condense(logits, unoccluded, top_classes)
     mapping = run.mapping(variables, 'approximate' if knobs else None)
     map_fn = functools.partial(
         map_batch,
@@ -228,4 +239,8 @@ def map_images(
         **(knobs or run.knobs),
     )
     map_fn = run.profiled('heatmaps', map_fn)
-    return devices.in_batches(map_fn, images, batch_size=mapping.batch_size)
+
+    def condensed_fn(images, unoccluded):
+        return _condense(map_fn(images), unoccluded, top_classes)
+
+    return devices.in_batches(condensed_fn, images, unoccluded, batch_size=mapping.batch_size)

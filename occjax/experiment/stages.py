@@ -8,6 +8,8 @@ what is there today; else it makes what is missing, or says what no longer fits.
 """
 
 import functools
+import itertools
+import math
 import os
 import time
 from typing import Any
@@ -25,6 +27,8 @@ from occjax.methods import METHODS
 from occjax.progress import Progress, say
 from occjax.streams import Stream
 from occjax.types import UsageError
+
+_NAMED = 10  # classes, where many lack maps
 
 
 @functools.partial(jax.jit, static_argnames='network')
@@ -108,22 +112,25 @@ def _trained(run, directory, split, number, images_fn=None):
         say(f'classifier: continuing after epoch {done}')
     state = devices.replicate(state)
     batch_size = min(settings.batch_size, len(split))
-    steps = len(split) // batch_size * settings.epochs
+    steps = len(split) // batch_size
+    rounds = max(1, math.ceil(settings.epoch_steps / steps))  # over the images, an epoch
     # Ours: the paper names no schedule; a falling rate needs less tuning than a constant one.
-    schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
+    schedule = optax.cosine_decay_schedule(settings.learning_rate, steps * rounds * settings.epochs)
     sides = [run.config.data.image_size] * settings.epochs
     sides[: len(settings.resize)] = settings.resize
     for epoch in range(done, settings.epochs):
-        progress = Progress(len(split), f'epoch {epoch + 1}/{settings.epochs}, images')
+        progress = Progress(rounds * len(split), f'epoch {epoch + 1}/{settings.epochs}, images')
         began, side = time.monotonic(), sides[epoch]
-        batches = data.training_batches(
+        batches_fn = functools.partial(
+            data.training_batches,
             split,
             batch_size,
             seed=run.config.seed,
-            epoch=epoch,
             classifier=number,
             flip=settings.flip,
         )
+        numbers = range(rounds * epoch, rounds * (epoch + 1))
+        batches = itertools.chain.from_iterable(batches_fn(epoch=n) for n in numbers)
         state, values = classifier.fit_epoch(
             state,
             (
@@ -239,6 +246,7 @@ def detectors(run: Run):
     made_from = store.heatmaps_origin(run)
     for protocol in store.PROTOCOLS:
         division = store.divide(run, protocol)
+        _tell_lacking(run, protocol, division)
         with_noise = run.config.detector.noise and protocol == 'held_out'
         noise = store.load_controls(run)['noise'] if with_noise else None
         for name in run.config.detector.methods:
@@ -274,13 +282,14 @@ def load_guard(run: Run, name: str, division: judging.Division | None = None) ->
     def make():
         held_out = store.divide(run, 'held_out') if division is None else division
         banks = store.load_banks(run, held_out, 'held_out', name)
-        fill = run.config.occlusion.fill
+        fill, top_classes = run.config.occlusion.fill, run.config.occlusion.top_classes
         found = guard.of_bank(
             *judging.first(banks, held_out, METHODS[name]),
             fill=np.array(fill) if fill else shard.fill_of(run, load_variables(run)),
             class_names=run.description['class_names'],
             method=name,
             **run.geometry,
+            **({'top_classes': top_classes} if top_classes else {}),
             **({'engine': 'approximate'} | run.knobs if run.knobs else {}),
         )
         return guard.to_arrays(found)
@@ -289,6 +298,32 @@ def load_guard(run: Run, name: str, division: judging.Division | None = None) ->
         return guard.from_arrays(make())  # It is made each time where nothing can be stored.
     known = dict(mode='detectors', made_from=store.heatmaps_origin(run))
     return guard.from_arrays(storage.cached(path, make, **known))
+
+
+def _tell_lacking(run, protocol, division):
+    """Says of which classes there are too few maps, and what would help."""
+    maps, classes = division.maps, np.flatnonzero(judging.lacking(division))
+    if not len(classes):
+        return
+    class_names, split = run.description['class_names'], store.PROTOCOLS[protocol]
+    clean, adversarial = (
+        np.bincount(maps.predicted[maps.is_adversarial == kind], minlength=len(class_names))
+        for kind in (False, True)
+    )
+    few = [
+        f'{class_names[k]} ({clean[k]} clean, {adversarial[k]} adversarial)'
+        for k in classes[:_NAMED]
+    ]
+    more = f' and {len(classes) - _NAMED} more' if len(classes) > _NAMED else ''
+    mapped = getattr(run.config.occlusion, f'{split}_images')
+    there, help_ = run.description[f'{split}_images'], f'more {split} images of them help'
+    if 0 < mapped < there:
+        field = f'--config.occlusion.{split}_images'
+        help_ += f', or, in another --workdir, {field} above {mapped} (of {there})'
+    say(
+        f'detectors ({protocol}): {len(classes)} of {len(class_names)} classes have too few maps '
+        f'for detectors and thresholds of their own: {", ".join(few)}{more}; {help_}.'
+    )
 
 
 STAGES = dict(zip(names.STAGES, (train, heatmaps, detectors, results_lib.make_report), strict=True))

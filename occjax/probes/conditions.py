@@ -16,7 +16,7 @@ from occjax.config import Occlusion
 from occjax.experiment import devices, shard, stages, store
 from occjax.experiment.run import Run, parts
 from occjax.streams import Stream
-from occjax.types import HeatmapSet
+from occjax.types import HeatmapSet, condense
 
 
 def _nearest(attack_fn, fn, x, y, *, key, epsilon, steps, bounds):
@@ -77,16 +77,17 @@ def view_batch(variables, autoencoder, images, *, views, network):
 def _seeing(run, variables, views):
     """Returns what gives images' arrays beside the windows, a word for it, and its origin."""
     if not views:
-        return lambda images: {}, '', {}
+        return lambda images, unoccluded: {}, '', {}
     autoencoder, shape = stages.load_autoencoder(run), (len(views), len(run.dataset.class_names))
     seen = dict(views=views, network=run.network)
     spectra = set(run.config.sweep.methods) & set(names.SPECTRAL)
 
-    def see(images):
+    def see(images, unoccluded):
         logits = np.zeros((0, *shape), np.float32)
         if len(images):
             batch_fn = functools.partial(view_batch, variables, autoencoder, **seen)
             logits = devices.in_batches(batch_fn, images, batch_size=run.batch_size)
+        logits = condense(logits, unoccluded, run.config.occlusion.top_classes)
         if not spectra:
             return {'views': logits}
         return {'views': logits, 'spectrum': comparators.spectrum(images).astype(np.float16)}
@@ -136,15 +137,15 @@ def mapped(
         correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))
         clean = name in ('none', 'noise')
         chosen = correct & ~successful if clean else successful
-        kept = adversarial[chosen]
+        kept, unoccluded = adversarial[chosen], after[chosen]
         found = {
-            'logits': shard.map_images(run, variables, kept),
-            'unoccluded': after[chosen],
+            'logits': shard.map_images(run, variables, kept, unoccluded),
+            'unoccluded': unoccluded,
             'label': labels[chosen],
             'image_id': here[chosen],
             'is_adversarial': np.full(len(kept), not clean),
         }
-        return found | see_fn(kept)
+        return found | see_fn(kept, unoccluded)
 
     wanted = []
     for start in range(0, len(ids), run.shard_size):

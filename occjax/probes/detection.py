@@ -182,9 +182,10 @@ def _see(run, variables, images) -> HeatmapSet:
     per_device = -(-len(images) // jax.device_count())
     batch_size = min(run.batch_size, per_device * jax.device_count())
     unknown = jnp.zeros(len(images), int)
+    unoccluded = devices.in_batches(predict_fn, images, batch_size=batch_size)
     return HeatmapSet(
-        logits=jnp.asarray(shard.map_images(few, variables, images)),
-        unoccluded=jnp.asarray(devices.in_batches(predict_fn, images, batch_size=batch_size)),
+        logits=jnp.asarray(shard.map_images(few, variables, images, unoccluded)),
+        unoccluded=jnp.asarray(unoccluded),
         label=unknown,
         image_id=unknown,
         is_adversarial=unknown.astype(bool),

@@ -34,10 +34,11 @@ ATTACKS = dict(
         strict=True,
     )
 )
-_STATIC = ('name', 'method', 'views', 'steps', 'weight', 'clip', 'mesh', 'network')
+_SEEN = ('method', 'views', 'top_classes', 'network', *shard.WINDOWS)
+_STATIC = ('name', 'steps', 'weight', 'clip', 'mesh', *_SEEN)
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, *shard.WINDOWS))
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def attack_batch(
     variables,
     bank,
@@ -192,6 +193,7 @@ def _settings(run, variables, target):
         network=run.network,
         engine=mapping.engine,
         chunk_size=mapping.chunk_size,
+        top_classes=run.config.occlusion.top_classes,
         **run.geometry,
         **run.knobs,
     )
@@ -338,7 +340,7 @@ def _attacked_maps(run, variables, target, name, epsilon, ids):
     return HeatmapSet(**storage.cached(path, part, mode='adaptive', made_from=target.made_from))
 
 
-@functools.partial(jax.jit, static_argnames=('method', 'views', 'network', *shard.WINDOWS))
+@functools.partial(jax.jit, static_argnames=_SEEN)
 def see_batch(variables, autoencoder, fill, images, *, method, views, network, **settings):
     """Returns the arrays of `verdict.observe`'s maps that a detector sees."""
     seen = views_lib.of_names(views, autoencoder)

@@ -41,6 +41,8 @@ def build(
     facts, found = _facts(results, config), _findings(results, class_names)
     drawn = _drawn(results, class_names, examples, maps, config)
     captions = figures.captions(config, results.get('map_mean') or {})
+    if len(class_names) > _BARS:
+        captions['classes.png'] += f' Of {len(class_names):,} classes the {_BARS} with most maps.'
     files = {name: figures.png(figure) for name, figure in drawn.items()}
     pictures = [(captions[name], content) for name, content in files.items()]
     manifest = tables.Table(
@@ -69,7 +71,7 @@ def _drawn(results, class_names, examples, maps, config):
     return {
         'roc.png': figures.roc_figure(shown.get('roc') or {}),
         'scores.png': figures.scores_figure(shown.get('histogram')),
-        'classes.png': figures.classes_figure(shown, class_names),
+        'classes.png': figures.classes_figure(shown, _with_bars(shown, class_names)),
         'fig1.png': figures.attack_figure(
             examples, class_names=class_names, epsilon=config.attack.epsilon
         ),
@@ -78,6 +80,17 @@ def _drawn(results, class_names, examples, maps, config):
         ),
         'fig3.png': figures.maps_figure(maps, class_names=class_names),
     }
+
+
+def _with_bars(detection, class_names):
+    """Returns the classes of the picture, in their order: all, or of many those with most maps."""
+
+    def maps(name):
+        entry = detection['per_class'].get(name) or {}
+        return sum(entry.get(count) or 0 for count in ('n_correct', 'n_adversarial'))
+
+    kept = set(sorted(class_names, key=maps, reverse=True)[:_BARS])
+    return [name for name in class_names if name in kept]
 
 
 def _facts(results, config):
@@ -273,6 +286,7 @@ CLOSING = '</main></body></html>\n'
 
 
 _LONG = 11  # Tables of more rows are folded.
+_BARS = 40  # Of more classes, only as many have one.
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2330; --soft: #5b6675;
   --line: #dde1e7; --band: #f0f2f5; --accent: #0b63b5; }

@@ -362,6 +362,15 @@ def markdown(table):
     return f'## {table.title}\n\n' + '\n'.join(f'| {" | ".join(row)} |' for row in lines) + note
 
 
+def shorten(table: Table, *, most: int = 40) -> Table:
+    """Returns a table of at most so many rows, and one that says how many more tables.md has."""
+    left = len(table.rows) - most
+    if left <= 0:
+        return table
+    rest = (f'… and {left:,} more in tables.md', *[''] * (len(table.header) - 1))
+    return table._replace(rows=[*table.rows[:most], rest])
+
+
 def to_markdown(listed: list[Table]) -> str:
     """Renders all tables as Markdown."""
     return '\n\n'.join(map(markdown, listed)) + '\n'

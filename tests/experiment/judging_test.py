@@ -166,6 +166,52 @@ def test_detectors_fitted_with_noise_call_it_clean():
     assert np.mean(scores['with'][0][judged] > 0) < 0.1
 
 
+def test_networks_of_many_classes_are_those_of_few_at_once(monkeypatch):
+    """Fitted and scored three classes at a time or all; one that learns nothing stays as it was."""
+    maps = toy_maps([(9, 7), (30, 20), (5, 0), (12, 12), (8, 9), (0, 3), (6, 6)])
+    division = judging.divide(maps, 'paper', Detector(seeds=2), 0)
+    found = []
+    for at_once in (16, 3):
+        monkeypatch.setattr(judging, '_AT_ONCE', at_once)
+        for name in ('linear_probe', 'all_logits'):
+            method, key = METHODS[name], jax.random.key(0)
+            fresh = judging.init_banks(key, division, method)
+            wanted = Detector(seeds=2, steps=20)
+            banks = judging.fit_banks(key, fresh, division, method, wanted, 0)
+            found.append((banks, judging.score_banks(banks, method, maps)))
+            none = judging.score_banks(banks, method, maps.select(slice(0, 0)))
+            assert none.shape == (2, 0)
+            if name == 'linear_probe':
+                for before, after in zip(*map(jax.tree.leaves, (fresh, banks)), strict=True):
+                    same = np.isclose(before, after).reshape(2, 7, -1).all(axis=(0, 2))
+                    assert same.tolist() == [k in (2, 5) for k in range(7)]
+    for ours, theirs in zip(found[:2], found[2:], strict=True):
+        for pair in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+            np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-5)
+
+
+def test_classes_that_lack_maps_are_named_by_hand():
+    """Two seeds; of four classes the last has enough in both, the first in one alone."""
+    maps = toy_maps([(60, 20), (60, 0), (30, 30), (60, 20)])
+    is_fitted, is_reserved = np.zeros((2, 2, len(maps)), bool)
+    place = maps.predicted * 2 + maps.is_adversarial
+    for kind in range(8):
+        here = np.flatnonzero(place == kind)
+        is_fitted[:, here[:10]] = True
+        is_reserved[:, here[10 : 10 + 19]] = True
+    one_less = np.flatnonzero(is_reserved[1] & (place == 0))[0]
+    is_reserved[1, one_less] = False
+    division = judging.Division(maps, is_fitted, is_reserved)
+    assert judging.lacking(division).tolist() == [True, True, False, False]
+    # With none reserved those that were fitted on set thresholds, and ten are too few.
+    alone = division._replace(is_reserved=np.zeros_like(is_reserved))
+    assert judging.lacking(alone).all()
+    whole = alone._replace(is_fitted=is_fitted | is_reserved)
+    assert judging.lacking(whole).tolist() == [False, True, False, False]
+    empty = judging.Division(maps.select(slice(0, 0)), is_fitted[:, :0], is_reserved[:, :0])
+    assert judging.lacking(empty).all()
+
+
 def learnt_scores(maps, division):
     """Returns fresh normal scores for every seed, far lower where they were fitted."""
     rng = np.random.default_rng(0)

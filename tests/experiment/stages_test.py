@@ -15,6 +15,7 @@ from occjax.benchmark import engines, fidelity, peer
 from occjax.experiment import devices, judging, shard, stages, storage, store
 from occjax.streams import Stream
 from occjax.types import Batch, HeatmapSet, UsageError
+from tests import small_run
 from tests.small_run import SMALL, make_run, run_all
 
 pytestmark = pytest.mark.usefixtures('small_plan')
@@ -130,6 +131,65 @@ def test_controls_are_what_they_are_called(finished):
         logits = vgg.logits(variables, noisy, plan=SMALL)
         # The key's noise is drawn for one image alone, whatever stands beside it.
         np.testing.assert_allclose(part.unoccluded[m], logits[0], atol=1e-4)
+
+
+def test_classes_that_lack_maps_are_told_with_a_way_out(finished, monkeypatch, capsys):
+    """One line, which names a larger number of maps only where there are more images to map."""
+    run, _ = finished
+    division, class_names = store.divide(run, 'held_out'), run.description['class_names']
+    maps = division.maps
+    clean, adversarial = (
+        np.sum((maps.predicted == 0) & (maps.is_adversarial == a)) for a in (0, 1)
+    )
+    for mapped, help_ in (
+        (0, 'more test images of them help.'),
+        (200, 'more test images of them help.'),
+        (
+            120,
+            'more test images of them help, or, in another --workdir, '
+            '--config.occlusion.test_images above 120 (of 200).',
+        ),
+    ):
+        config = small_run.get_config()
+        config.occlusion.test_images = mapped
+        other = dataclasses.replace(run, config=config)
+        stages._tell_lacking(other, 'held_out', division)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(
+            'detectors (held_out): 10 of 10 classes have too few maps for detectors and thresholds '
+            f'of their own: {class_names[0]} ({clean} clean, {adversarial} adversarial), '
+        )
+        assert line.endswith(f' adversarial); {help_}')
+    monkeypatch.setattr(stages, '_NAMED', 3)
+    stages._tell_lacking(run, 'held_out', division)
+    line = capsys.readouterr().err
+    assert [name for name in class_names if f'{name} (' in line] == class_names[:3]
+    assert ' adversarial) and 7 more; ' in line
+    monkeypatch.setattr(judging, 'lacking', lambda division: np.zeros(10, bool))
+    stages._tell_lacking(run, 'held_out', division)
+    assert capsys.readouterr().err == ''
+
+
+def test_an_epoch_of_few_images_goes_over_them_again(tmp_path, monkeypatch):
+    """300 images are nine steps of 32; each time in another order, no image before the others."""
+    seen = []
+
+    def fit_epoch(state, batches, **settings):
+        seen.append([batch.index for batch in batches])
+        return state, {'loss': 0.0, 'accuracy': 1.0}
+
+    monkeypatch.setattr(classifier, 'fit_epoch', fit_epoch)
+    for epoch_steps, rounds in ((0, 1), (9, 1), (10, 2), (36, 4)):
+        run = make_run(tmp_path / str(epoch_steps))
+        run.config.classifier.epoch_steps, run.config.classifier.epochs = epoch_steps, 2
+        seen.clear()
+        monkeypatch.setattr(stages, '_tell', lambda *args, **kwargs: None)
+        stages._trained(run, run.workdir / 'classifier', run.dataset.train, 0)
+        assert [len(epoch) for epoch in seen] == [9 * rounds] * 2
+        orders = np.reshape(seen, (2 * rounds, 9 * 32))
+        assert len(np.unique(orders, axis=0)) == 2 * rounds
+        for order in orders:
+            assert len(np.unique(order)) == 9 * 32
 
 
 def test_controls_are_judged_where_nothing_was_fitted(finished):

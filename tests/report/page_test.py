@@ -395,6 +395,36 @@ class WriteTest(parameterized.TestCase):
         self.assertIn('**0.31** is Spearman', self.read('tables.md'))
         self.assertIn('(95 %: -0.40 to 0.80)', self.read('tables.md'))
 
+    def test_of_many_classes_those_with_most_maps_have_bars(self):
+        """And the picture says so; one of a thousand classes would be as high as a house."""
+        names = [f'class {k}' for k in range(90)]
+        results = make_results(names)
+        detection = results['detection']['held_out']
+        for k, name in enumerate(names):
+            detection['per_class'][name] |= {'n_correct': 10 + k % 3, 'n_adversarial': k // 45}
+        kept = page._with_bars(detection, names)
+        self.assertLen(kept, 40)
+        self.assertEqual(kept, sorted(kept, key=names.index))
+        counts = {n: e['n_correct'] + e['n_adversarial'] for n, e in detection['per_class'].items()}
+        least = min(counts[name] for name in kept)
+        self.assertGreaterEqual(least, max(counts[n] for n in names if n not in kept))
+        self.assertEqual(page._with_bars(detection, names[:40]), names[:40])
+        with tempfile.TemporaryDirectory() as directory:
+            write(directory, results, class_names=names)
+            text = pathlib.Path(directory, 'report.html').read_text()
+            picture = matplotlib_image.imread(pathlib.Path(directory, 'classes.png'))
+        self.assertIn('Of 90 classes the 40 with most maps.', text)
+        self.assertLess(picture.shape[0], 2500)
+
+    def test_a_screen_has_the_first_rows_of_long_tables(self):
+        (table,) = [t for t in tables.build(make_results(), [], NAMES) if 'Heatmaps' in t.title]
+        self.assertEqual(tables.shorten(table), table)
+        self.assertEqual(tables.shorten(table, most=3), table)
+        short = tables.shorten(table, most=1)
+        self.assertEqual(short.rows[0], table.rows[0])
+        self.assertEqual(short.rows[1], ('… and 2 more in tables.md', '', '', '', ''))
+        self.assertEqual(short.total, table.total)
+
     def test_long_tables_are_folded(self):
         write(self.directory)
         page = self.read('report.html')
