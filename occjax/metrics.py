@@ -248,15 +248,15 @@ def per_class(
     """
     known = dict(threshold=threshold, learns=learns, is_reserved=is_reserved)
     chosen = thresholds(fit_scores, fit_maps, len(class_names), **known)
-    sets = _sets_thresholds(fit_maps, learns, is_reserved)
+    sets = fit_maps.predicted[_sets_thresholds(fit_maps, learns, is_reserved)]
+    counts, predicted = np.bincount(sets, minlength=len(class_names)), maps.predicted
     classes = {}
     for k, name in enumerate(class_names):
-        here = maps.predicted == k
+        here = predicted == k
         levels = {field: values[k] for field, values in chosen._asdict().items()}
         noisy = () if noise is None else noise[0][noise[1] == k]
         classes[name] = rates(scores[here], maps.is_adversarial[here], **levels, noise_scores=noisy)
-        count = np.sum(sets & (fit_maps.predicted == k))
-        classes[name]['n_thresholds'] = 0 if np.isnan(chosen.threshold[k]) else int(count)
+        classes[name]['n_thresholds'] = 0 if np.isnan(chosen.threshold[k]) else int(counts[k])
     return classes, _overall(classes)
 
 
@@ -284,10 +284,11 @@ def thresholds(
     """
     known = calibration(fit_scores, fit_maps, num_classes, learns=learns, is_reserved=is_reserved)
     scores, chosen = _numbers(fit_scores), np.full(num_classes, np.nan)
+    predicted = fit_maps.predicted
     for k in np.flatnonzero(known.is_fitted):
         chosen[k] = threshold
         if threshold is None:
-            here = fit_maps.predicted == k
+            here = predicted == k
             chosen[k] = best_threshold(scores[here], fit_maps.is_adversarial[here])
     at_5, at_1 = (np.where(known.is_fitted, known.thresholds(f), np.nan) for f in (0.05, 0.01))
     return Thresholds(chosen, at_5, at_1)

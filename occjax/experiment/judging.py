@@ -333,11 +333,12 @@ def roc(scores: np.ndarray, division: Division) -> dict[str, list[float]] | None
         None if no class has maps of both kinds.
     """
     maps, grid, curves = division.maps, np.linspace(0, 1, 51), []
+    predicted = maps.predicted
     for judged, values in zip(
         division.is_judged, np.broadcast_to(scores, division.is_judged.shape), strict=True
     ):
-        for k in np.unique(maps.predicted):
-            here = judged & (maps.predicted == k)
+        for k in np.unique(predicted):
+            here = judged & (predicted == k)
             kinds = maps.is_adversarial[here]
             if kinds.any() and not kinds.all():
                 fpr, tpr, _ = sklearn_metrics.roc_curve(kinds, values[here])

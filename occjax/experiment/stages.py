@@ -315,11 +315,16 @@ def _tell_lacking(run, protocol, division):
         for k in classes[:_NAMED]
     ]
     more = f' and {len(classes) - _NAMED} more' if len(classes) > _NAMED else ''
-    mapped = getattr(run.config.occlusion, f'{split}_images')
-    there, help_ = run.description[f'{split}_images'], f'more {split} images of them help'
+    config, there = run.config, run.description[f'{split}_images']
+    mapped, others = getattr(config.occlusion, f'{split}_images'), []
     if 0 < mapped < there:
-        field = f'--config.occlusion.{split}_images'
-        help_ += f', or, in another --workdir, {field} above {mapped} (of {there})'
+        others = [f'--config.occlusion.{split}_images above {mapped} (of {there})']
+    if (adversarial[classes] == 0).any():
+        others.append(
+            f'for adversarial ones --config.attack.epsilon above {config.attack.epsilon:g}'
+        )
+    help_ = f'more {split} images of them help'
+    help_ += f', or, in another --workdir, {" and ".join(others)}' if others else ''
     say(
         f'detectors ({protocol}): {len(classes)} of {len(class_names)} classes have too few maps '
         f'for detectors and thresholds of their own: {", ".join(few)}{more}; {help_}.'

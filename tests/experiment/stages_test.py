@@ -141,14 +141,13 @@ def test_classes_that_lack_maps_are_told_with_a_way_out(finished, monkeypatch, c
     clean, adversarial = (
         np.sum((maps.predicted == 0) & (maps.is_adversarial == a)) for a in (0, 1)
     )
+    more, larger = 'more test images of them help', ', or, in another --workdir, {}.'
+    attack, window = '--config.attack.epsilon above 0.3', '--config.occlusion.test_images above 120'
+    assert np.bincount(maps.predicted[maps.is_adversarial], minlength=10).min() == 0
     for mapped, help_ in (
-        (0, 'more test images of them help.'),
-        (200, 'more test images of them help.'),
-        (
-            120,
-            'more test images of them help, or, in another --workdir, '
-            '--config.occlusion.test_images above 120 (of 200).',
-        ),
+        (0, more + larger.format(f'for adversarial ones {attack}')),
+        (200, more + larger.format(f'for adversarial ones {attack}')),
+        (120, more + larger.format(f'{window} (of 200) and for adversarial ones {attack}')),
     ):
         config = small_run.get_config()
         config.occlusion.test_images = mapped
@@ -160,6 +159,11 @@ def test_classes_that_lack_maps_are_told_with_a_way_out(finished, monkeypatch, c
             f'of their own: {class_names[0]} ({clean} clean, {adversarial} adversarial), '
         )
         assert line.endswith(f' adversarial); {help_}')
+    some = np.flatnonzero(np.bincount(maps.predicted[maps.is_adversarial], minlength=10) > 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(judging, 'lacking', lambda _: np.isin(np.arange(10), some))
+        stages._tell_lacking(run, 'held_out', division)
+        assert capsys.readouterr().err.endswith(f' adversarial); {more}.\n')
     monkeypatch.setattr(stages, '_NAMED', 3)
     stages._tell_lacking(run, 'held_out', division)
     line = capsys.readouterr().err
