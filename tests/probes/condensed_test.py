@@ -1,14 +1,15 @@
 """Laws of runs that keep the logits of a few classes: what they find is what others find."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from occjax import data, guard
 from occjax.experiment import judging, stages, storage, store
 from occjax.experiment.run import Run
 from occjax.methods import METHODS
@@ -71,22 +72,36 @@ def test_the_paper_s_detectors_find_the_same(finished, condensed):
         np.testing.assert_allclose(*scores, rtol=1e-2, atol=1e-2)
 
 
-def test_verdicts_are_those_of_the_stored_maps(finished, condensed, tmp_path, one_in_two):
+def test_verdicts_are_those_of_the_stored_maps(finished, condensed, tmp_path, capsys):
     """On files, by the paper's detectors as without condensing, and by those that see ranks."""
+    folder = tmp_path / 'images'
+    folder.mkdir()
     for i, pixels in enumerate(condensed.dataset.test.images[:10]):
-        Image.fromarray(pixels).save(tmp_path / f'{i}.png')
-    lines = [detection.detect(run, str(tmp_path)).split('\n') for run in (condensed, finished[0])]
-    said = [[line.split('all_logits')[0].split('(')[0] for line in each] for each in lines]
-    assert said[0] == said[1]
-    division = store.divide(condensed, 'held_out')
-    bank, levels = detection.deployed(condensed, division, 'all_logits')
-    maps = division.maps.select(~division.maps.is_adversarial & (division.maps.image_id < 10))
-    banks = jax.tree.map(lambda leaf: leaf[None], bank)
-    (scores,) = judging.score_banks(banks, METHODS['all_logits'], maps)
-    margins = scores - levels[maps.predicted]
-    for image_id, margin in zip(maps.image_id, margins, strict=True):
-        word = f'({margin:+.2f})' if np.isfinite(margin) else 'no threshold'
-        assert word in lines[0][image_id]
+        Image.fromarray(pixels).save(folder / f'{i}.png')
+    said = []
+    for run in (condensed, finished[0]):
+        detection.detect(run, str(folder), output=str(tmp_path / 'found'))
+        said.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    for one, other in zip(*said, strict=True):
+        scores = [line['detectors']['detector']['score'] for line in (one, other)]
+        assert one['class'] == other['class'] and scores[0] == pytest.approx(scores[1], abs=1e-3)
+    maps = store.divide(condensed, 'held_out').maps
+    maps = maps.select(~maps.is_adversarial & (maps.image_id < 10))
+    expected = guard.judge_maps(stages.load_guard(condensed, 'all_logits'), maps).score
+    found = [said[0][i]['detectors']['all_logits']['score'] for i in maps.image_id]
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_a_guard_of_the_run_sees_what_its_detectors_see(condensed):
+    """Ranked columns, for whoever loads it."""
+    found = guard.load(condensed.workdir / 'detectors' / 'all_logits.guard.npz')
+    variables = stages.load_variables(condensed)
+    logits_fn = functools.partial(condensed.network.fn, variables)
+    maps = store.divide(condensed, 'held_out').maps.select(slice(0, 6))
+    maps = maps.select(~maps.is_adversarial)
+    images = data.take(condensed.dataset.test, maps.image_id)
+    said = guard.judge(found, logits_fn, images)
+    np.testing.assert_allclose(said.score, guard.judge_maps(found, maps).score, atol=1e-3)
 
 
 @pytest.mark.slow
