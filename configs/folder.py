@@ -23,7 +23,7 @@ def get_config() -> Config:
         occlusion=Occlusion(
             size=16,  # a quarter of the side; §III-D has 15 of 32
             stride=6,  # 8 x 8 windows; §III-D has 5
-            train_images=1000,  # of a larger folder not all: each takes seconds
+            train_images=1000,  # of a larger folder not all: each takes a second or so
             test_images=1000,
         ),
         detector=Detector(

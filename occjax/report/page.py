@@ -83,13 +83,17 @@ def _drawn(results, class_names, examples, maps, config):
 
 
 def _with_bars(detection, class_names):
-    """Returns the classes of the picture, in their order: all, or of many those with most maps."""
+    """Returns the classes of the picture, in their order: all, or of many those with most maps.
 
-    def maps(name):
+    Those that were judged go before others.
+    """
+
+    def worth(name):
         entry = detection['per_class'].get(name) or {}
-        return sum(entry.get(count) or 0 for count in ('n_correct', 'n_adversarial'))
+        count = sum(entry.get(kind) or 0 for kind in ('n_correct', 'n_adversarial'))
+        return entry.get('balanced_accuracy') is not None, count
 
-    kept = set(sorted(class_names, key=maps, reverse=True)[:_BARS])
+    kept = set(sorted(class_names, key=worth, reverse=True)[:_BARS])
     return [name for name in class_names if name in kept]
 
 

@@ -409,6 +409,9 @@ class WriteTest(parameterized.TestCase):
         least = min(counts[name] for name in kept)
         self.assertGreaterEqual(least, max(counts[n] for n in names if n not in kept))
         self.assertEqual(page._with_bars(detection, names[:40]), names[:40])
+        for name in kept[:5]:
+            detection['per_class'][name]['balanced_accuracy'] = None
+        self.assertNoCommonElements(kept[:5], page._with_bars(detection, names))
         with tempfile.TemporaryDirectory() as directory:
             write(directory, results, class_names=names)
             text = pathlib.Path(directory, 'report.html').read_text()
