@@ -119,7 +119,7 @@ def fit_epoch(
     step_fn: Callable = train_step,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> tuple[ClassifierState, dict[str, float]]:
-    """Takes one step a batch.
+    """Takes one step a batch; the next batch is read and sent while the device takes a step.
 
     Args:
         state: where to start.
@@ -136,6 +136,15 @@ def fit_epoch(
         The state after the epoch, and the mean `loss` and `accuracy` over its images.
     """
     totals, count, step = {'loss': 0.0, 'accuracy': 0.0}, 0, int(state.step)
+
+    def tell(metrics, size):
+        nonlocal count
+        count += size
+        for name in totals:
+            totals[name] += float(metrics[name]) * size
+        on_batch(size)
+
+    taken = []  # The last step, which is waited for when the next one is on its way.
     for batch in batches:
         state, metrics = step_fn(
             state,
@@ -148,23 +157,31 @@ def fit_epoch(
             plan=plan,
         )
         step += 1
-        count += len(batch.labels)
-        for name in totals:
-            totals[name] += float(metrics[name]) * len(batch.labels)
-        on_batch(len(batch.labels))
+        taken.append((metrics, len(batch.labels)))
+        if len(taken) > 1:
+            tell(*taken.pop(0))
+    for found in taken:
+        tell(*found)
     return state, {name: total / count for name, total in totals.items()}
 
 
-def evaluate(predict_fn: Callable[[Array], Array], batches: Iterable[Batch]) -> float:
+def evaluate(
+    predict_fn: Callable[[Array], Array],
+    batches: Iterable[Batch],
+    *,
+    total_fn: Callable[[tuple[int, int]], tuple[int, int]] = lambda counts: counts,
+) -> float:
     """Returns the exact accuracy: every real image counts once, divided once.
 
     Args:
         predict_fn: maps `[B, H, W, C]` images to `[B]` classes.
         batches: padded ones, from `data.batches`.
+        total_fn: sums counts over hosts, if each has its own batches.
     """
     correct = total = 0
     for batch in batches:
         hits = np.asarray(predict_fn(batch.images)) == batch.labels
         correct += int(np.sum(hits & batch.is_real))
         total += int(batch.is_real.sum())
+    correct, total = map(int, total_fn((correct, total)))
     return correct / total

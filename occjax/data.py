@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -160,14 +160,21 @@ def pixel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), np.sqrt(squares / count - mean**2).astype(np.float32)
 
 
-def batches(split: Split, batch_size: int) -> Iterator[Batch]:
+def batches(
+    split: Split, batch_size: int, *, share_fn: Callable[[range], range] = lambda starts: starts
+) -> Iterator[Batch]:
     """Yields every image exactly once and in order; the last batch is padded with the first image.
 
     Padding is where `is_real` is False, so that sums over a split are exact.
+
+    Args:
+        split: the images.
+        batch_size: B.
+        share_fn: chooses among the positions where batches start, for what several hosts divide.
     """
     if batch_size < 1:
         raise ValueError(f'Expected batch_size >= 1, got {batch_size}.')
-    for start in range(0, len(split), batch_size):
+    for start in share_fn(range(0, len(split), batch_size)):
         index = np.arange(start, start + batch_size)
         is_real = index < len(split)
         yield _batch(split, np.where(is_real, index, 0), is_real)
@@ -181,6 +188,7 @@ def training_batches(
     epoch: int,
     classifier: int = 0,
     flip: bool = False,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Yields an epoch's whole batches; order and flips are pure functions of the three numbers.
 
@@ -194,6 +202,8 @@ def training_batches(
         epoch: from 0.
         classifier: 0, or an ensemble's others from 1.
         flip: mirrors each image, left to right, with probability 1/2.
+        rows: of each batch, whose images alone are read, for a host that takes a part of it; None
+            for all.
     """
     if batch_size < 1:
         raise ValueError(f'Expected batch_size >= 1, got {batch_size}.')
@@ -201,16 +211,17 @@ def training_batches(
     count = max(len(split) // batch_size, 1)
     flipped = streams.rng(seed, Stream.FLIP, classifier, epoch).random(len(split)) < flip / 2
     for index in order[: count * batch_size].reshape(count, -1):
-        batch = _batch(split, index, np.ones(len(index), bool))
-        rows = np.flatnonzero(flipped[index])
-        batch.images[rows] = batch.images[rows, :, ::-1]
+        read = index if rows is None else index[rows]
+        batch = _batch(split, index, np.ones(len(index), bool), read)
+        mirrored = np.flatnonzero(flipped[read])
+        batch.images[mirrored] = batch.images[mirrored, :, ::-1]
         yield batch
 
 
-def _batch(split, index, is_real):
-    """Gathers a batch."""
-    labels = np.asarray(split.labels[index], np.int32)
-    return Batch(take(split, index), labels, index.astype(np.int32), is_real)
+def _batch(split, index, is_real, read=None):
+    """Gathers a batch, or the images of some of its rows."""
+    labels, images = np.asarray(split.labels[index], np.int32), index if read is None else read
+    return Batch(take(split, images), labels, index.astype(np.int32), is_real)
 
 
 def _resplit(labels, class_names, per_class, seed):
