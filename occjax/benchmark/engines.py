@@ -55,7 +55,7 @@ def benchmark(run: Run, timing: Timing) -> str:
     result = {
         'device': jax.devices()[0].device_kind,
         'backend': jax.default_backend(),
-        'devices': jax.device_count(),
+        'devices': jax.local_device_count(),
         'versions': {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib')},
         'weights': weights,
         'network': run.network_name,
@@ -78,7 +78,7 @@ def benchmark(run: Run, timing: Timing) -> str:
         result['engines'][name] = measure(run, timing, name, variables, images, expected, **knobs)
         share = result['engines'][name]['flops_per_second'] / rates[dtype.name]
         # CPU devices are parts of one machine, which `matrix_rate` had to itself.
-        share /= 1 if jax.default_backend() == 'cpu' else jax.device_count()
+        share /= 1 if jax.default_backend() == 'cpu' else jax.local_device_count()
         result['engines'][name]['share_of_matrix_product_rate'] = share
     result['peak_memory_bytes'] = peak_memory()
     if timing.peer:
@@ -174,7 +174,7 @@ def _maps(logits, unoccluded):
 def plain_maps(run: Run, variables: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first images' `[B, K]` logits, and their `[B, h, w]` maps by definition."""
     mapping = run.mapping(variables, 'full')
-    images = images[: mapping.batch_size // jax.device_count()]
+    images = images[: mapping.batch_size // jax.local_device_count()]
 
     @jax.jit
     def plain(variables, images, fill):
@@ -207,8 +207,8 @@ def measure(
         **knobs: of the approximate engine.
     """
     mapping = run.mapping(variables, name)
-    per_device = math.ceil(len(images) / jax.device_count())
-    batch_size = min(mapping.batch_size, per_device * jax.device_count())
+    per_device = math.ceil(len(images) / jax.local_device_count())
+    batch_size = min(mapping.batch_size, per_device * jax.local_device_count())
     cast, dtype = _cast(variables, timing.dtype), jnp.dtype(timing.dtype)
     fill = shard.fill_of(run, variables)
     settings = dict(mesh=devices.mesh(), network=run.network, engine=name)

@@ -50,7 +50,7 @@ def benchmark(run: Run, timing: Timing) -> str:
             seconds[name].append(seconds_of(step))
     result = {
         'device': jax.devices()[0].device_kind,
-        'devices': jax.device_count(),
+        'devices': jax.local_device_count(),
         'plan': settings.plan,
         'image_size': run.config.data.image_size,
         'batch_size': settings.batch_size,
