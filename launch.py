@@ -5,7 +5,7 @@ changes results; the other flags say where and how fast. README lists modes and 
 
 JAX's own flags work too. --jax_compilation_cache_dir=<folder> keeps compiled programs for the next
 run: those that took a second to compile, or fewer with
---jax_persistent_cache_min_compile_time_secs=0.
+--jax_persistent_cache_min_compile_time_secs=0. Several hosts may share that folder.
 """
 
 import os
@@ -13,6 +13,7 @@ import pathlib
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 
 try:
@@ -146,6 +147,12 @@ _BENCHMARK_PEER = flags.DEFINE_enum(
 _BENCHMARK_TRAINING = flags.DEFINE_bool(
     'benchmark_training', False, 'Time steps of training, and not heat maps.'
 )
+_BENCHMARK_SCALING = flags.DEFINE_bool(
+    'benchmark_scaling',
+    False,
+    'Time nothing: read from compiled programs what all devices would do and exchange, with '
+    '--benchmark_images each. --jax_platforms=cpu --jax_num_cpu_devices=256 makes up some.',
+)
 _BENCHMARK_DTYPE = flags.DEFINE_enum(
     'benchmark_dtype', 'float32', ['float32', 'bfloat16'], 'Type of the weights that are timed.'
 )
@@ -171,10 +178,24 @@ _FIDELITY_THRESHOLDS = flags.DEFINE_list(
 )
 
 
+_MULTIHOST = flags.DEFINE_bool(
+    'multihost', False, 'Several hosts, which JAX finds: a TPU slice, Slurm, Open MPI, Kubernetes.'
+)
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    'coordinator_address', None, 'Several hosts without a scheduler: <host>:<port> of the first.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many hosts there are.', 1)
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
+_HOST_TIMEOUT = flags.DEFINE_integer(
+    'host_timeout', 100, 'Seconds after which a host without a sign of life counts as gone.', 5
+)
+# Modes to which every host adds; others are the first host's.
+_SHARED = ('train', 'heatmaps', 'sweep', 'adaptive', 'detect')
+
+
 def main(_):
-    """Opens the work directory and runs the stages that the mode names."""
-    from occjax.experiment import memory, storage
-    from occjax.experiment.run import Run, Speed
+    """Checks what is asked for, joins other hosts, and does it."""
+    from occjax.experiment import hosts, memory
 
     config = flags.FLAGS.config
     config.validate()
@@ -182,13 +203,32 @@ def main(_):
     limit = memory.parse(_MEMORY_LIMIT.value) if _MEMORY_LIMIT.value is not None else None
     shares = thresholds()
     check_settings()
+    hosts.start(
+        detected=_MULTIHOST.value,
+        address=_COORDINATOR_ADDRESS.value,
+        count=_NUM_PROCESSES.value,
+        index=_PROCESS_ID.value,
+        timeout=_HOST_TIMEOUT.value,
+    )
     check_devices()
+    hosts.connect()
     jax.config.update('jax_default_matmul_precision', config.precision)
+    hosts.quietly(lambda: run_modes(config, limit, shares))
+    hosts.end()
+
+
+def run_modes(config, limit, shares):
+    """Opens the work directory and runs the stages that the mode names."""
+    from occjax.experiment import hosts, storage
+    from occjax.experiment.run import Run, Speed
+
     config_file = config_flags.get_config_filename(flags.FLAGS['config'])
     workdir = _WORKDIR.value or os.path.join('runs', pathlib.Path(config_file).stem)
+    with hosts.first():
+        opened = storage.open_workdir(workdir, config)
     run = Run(
         config=config,
-        workdir=storage.open_workdir(workdir, config),
+        workdir=opened,
         data_dir=_DATA_DIR.value,
         cache_dir=_CACHE_DIR.value,
         speed=Speed(
@@ -200,7 +240,7 @@ def main(_):
         ),
     )
     # Seconds of import, which no mistake of the above has to wait for.
-    from occjax.benchmark import engines, fidelity, training
+    from occjax.benchmark import engines, fidelity, scaling, training
     from occjax.benchmark.peer import Timing
     from occjax.experiment import stages
     from occjax.probes import detection, evasion, sweep
@@ -214,6 +254,7 @@ def main(_):
         every=_BENCHMARK_EVERY.value,
     )
     timed = training if _BENCHMARK_TRAINING.value else engines
+    timed = scaling if _BENCHMARK_SCALING.value else timed
     modes = stages.STAGES | {
         'detect': lambda run: detection.detect(
             run, _IMAGES.value, fpr=_FPR.value, output=_OUTPUT.value
@@ -223,13 +264,19 @@ def main(_):
         'sweep': sweep.sweep,
         'adaptive': evasion.evade,
     }
+    wanted = names.STAGES if _MODE.value == 'all' else [_MODE.value]
     with storage.locked(run.workdir):
-        for mode in names.STAGES if _MODE.value == 'all' else [_MODE.value]:
-            tables = modes[mode](run)
-            if tables:
-                print(tables)
-            if mode == 'report':
-                print(f'Report: {run.workdir / "report" / "report.html"}')
+        if jax.process_count() > 1 and set(wanted) & set(_SHARED) - {'detect'}:
+            with hosts.first():
+                _ = run.dataset  # Decoded once, and cached for all.
+        for mode in wanted:
+            if mode in _SHARED or hosts.is_first():
+                tables = modes[mode](run)
+                if tables:
+                    print(tables)
+                if mode == 'report':
+                    print(f'Report: {run.workdir / "report" / "report.html"}')
+            hosts.wait(mode)
 
 
 def thresholds() -> tuple[float, ...]:
@@ -271,7 +318,7 @@ def check_settings():
 
 
 def check_devices():
-    """Refuses several hosts, and says in one line what JAX says in many of a missing device."""
+    """Refuses hosts that were not joined, and says in a line what JAX says of a missing device."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError):
@@ -279,10 +326,10 @@ def check_devices():
             f'No device for --jax_platforms={jax.config.jax_platforms}: '
             'install its wheels, such as pip install "jax[cuda13]" or "jax[tpu]", or use cpu.'
         ) from None
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UsageError(
             f'JAX sees {jax.process_count()} hosts, of which each would write the same files: '
-            'start it on one host alone.'
+            'start it with --multihost, or on one host alone.'
         )
 
 
@@ -306,6 +353,21 @@ def parse(argv):
     return rest
 
 
+def crash(error: Exception):
+    """Shows where an error comes from that is nobody's mistake, and ends, with all hosts."""
+    if jax.distributed.is_initialized():
+        traceback.print_exc()
+        line = f'{type(error).__name__}: {" ".join(str(error).split()):.300}'
+        print(
+            f'launch.py: {line}: if another host is gone, the same command goes on from what is '
+            'finished.',
+            file=sys.stderr,
+            flush=True,
+        )
+        leave(line, 1)
+    raise error
+
+
 def end_on(*signals: signal.Signals):
     """Ends the process within a moment of a signal, with exit code 128 + its number.
 
@@ -321,17 +383,27 @@ def end_on(*signals: signal.Signals):
     def watch():
         number = os.read(reader, 1)[0]
         name = signal.Signals(number).name
-        line = f'launch.py: ended by {name}; the same command goes on from what is finished.\n'
-        os.write(sys.stderr.fileno(), line.encode())
+        line = f'ended by {name}; the same command goes on from what is finished.'
+        os.write(2, f'launch.py: {line}\n'.encode())
+        leave(line, 128 + number)
         os._exit(128 + number)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def fail(line: str, exit_fn: Callable[[int], None] = sys.exit):
-    """Prints the one line that a person needs, and ends with exit code 2."""
+    """Prints the one line that a person needs, and ends with exit code 2, with all hosts."""
     print(f'launch.py: {line}', file=sys.stderr, flush=True)
+    leave(line, 2)
     exit_fn(2)
+
+
+def leave(line: str, code: int):
+    """Ends this process at once if it is one of several hosts, and tells the others why."""
+    if jax.distributed.is_initialized():
+        from occjax.experiment import hosts
+
+        hosts.fail(line, code)
 
 
 if __name__ == '__main__':
@@ -352,9 +424,11 @@ if __name__ == '__main__':
         )
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
-            raise
+            crash(error)
         fail(
             f'Out of memory ({" ".join(str(error).split())}): smaller images, fewer at once '
             '(config.classifier.batch_size, --eval_batch_size) or a smaller '
             'config.classifier.hidden take less.'
         )
+    except Exception as error:
+        crash(error)

@@ -233,7 +233,7 @@ def test_settings_of_jax_that_change_results_are_refused(command, name, value):
     assert not os.path.exists('runs')
 
 
-def test_several_hosts_are_refused(command, monkeypatch):
+def test_several_hosts_that_nobody_joined_are_refused(command, monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 3)
     assert 'JAX sees 3 hosts' in refused(command)
     assert not os.path.exists('runs')

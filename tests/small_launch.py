@@ -1,9 +1,10 @@
 """`launch.py` on the experiment of `small_run`, in a process of its own that may be killed.
 
 With KILL_AT_WRITE=n in the environment it kills itself at its n-th write: before a file is on the
-disk, or before it takes its name.
+disk, or before it takes its name; with KILL_AT_CALL=<module>:<function>:n at its n-th call of that.
 """
 
+import importlib
 import itertools
 import os
 import pathlib
@@ -14,8 +15,8 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def kill_at_write(number):
-    """Kills this process at a call of what brings files to the disk and gives them their names."""
+def kill_at_call(module, names, number):
+    """Kills this process at the n-th call of some functions of a module."""
     count = itertools.count(1)
 
     def killing(fn):
@@ -26,8 +27,8 @@ def kill_at_write(number):
 
         return wrapped
 
-    for name in ('fsync', 'replace', 'rename'):
-        setattr(os, name, killing(getattr(os, name)))
+    for name in names:
+        setattr(module, name, killing(getattr(module, name)))
 
 
 if __name__ == '__main__':
@@ -36,7 +37,11 @@ if __name__ == '__main__':
     from tests import small_run
 
     if 'KILL_AT_WRITE' in os.environ:
-        kill_at_write(int(os.environ['KILL_AT_WRITE']))
+        number = int(os.environ['KILL_AT_WRITE'])
+        kill_at_call(os, ('fsync', 'replace', 'rename'), number)
+    if 'KILL_AT_CALL' in os.environ:
+        name, function, number = os.environ['KILL_AT_CALL'].split(':')
+        kill_at_call(importlib.import_module(name), [function], int(number))
     vgg.PLANS['vgg11'] = small_run.SMALL
     sys.argv.insert(1, f'--config={small_run.__file__}')
     runpy.run_path(str(ROOT / 'launch.py'), run_name='__main__')

@@ -20,7 +20,7 @@ from occjax import config as config_lib
 from occjax import data, incremental, networks, occlusion, streams, vgg
 from occjax import engine as engine_lib
 from occjax.config import Config
-from occjax.experiment import memory, storage
+from occjax.experiment import hosts, memory, storage
 from occjax.progress import Progress
 from occjax.streams import Stream
 from occjax.types import Dataset, UsageError
@@ -93,7 +93,7 @@ class Run:
     def batch_size(self) -> int:
         """How many images the classifier takes at once outside of training, 128 of 32×32 pixels."""
         wanted = self.speed.eval_batch_size or max(8, 2**17 // self.config.data.image_size**2)
-        return math.ceil(wanted / jax.device_count()) * jax.device_count()
+        return math.ceil(wanted / jax.local_device_count()) * jax.local_device_count()
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -157,7 +157,8 @@ class Run:
     @property
     def map_batch_size(self) -> int:
         """How many images are mapped at once; few, as each is many forward passes."""
-        return math.ceil(self.batch_size / 4 / jax.device_count()) * jax.device_count()
+        per_device = math.ceil(self.batch_size / 4 / jax.local_device_count())
+        return per_device * jax.local_device_count()
 
     @property
     def shard_size(self) -> int:
@@ -226,12 +227,12 @@ class Run:
         needs = memory.needs(engine, plan, variables)
         images, windows = needs.fit(
             self.speed.memory_limit or memory.available(),
-            images=self.map_batch_size // jax.device_count(),
+            images=self.map_batch_size // jax.local_device_count(),
             windows=self.speed.chunk_size or occlusion.default_chunk((*self.image_shape, 3)),
             devices=memory.sharers(),
         )
         estimate = needs.total(images, windows)
-        return Mapping(engine, windows, images * jax.device_count(), estimate)
+        return Mapping(engine, windows, images * jax.local_device_count(), estimate)
 
     def provenance(self, engine: str, **knobs: float) -> dict[str, Any]:
         """Returns how an engine computes heatmaps here and now: what may move their last bits."""
@@ -241,7 +242,7 @@ class Run:
             'dtype': 'float32',
             'precision': jax.config.jax_default_matmul_precision or 'default',
             'device': jax.devices()[0].device_kind,
-            'devices': jax.device_count(),
+            'devices': jax.local_device_count(),
             'jax': jax.__version__,
         }
 
@@ -266,6 +267,8 @@ class Run:
 
     def log(self, **values: Any):
         """Adds a line to `metrics.jsonl`, by which a run of hours can be watched and plotted."""
+        if not hosts.is_first():
+            return
         with open(self.workdir / 'metrics.jsonl', 'a') as file:
             file.write(json.dumps({'time': round(time.time(), 1)} | values) + '\n')
 
@@ -324,12 +327,31 @@ def parts(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the parts of a long computation, each from its file or made anew and stored there.
 
+    Several hosts make their shares first, see `make_parts`.
+
     Args:
         run: the experiment, which keeps a line of every part that is made.
         what: is counted, in words.
         wanted: the file of each part, how much it counts, and what returns its arrays.
         mode, made_from: see `storage.cached`.
     """
+    if jax.process_count() > 1:
+        make_parts(run, what, wanted, mode=mode, made_from=made_from)
+    yield from _parts(run, what, wanted, mode, made_from)
+
+
+def make_parts(run: Run, what: str, wanted: Sequence, *, mode: str, made_from: storage.Origin):
+    """Makes those parts of a long computation that are missing, each host its share of them.
+
+    It returns when all are there; the arguments are those of `parts`.
+    """
+    for _ in _parts(run, what, hosts.share(wanted), mode, made_from):
+        pass  # Each is on the disk; together they may be more than fits into memory.
+    hosts.wait('parts')
+
+
+def _parts(run, what, wanted, mode, made_from):
+    """Does what `parts` says on this host."""
     progress = Progress(sum(count for _, count, _ in wanted), what)
     for path, count, make_fn in wanted:
         there, began = path.exists(), time.monotonic()

@@ -20,9 +20,9 @@ import numpy as np
 import optax
 
 from occjax import classifier, comparators, data, guard, names, vgg
-from occjax.experiment import devices, judging, shard, storage, store
+from occjax.experiment import devices, hosts, judging, shard, storage, store
 from occjax.experiment import results as results_lib
-from occjax.experiment.run import Run, parts
+from occjax.experiment.run import Run, make_parts
 from occjax.methods import METHODS
 from occjax.progress import Progress, say
 from occjax.streams import Stream
@@ -73,7 +73,8 @@ def train(run: Run):
     accuracies = {
         f'{name}_accuracy': classifier.evaluate(
             lambda images: predict_fn(devices.divide(images)),
-            data.batches(getattr(run.dataset, name), run.batch_size),
+            data.batches(getattr(run.dataset, name), run.batch_size, share_fn=hosts.share),
+            total_fn=hosts.total,
         )
         for name in names.SPLITS
     }
@@ -99,19 +100,24 @@ def _train(run, directory, split):
     images_fn = attacked if settings.adversarial_epsilon else None
     variables = _trained(run, directory, split, 0, images_fn)
     made = storage.checkpoint_metadata(directory, mode='train', step=settings.epochs)
-    return variables, settings.epochs, made['digest']
+    return devices.replicate(jax.device_get(variables)), settings.epochs, made['digest']
 
 
 def _trained(run, directory, split, number, images_fn=None):
-    """Returns the variables of a classifier after all epochs; continues after the last stored."""
+    """Returns the variables of a classifier after all epochs; continues after the last stored.
+
+    They lie on the devices of all hosts.
+    """
     settings, origin = run.config.classifier, run.origin('train')
     state = classifier.init_state(init_variables(run, number))
     done = storage.latest_step(directory) or 0
+    hosts.check_same(done, 'epochs in the work directory')
     if done:
         state = storage.restore_checkpoint(directory, state, mode='train', made_from=origin)
         say(f'classifier: continuing after epoch {done}')
-    state = devices.replicate(state)
+    state = devices.replicate(state, all_hosts=True)
     batch_size = min(settings.batch_size, len(split))
+    rows = devices.rows(batch_size)
     steps = len(split) // batch_size
     rounds = max(1, math.ceil(settings.epoch_steps / steps))  # over the images, an epoch
     # Ours: the paper names no schedule; a falling rate needs less tuning than a constant one.
@@ -128,15 +134,13 @@ def _trained(run, directory, split, number, images_fn=None):
             seed=run.config.seed,
             classifier=number,
             flip=settings.flip,
+            rows=rows,
         )
         numbers = range(rounds * epoch, rounds * (epoch + 1))
         batches = itertools.chain.from_iterable(batches_fn(epoch=n) for n in numbers)
         state, values = classifier.fit_epoch(
             state,
-            (
-                batch._replace(images=shrink(devices.divide(batch.images), side=side))
-                for batch in batches
-            ),
+            _sent(batches, batch_size, side),
             key=run.key(Stream.DROPOUT, number),
             schedule=schedule,
             dropout_rate=settings.dropout_rate,
@@ -155,7 +159,14 @@ def _trained(run, directory, split, number, images_fn=None):
         found = values | {'images_per_second': progress.rate, 'seconds': time.monotonic() - began}
         left = found['seconds'] * sum((later / side) ** 2 for later in sides[epoch + 1 :])
         _tell(run, number, epoch, found, left, step=int(state.step), schedule=schedule)
+    hosts.wait('trained')
     return state.variables
+
+
+def _sent(batches, batch_size, side):
+    """Yields batches whose images lie, shrunk, on the devices of all hosts."""
+    for batch in batches:
+        yield batch._replace(images=shrink(devices.join(batch.images, batch_size), side=side))
 
 
 def _tell(run, number, epoch, found, left, *, step, schedule):
@@ -226,7 +237,9 @@ def heatmaps(run: Run):
         found = store.load_manifest(run)['shards']
         if all((directory / name).exists() for name in found):
             return
-    variables, autoencoder, shards = load_variables(run), load_autoencoder(run), []
+    variables, shards = load_variables(run), []
+    with hosts.first():
+        autoencoder = load_autoencoder(run)
     made_from = store.classifier_origin(run) | {'autoencoder': autoencoder_digest(run)}
     for name in names.SPLITS:
         split, ids = getattr(run.dataset, name), mapped_ids(run, name)
@@ -235,8 +248,7 @@ def heatmaps(run: Run):
             make_fn = functools.partial(shard.collect, run, variables, autoencoder, split, here)
             make_fn = functools.partial(make_fn, controls=name == 'test')
             shards.append((directory / f'{name}-{start:07d}.npz', len(here), make_fn))
-    for _ in parts(run, 'heatmaps, images', shards, mode='heatmaps', made_from=made_from):
-        pass  # Each is on the disk; together they may be more than fits into memory.
+    make_parts(run, 'heatmaps, images', shards, mode='heatmaps', made_from=made_from)
     digests = {path.name: storage.file_digest(path) for path, *_ in shards}
     storage.write_record(directory / 'manifest.json', {'shards': digests, 'made_from': made_from})
 

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from occjax.config import Config, complete, difference, identity, to_json
+from occjax.experiment import hosts
 from occjax.types import UsageError
 
 Origin = dict[str, str]  # What something was made from: names of its parents and their digests.
@@ -40,15 +41,21 @@ class DamagedError(UsageError):
         super().__init__(f'{path} is damaged: delete {what} and run --mode={mode}.')
 
 
-def write_bytes(path: pathlib.Path, content: bytes):
-    """Writes a file whole and to the disk, or not at all."""
-    with writing(path) as file:
+def write_bytes(path: pathlib.Path, content: bytes, *, by_any: bool = False):
+    """Writes a file whole and to the disk, or not at all; see `writing`."""
+    with writing(path, by_any=by_any) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Opens a file to be written, which appears whole once all is, or not at all."""
+def writing(path: pathlib.Path, *, by_any: bool = False) -> Iterator[BinaryIO]:
+    """Opens a file to be written, which appears whole once all is, or not at all.
+
+    Of several hosts the first writes, what others would write is dropped; `by_any` lets each write.
+    """
+    if not (by_any or hosts.is_first()):
+        yield io.BytesIO()
+        return
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,8 +180,13 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
                     f'{workdir} holds another config ({"; ".join(changes)}): choose another '
                     '--workdir, or delete that one.'
                 )
-        else:
+        elif hosts.is_first():
             write_record(stored, wanted)
+        else:  # The first host wrote it before.
+            raise UsageError(
+                f'{workdir} on host {jax.process_index()} is not that of host 0: it must be on a '
+                'file system that all hosts share.'
+            )
     except OSError as error:
         raise UsageError(f'Cannot use --workdir={workdir}: {error.strerror}.') from None
     return workdir
@@ -185,19 +197,24 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps other processes out of a work directory, and removes what a killed one left half-made.
 
     The lock is the operating system's and ends with the process, however that ends; the file's
-    content only says whose it is.
+    content only says whose it is. Of several hosts the first has it for all.
 
     Raises:
         UsageError: if another process has it; names process and host.
     """
     import fcntl
 
+    if not hosts.is_first():
+        hosts.wait('locked')
+        yield
+        return
     path = workdir / '.lock'
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES):
             raise
+        hosts.wait('locked')
         yield  # Where nothing can be written there is nothing to protect.
         return
     with os.fdopen(handle, 'r+') as file:
@@ -214,6 +231,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         for leftover in workdir.rglob(f'.*{_PARTIAL}'):
             leftover.unlink(missing_ok=True)
         try:
+            hosts.wait('locked')
             yield
         finally:
             file.seek(0)
@@ -242,15 +260,29 @@ def _kinds(leaves):
 
 
 def _manager(directory: pathlib.Path):
-    """Returns Orbax's checkpoint manager, which keeps the last two steps."""
+    """Returns Orbax's checkpoint manager, which keeps the last two steps and no host waiting."""
     import orbax.checkpoint as ocp  # Seconds of import that other modes need not pay.
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    here = jax.process_index()
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2,
+        enable_async_checkpointing=False,
+        create=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
+        ),
+    )
     return ocp, ocp.CheckpointManager(directory.absolute(), options=options)
 
 
 def save_checkpoint(directory: pathlib.Path, step: int, tree: Any, *, made_from: Origin):
-    """Stores a pytree of arrays under its step, with its digest and what it was made from."""
+    """Stores a pytree of arrays under its step, with its digest and what it was made from.
+
+    Of several hosts, which have the same one, the first does.
+    """
+    if not hosts.is_first():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
     leaves = {name: np.asarray(leaf) for name, leaf in _named_leaves(jax.device_get(tree)).items()}
     metadata = {'digest': digest_of(leaves), 'made_from': made_from, 'leaves': _kinds(leaves)}
     try:
@@ -366,7 +398,7 @@ def save_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray], *, made_from:
         archive.comment = b'0' * _DIGEST_LENGTH
     body = buffer.getvalue()[:-_DIGEST_LENGTH]
     digest = hashlib.sha256(body).hexdigest()
-    write_bytes(path, body + digest.encode())
+    write_bytes(path, body + digest.encode(), by_any=True)
     return digest
 
 

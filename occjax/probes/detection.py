@@ -129,7 +129,7 @@ def _judged(run, folder, files, guards) -> Iterator[dict]:
         yield from _entries(run, arrays, guards)
     kept = {place for place, *_ in wanted}
     for stale in set((folder / 'parts').glob('*.npz')) - kept:
-        stale.unlink()
+        stale.unlink(missing_ok=True)
 
 
 def _state(file):
