@@ -16,6 +16,7 @@ from sklearn import metrics as sklearn_metrics
 
 from occjax import detector, metrics, names, streams
 from occjax.config import Detector
+from occjax.experiment import devices
 from occjax.methods import METHODS, Method
 from occjax.streams import Stream
 from occjax.types import HeatmapSet
@@ -188,17 +189,42 @@ def fit_banks(
             )
             for here, rng in zip(is_fitted & are_theirs, rngs, strict=True)
         ]
-        fitted = _fit_banks(
-            keys[:, few],
-            jax.tree.map(lambda leaf, few=few: leaf[:, few], banks),
-            detector.stack_groups(groups),
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-        )
+        theirs = jax.tree.map(lambda leaf, few=few: leaf[:, few], banks)
+        fitted = _fitted(keys[:, few], theirs, detector.stack_groups(groups), settings)
         for leaf, part in zip(jax.tree.leaves(banks), jax.tree.leaves(fitted), strict=True):
             leaf[:, few] = part
     return banks
+
+
+def _fitted(keys, banks, groups, settings):
+    """Returns `[S, K]` fitted detectors; several devices divide them all."""
+    known = dict(steps=settings.steps, batch_size=settings.batch_size)
+    if devices.mesh().size == 1:
+        return _fit_banks(keys, banks, groups, learning_rate=settings.learning_rate, **known)
+    fit_fn = functools.partial(
+        _fit_divided, learning_rate=settings.learning_rate, mesh=devices.mesh(), **known
+    )
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (keys, banks, groups))
+    fitted = devices.spread(fit_fn, *flat)
+    return jax.tree.map(lambda leaf: leaf.reshape(*keys.shape, *leaf.shape[1:]), fitted)
+
+
+@functools.partial(jax.jit, static_argnames=('mesh', 'steps', 'batch_size'))
+def _fit_divided(keys, detectors, groups, learning_rate, *, mesh, **hyperparameters):
+    """Fits `[N]` detectors, each device its own."""
+
+    def fit(keys, detectors, groups, rate):
+        fit_one = functools.partial(detector.fit, learning_rate=rate, **hyperparameters)
+        return jax.vmap(fit_one)(keys, detectors, *groups)
+
+    whole, by_detector = jax.P(), jax.P('data')
+    return jax.shard_map(
+        fit,
+        mesh=mesh,
+        in_specs=(by_detector, by_detector, by_detector, whole),
+        out_specs=by_detector,
+        check_vma=False,
+    )(keys, detectors, groups, learning_rate)
 
 
 _score_banks = jax.jit(jax.vmap(detector.score, in_axes=(0, None, None)))
