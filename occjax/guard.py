@@ -133,7 +133,8 @@ def make(
     scores, judges = _scores(bank, METHODS[method], sets), np.ones(len(class_names), bool)
     if not METHODS[method].pooled:
         judges = metrics.has_both_kinds(maps.select(is_fitted), len(class_names))
-    known = metrics.Calibration(np.asarray(scores), sets.predicted, judges)
+    counts = judges[sets.predicted]
+    known = metrics.Calibration(np.asarray(scores)[counts], sets.predicted[counts], judges)
     settings = dict(fpr=fpr, fill=fill, class_names=class_names, method=method, views=views)
     return of_bank(bank, known, **settings, **windows)
 
@@ -235,8 +236,9 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Guard:
 
 
 def _hashable(value):
-    """Returns a list, as JSON makes one of a tuple, as that."""
-    return tuple(value) if isinstance(value, list) else value
+    """Returns NumPy's numbers as Python's, and a list, as JSON makes one of a tuple, as that."""
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def load(path: str | os.PathLike) -> Guard:

@@ -119,7 +119,13 @@ def test_a_class_whose_network_saw_no_attack_never_calls():
 
 def test_windows_that_are_not_square_and_named_fills_survive_the_file(tmp_path):
     """And are judged through: a square of grey is another guard."""
-    some = dict(class_names=CLASSES, steps=5, method='detector', size=[4, 6], stride=(4, 3))
+    some = dict(
+        class_names=CLASSES,
+        steps=5,
+        method='detector',
+        size=[np.int64(4), 6],
+        stride=np.array([4, 3]),
+    )
     key = jax.random.key(0)
     one = guard.make(key, logits_fn, IMAGES, LABELS, fill='blur', **some)
     guard.save(one, tmp_path / 'guard.npz')

@@ -147,9 +147,11 @@ class Run:
 
     def with_occlusion(self, occlusion: config_lib.Occlusion) -> 'Run':
         """Returns the same run with other windows, and what it has read."""
-        other = dataclasses.replace(
-            self, config=dataclasses.replace(self.config, occlusion=occlusion)
-        )
+        return self.changed(config=dataclasses.replace(self.config, occlusion=occlusion))
+
+    def changed(self, **fields: Any) -> 'Run':
+        """Returns the same run with other fields, and what it has read."""
+        other = dataclasses.replace(self, **fields)
         read = {name: vars(self)[name] for name in ('dataset', 'trained') if name in vars(self)}
         vars(other).update(read)
         return other

@@ -29,7 +29,7 @@ from occjax.types import UsageError
 
 Origin = dict[str, str]  # What something was made from: names of its parents and their digests.
 
-_PARTIAL = '.occjax-partial'  # Ends the names of files that are not complete.
+PARTIAL = '.occjax-partial'  # Ends the names of files that are not complete.
 _DIGEST_LENGTH = 64  # hex digits of SHA-256
 
 
@@ -59,7 +59,7 @@ def writing(path: pathlib.Path, *, by_any: bool = False) -> Iterator[BinaryIO]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        settings = dict(prefix=f'.{path.name}.', suffix=_PARTIAL)
+        settings = dict(prefix=f'.{path.name}.', suffix=PARTIAL)
         handle, temporary = tempfile.mkstemp(dir=path.parent, **settings)
         with os.fdopen(handle, 'wb') as file:
             yield file
@@ -228,7 +228,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         file.truncate()
         file.write(f'process {os.getpid()} on {socket.gethostname()}')
         file.flush()
-        for leftover in workdir.rglob(f'.*{_PARTIAL}'):
+        for leftover in workdir.rglob(f'.*{PARTIAL}'):
             leftover.unlink(missing_ok=True)
         try:
             hosts.wait('locked')

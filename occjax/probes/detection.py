@@ -26,14 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import guard, names, occlusion, sources, verdict
-from occjax.experiment import devices, shard, stages, storage, store
+from occjax import guard, metrics, names, occlusion, sources, verdict
+from occjax.experiment import devices, hosts, shard, stages, storage, store
 from occjax.experiment.run import Run, parts
 from occjax.methods import METHODS
 from occjax.progress import say
 from occjax.report import verdicts
 from occjax.types import HeatmapSet, UsageError
 
+_NAME = 32  # letters of a part's name
 _PART = 64  # images that are kept together, at least
 _TELLING = 3  # windows of an image that are named
 
@@ -63,31 +64,39 @@ def detect(run: Run, path: str | None, *, fpr: float = 0.05, output: str | None 
     unread, calls = [], collections.Counter()
     with _folder(run, path, output) as folder:
         told = _judged(run, folder, files, guards)
-        with _written(run, folder, Path(path).expanduser(), guards, fpr) as write:
+        with _written(run, folder, Path(path).expanduser(), str(files[0]), guards, fpr) as write:
             for entry in told:
                 write(entry)
                 if 'error' in entry:
                     unread.append(entry)
                 for name, found in entry.get('detectors', {}).items():
-                    calls[name] += found['verdict'] == verdicts.ADVERSARIAL
-        _tell(folder, output, len(files) - len(unread), calls)
+                    calls[name, found['verdict']] += 1
+        _tell(folder, len(files) - len(unread), guards, calls, fpr)
+    hosts.wait('told')  # Before one of them ends all.
     if len(files) == len(unread) == 1:
         raise UsageError(f'Cannot read the image {files[0]}: {unread[0]["error"]}')
     if unread:
         raise UsageError(f'{len(unread)} of {len(files)} files could not be read.')
 
 
-def _tell(folder, output, count, calls):
-    """Says how many were called, and where the page is."""
-    called = ', '.join(f'{n} by {name}' for name, n in calls.items())
-    say(f'{count} images judged; called adversarial: {called or "none"}.')
-    if folder.name == _NOWHERE:
+def _tell(folder, count, guards, calls, fpr):
+    """Says how many were called, how many could not be, and where the page is."""
+    called = ', '.join(f'{calls[name, verdicts.ADVERSARIAL]} by {name}' for name in guards)
+    say(f'{count} images judged; called adversarial: {called}.')
+    unknown = [f'{n} by {name}' for name in guards if (n := calls[name, verdicts.UNKNOWN])]
+    if unknown and fpr > 0:
+        say(
+            f'Not judged, for want of a threshold: {", ".join(unknown)}. At --fpr={fpr:g} it takes '
+            f'{metrics.fewest(fpr)} clean maps that no detector was fitted on, and of the class '
+            'maps of both kinds that they were: more test images, or a larger --fpr.'
+        )
+    if folder.parent.name.startswith(_NOWHERE):
         say('Nothing can be written in the work directory: --output=<folder> takes the page.')
     else:
         say(f'Page: {folder / "detect.html"}')
 
 
-_NOWHERE = 'occjax-detect'
+_NOWHERE = 'occjax-nowhere-'
 
 
 @contextlib.contextmanager
@@ -99,20 +108,25 @@ def _folder(run, path, output):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f'Cannot use --output={output}: {error.strerror}.') from None
+        for leftover in folder.glob(f'.*{storage.PARTIAL}'):
+            leftover.unlink()
         yield folder
     elif os.access(run.workdir, os.W_OK):
         root = Path(path).expanduser().resolve()
         digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
         yield run.workdir / 'detect' / f'{root.name}-{digest}'
     else:
-        with tempfile.TemporaryDirectory() as root:
-            yield Path(root) / _NOWHERE
+        with tempfile.TemporaryDirectory(prefix=_NOWHERE) as root:
+            yield Path(root) / 'detect'
 
 
 def _judged(run, folder, files, guards) -> Iterator[dict]:
     """Yields what is said of each file, in their order."""
     size = max(_PART, run.batch_size)
-    judge_fn = functools.partial(_judge, run, functools.cache(lambda: stages.load_variables(run)))
+    # Few images are no reason for a whole batch; maps are made in batches of a quarter.
+    speed = dataclasses.replace(run.speed, eval_batch_size=min(run.batch_size, 4 * len(files)))
+    few = run.changed(speed=speed)
+    judge_fn = functools.partial(_judge, few, functools.cache(lambda: stages.load_variables(few)))
     made_from = store.heatmaps_origin(run)
     for name in guards:
         content = guard.to_arrays(guards[name])
@@ -122,14 +136,19 @@ def _judged(run, folder, files, guards) -> Iterator[dict]:
     for start in range(0, len(files), size):
         here = files[start : start + size]
         content = json.dumps([made_from, *map(_state, here)])
-        place = folder / 'parts' / f'{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz'
+        name = hashlib.sha256(content.encode()).hexdigest()[:_NAME]
+        place = folder / 'parts' / f'{name}.npz'
         wanted.append((place, len(here), functools.partial(judge_fn, here, guards)))
     there = dataclasses.replace(run, workdir=folder)
-    for arrays in parts(there, 'images', wanted, mode='detect', made_from=made_from):
+    kept = set()
+    found = parts(there, 'images', wanted, mode='detect', made_from=made_from)
+    for (place, *_), arrays in zip(wanted, found, strict=True):
         yield from _entries(run, arrays, guards)
-    kept = {place for place, *_ in wanted}
-    for stale in set((folder / 'parts').glob('*.npz')) - kept:
-        stale.unlink(missing_ok=True)
+        if not any(arrays['error']):  # Which may be mended next time without a trace in the file.
+            kept.add(place)
+    for stale in set((folder / 'parts').glob('?' * _NAME + '.npz')) - kept:
+        if hosts.is_first():
+            stale.unlink(missing_ok=True)
 
 
 def _state(file):
@@ -176,15 +195,12 @@ def _judge(run, load_fn, files, guards) -> dict[str, np.ndarray]:
 def _see(run, variables, images) -> HeatmapSet:
     """Returns the maps of images that nothing else is known of."""
     predict_fn = functools.partial(_logits, variables, network=run.network)
-    # Few images are no reason for a whole batch; maps are made in batches of a quarter.
-    speed = dataclasses.replace(run.speed, eval_batch_size=min(run.batch_size, 4 * len(images)))
-    few = dataclasses.replace(run, speed=speed)
     per_device = -(-len(images) // jax.device_count())
     batch_size = min(run.batch_size, per_device * jax.device_count())
     unknown = jnp.zeros(len(images), int)
     unoccluded = devices.in_batches(predict_fn, images, batch_size=batch_size)
     return HeatmapSet(
-        logits=jnp.asarray(shard.map_images(few, variables, images, unoccluded)),
+        logits=jnp.asarray(shard.map_images(run, variables, images, unoccluded)),
         unoccluded=jnp.asarray(unoccluded),
         label=unknown,
         image_id=unknown,
@@ -221,10 +237,10 @@ def _said(score, threshold, effect):
     order = np.abs(effect).argsort(axis=None)[::-1][:_TELLING]
     rows, columns = np.unravel_index(order, effect.shape)
     word = verdicts.ADVERSARIAL if score > threshold else verdicts.CLEAN
-    known = bool(np.isfinite(threshold))
+    known = bool(threshold < np.inf)
     return {
         'score': round(float(score), 4),
-        'threshold': round(float(threshold), 4) if known else None,
+        'threshold': round(float(threshold), 4) if np.isfinite(threshold) else None,
         'verdict': word if known else verdicts.UNKNOWN,
         'windows': [
             {'row': int(r), 'column': int(c), 'effect': round(float(effect[r, c]), 4)}
@@ -234,9 +250,10 @@ def _said(score, threshold, effect):
 
 
 @contextlib.contextmanager
-def _written(run, folder, path, guards, fpr):
+def _written(run, folder, path, first, guards, fpr):
     """Yields a function that adds an entry to what is printed, to the table and to the page."""
     origins = occlusion.window_origins(run.image_shape, **run.geometry)
+    root = os.path.join(path, '')
     known = dict(
         title=f'Verdicts on {path.name or path}',
         detectors=list(guards),
@@ -244,14 +261,14 @@ def _written(run, folder, path, guards, fpr):
         image_size=run.config.data.image_size,
         window_size=run.config.occlusion.size,
         origins=origins.tolist(),
-        root=os.path.join(path, '') if path.is_dir() else '',
+        root=root if first.startswith(root) else '',
     )
     row_fn = verdicts.line if sys.stdout.isatty() else _json
     with (
         storage.writing(folder / 'verdicts.csv') as table,
         storage.writing(folder / 'detect.html') as page,
     ):
-        page.write(verdicts.head(**known).encode())
+        page.write(verdicts.head(**known).encode(errors='backslashreplace'))
         table.write(_csv(verdicts.columns(guards)))
 
         def write(entry):

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from occjax import checks, occlusion
+from occjax import checks, fills, occlusion
+from occjax.fills import Fill
 from occjax.report import canvas
 from occjax.report.canvas import GAP, HEAD
 from occjax.types import Array
@@ -129,7 +130,7 @@ def walk(
     size: Sides,
     stride: Sides,
     grid: str = 'paper',
-    fill: float | Array = 0.5,
+    fill: Fill = 0.5,
     every: int = 1,
     class_name: str = 'predicted class',
 ) -> 'FuncAnimation':
@@ -155,7 +156,7 @@ def walk(
         raise ValueError(f'Expected every >= 1, got {every}.')
     image, heatmap = _image(image), _numbers('a heatmap [h, w]', heatmap, 2, (0, 1))
     covers = _covers(image.shape[:2], heatmap.shape, size=size, stride=stride, grid=grid)
-    fill = np.asarray(checks.fill(fill, image))
+    fill = np.asarray(fills.of(fill, image))
     figure, left, right = _pair(image, heatmap)
     shown, drawn = left.get_images()[0], right.get_images()[0]
     texts = [

@@ -101,9 +101,9 @@ def head(
     )
     return (
         f'{page.opening(title, _STYLE)}<header><h1>{html.escape(title)}</h1></header>\n'
-        '<p class="lead">What the classifier predicts, and whether a detector takes the image for '
-        f'attacked: at its threshold it does so with {100 * fpr:.3g} % of fresh clean ones. A map '
-        'has the probability of the predicted class with each window covered, from '
+        '<p class="lead">What the classifier predicts, and whether a detector takes the image '
+        f'for attacked: at its threshold it does so with at most {100 * fpr:.3g} % of fresh clean '
+        'ones. A map has the probability of the predicted class with each window covered, from '
         '<canvas id="bar" width="64" height="10"></canvas> 0 to 1; the framed windows moved the '
         'score most, up (solid) or down (dashed).</p>\n'
         '<form id="filters" role="search">'
@@ -216,7 +216,7 @@ function chosen() {
   const words = at('search').value.toLowerCase();
   const low = at('low').valueAsNumber, high = at('high').valueAsNumber;
   const found = entries.filter(e => (!verdict || said(e) === verdict) && (!wanted || e.c === wanted)
-    && (!words || e.f.toLowerCase().includes(words))
+    && (!words || name(e).toLowerCase().includes(words))
     && (isNaN(low) || of(e)?.[0] >= low) && (isNaN(high) || of(e)?.[0] <= high));
   if (sorting === null) return found;
   const key = heads[sorting][1];

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import tracemalloc
 
 import jax
@@ -146,6 +147,56 @@ def test_it_goes_on_where_it_was_stopped(judged, detect, tmp_path, monkeypatch):
     assert len(list((tmp_path / 'found' / 'parts').glob('*.npz'))) == 3
     os.utime(folder / '0.png', (1, 1))
     assert detect(run, folder) == again and sizes == [4, 2, 2, 4]
+
+
+def test_what_could_not_be_read_is_tried_again(judged, detect, monkeypatch):
+    """A disk may come back, and leaves no trace in the file."""
+    run, folder = judged
+    sizes, read = counted(monkeypatch), detection.sources.read_image
+
+    def gone(file, size):
+        if file.name == '6.png':
+            raise UsageError(f'Cannot read the image {file}: Stale file handle')
+        return read(file, size)
+
+    monkeypatch.setattr(detection.sources, 'read_image', gone)
+    with pytest.raises(UsageError, match='1 of 10'):
+        detect(run, folder)
+    assert detect.printed[6] == {'file': str(folder / '6.png'), 'error': 'Stale file handle'}
+    monkeypatch.setattr(detection.sources, 'read_image', read)
+    assert all('class' in line for line in detect(run, folder))
+    assert sizes == [4, 4, 2, 4]
+
+
+def test_what_others_lay_beside_it_stays_and_what_it_left_half_made_goes(judged, detect, tmp_path):
+    run, folder = judged
+    parts = tmp_path / 'found' / 'parts'
+    parts.mkdir(parents=True)
+    (parts / 'mesh.npz').write_text('of another')
+    (tmp_path / 'found' / '.detect.html.x.occjax-partial').write_text('half')
+    detect(run, folder / '0.png')
+    assert (parts / 'mesh.npz').exists() and len(list(parts.iterdir())) == 2
+    assert not list((tmp_path / 'found').glob('.*'))
+
+
+def test_the_page_shows_names_below_the_folder(judged, detect, tmp_path, monkeypatch):
+    run, folder = judged
+    for given, root in ((str(folder), f'{folder}/'), ('.', ''), (str(folder / '1.png'), '')):
+        monkeypatch.chdir(folder)
+        detect(run, given)
+        text = (tmp_path / 'found' / 'detect.html').read_text()
+        assert json.loads(re.search(r'id="known">(.*?)</script>', text).group(1))['root'] == root
+
+
+def test_what_has_no_threshold_is_told_with_the_way_out(judged, detect, capsys):
+    run, folder = judged
+    detection.detect(run, str(folder), fpr=0.001, output=str(folder.parent / 'found'))
+    printed = capsys.readouterr()
+    assert '10 by detector, 10 by all_logits. At --fpr=0.001 it takes 999 clean' in printed.err
+    said = [json.loads(line)['detectors']['detector'] for line in printed.out.splitlines()]
+    assert all(each['verdict'] == 'no threshold' for each in said)
+    for line in detect(run, folder, fpr=1.0):
+        assert line['detectors']['all_logits']['verdict'] in ('adversarial', 'no threshold')
 
 
 def test_the_table_says_what_is_printed(judged, detect, tmp_path, monkeypatch, capsys):

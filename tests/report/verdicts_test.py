@@ -72,6 +72,7 @@ def test_it_sorts_and_filters_without_a_message_or_a_request(tmp_path, width):
         set('class', 'Class 0'); look();
         set('verdict', ''); set('class', ''); set('low', '20'); set('high', '24'); look();
         set('low', ''); set('high', ''); set('search', '31 Ü'); look();
+        set('search', 'some where'); seen.push(files().length);
         set('search', ''); press('ArrowRight'); look();
         set('detector', 'other'); set('verdict', 'not read'); look();
         set('detector', 'other'); set('verdict', ''); sort('Score'); look();
@@ -83,7 +84,7 @@ def test_it_sorts_and_filters_without_a_message_or_a_request(tmp_path, width):
     found, messages = opened(tmp_path, 'detect.html', width)
     assert not re.search('CONSOLE', messages), messages
     text = re.search(r'<pre id="seen">(.*?)</pre>', found).group(1)
-    all_of, falling, rising, called, of_class, between, named, turned, bad, other, *rest = (
+    all_of, falling, rising, called, of_class, between, named, none, turned, bad, other, *rest = (
         json.loads(text)
     )
     read = [i for i in range(60) if i % 10 != 7]
@@ -94,7 +95,7 @@ def test_it_sorts_and_filters_without_a_message_or_a_request(tmp_path, width):
     assert called == [i for i in read if i % 2 and i % 3 != 2]
     assert of_class == [i for i in called if i % 3 == 0]
     assert between == [20, 21, 22, 23, 24]
-    assert named == [31]
+    assert named == [31] and none == 0  # What is not shown is not searched.
     assert turned == read[50:] + unread
     assert bad == unread
     assert other == (read + unread)[:50]
