@@ -274,8 +274,13 @@ def detectors(run: Run):
             )
             say(f'detectors ({protocol}, {name}): fitted in {time.monotonic() - began:.0f} s')
         if protocol == 'held_out':
-            for name in set(names.DEPLOYED) & set(run.config.detector.methods):
+            for name in deployed(run):
                 load_guard(run, name, division)
+
+
+def deployed(run: Run) -> list[str]:
+    """Returns the methods of `names.DEPLOYED` that the config fits."""
+    return [name for name in names.DEPLOYED if name in run.config.detector.methods]
 
 
 def load_guard(run: Run, name: str, division: judging.Division | None = None) -> guard.Guard:

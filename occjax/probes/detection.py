@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import guard, metrics, names, occlusion, sources, verdict
+from occjax import guard, metrics, occlusion, sources, verdict
 from occjax.experiment import devices, hosts, shard, stages, storage, store
 from occjax.experiment.run import Run, parts
 from occjax.methods import METHODS
@@ -57,9 +57,7 @@ def detect(run: Run, path: str | None, *, fpr: float = 0.05, output: str | None 
     """
     files = _files(path)
     guards = {
-        name: guard.at_fpr(stages.load_guard(run, name), fpr)
-        for name in names.DEPLOYED
-        if name in run.config.detector.methods
+        name: guard.at_fpr(stages.load_guard(run, name), fpr) for name in stages.deployed(run)
     }
     unread, calls = [], collections.Counter()
     with _folder(run, path, output) as folder:

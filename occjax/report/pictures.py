@@ -17,6 +17,7 @@ import numpy as np
 
 from occjax import checks, fills, occlusion
 from occjax.fills import Fill
+from occjax.occlusion import Sides
 from occjax.report import canvas
 from occjax.report.canvas import GAP, HEAD
 from occjax.types import Array
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.animation import FuncAnimation
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Sides = int | tuple[int, int]  # of a window, or its steps: one number, or (down, across)
 
 
 def spread(
@@ -343,23 +342,17 @@ def _covers(image_shape, shape, *, size, stride, grid):
     """Returns which rows windows of each row of the map cover, `bool[h, H]`; columns alike."""
     if size is None or stride is None:
         raise ValueError(f'Expected both size and stride, got size={size}, stride={stride}.')
+    origins = occlusion.window_origins(image_shape, size=size, stride=stride, grid=grid)
     covers = []
-    for side, length, step in zip(image_shape, _sides(size), _sides(stride), strict=True):
-        windows = dict(size=length, stride=step, grid=grid)
-        starts = np.unique(occlusion.window_origins((side, side), **windows))[:, None]
+    for side, length, starts in zip(
+        image_shape, checks.sides('size', size), origins.T, strict=True
+    ):
+        starts = np.unique(starts)[:, None]
         covers.append((starts <= np.arange(side)) & (np.arange(side) < starts + length))
     if (made := tuple(map(len, covers))) != tuple(shape):
         windows = f'size={size}, stride={stride}, grid={grid!r}'
         raise ValueError(f'Expected a heatmap {made}, as {windows} make it, got {tuple(shape)}.')
     return covers
-
-
-def _sides(value):
-    """Returns (down, across)."""
-    sides = np.broadcast_to(value, 2) if np.ndim(value) == 0 else np.asarray(value)
-    if sides.shape != (2,) or sides.dtype.kind not in 'iu':
-        raise ValueError(f'Expected size and stride to be an integer or two each, got {value}.')
-    return sides.tolist()
 
 
 def _image(image):
