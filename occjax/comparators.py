@@ -69,6 +69,32 @@ def spectrum(images: Array) -> Array:
     return jnp.abs(jnp.fft.rfft2(images, axes=(1, 2))).reshape(len(images), -1)
 
 
+def multi_lid(features: Array, reference: Array, *, neighbours: int) -> Array:
+    """Returns the logarithms of how much nearer the nearest references are than the last of them.
+
+    `neighbours` over the sum of an image's is its local intrinsic dimensionality, LID.
+
+    Args:
+        features: `[B, F]`, what a layer makes of images.
+        reference: `[R, F]`, the same of clean ones.
+        neighbours: n, from 2 to R.
+
+    Returns:
+        `[B, n - 1]`, of the nearest first, at least 0.
+
+    References:
+        Ma et al., https://arxiv.org/abs/1801.02613, §3; Lorenz et al.,
+        https://arxiv.org/abs/2212.06776
+    """
+
+    def one(row):
+        distances = jnp.linalg.norm(reference - row, axis=-1)
+        nearest = jnp.maximum(-jax.lax.top_k(-distances, neighbours)[0], 1e-12)
+        return jnp.log(nearest[-1] / nearest[:-1])
+
+    return jax.lax.map(one, features)
+
+
 class Autoencoder(nn.Module):
     """MagNet's for colour images: three 3×3 convolutions under sigmoids, none of them smaller."""
 

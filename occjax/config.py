@@ -205,7 +205,8 @@ class Sweep:
     Detectors of `methods` are fitted on FGSM at each epsilon, on the `mixture` of attacks, and on
     the mixture without each of them; with `noise` every one also on clean images under random
     signs. `views` are stored beside the windows. With `windows` other ones are tried too:
-    `occluders` are (size, stride, fill), () a few beside the config's own.
+    `occluders` are (size, stride, fill), () a few beside the config's own. `twin` is the work
+    directory of another classifier of the same classes, which some methods ask too.
     """
 
     epsilons: tuple[float, ...] = number(
@@ -219,8 +220,9 @@ class Sweep:
     occluders: tuple[tuple[int, int, float], ...] = ()
     windows: bool = True
     methods: tuple[str, ...] = some_of(
-        (*names.METHODS, *names.VIEWING, *names.SPECTRAL), ('detector', 'all_logits')
+        (*names.METHODS, *names.VIEWING, *names.RIVALS), ('detector', 'all_logits')
     )
+    twin: str = ''
     steps: int = number(1, 10**4, 10)
     images: int = number(1, _MANY, 1000)
 
@@ -251,7 +253,8 @@ class Comparators:
     """Detectors without heat maps (§II), see `comparators`.
 
     `bits` and `median` (its side in pixels) squeeze features; `steps` fit MagNet's autoencoder on
-    patches of as many `images`, `temperature` divides the logits that it compares.
+    patches of as many training `images`, `temperature` divides the logits that it compares. Of the
+    same images multiLID seeks the `neighbours` of an image.
     """
 
     bits: int = number(1, 8, 5)
@@ -259,6 +262,7 @@ class Comparators:
     steps: int = number(1, 10**6, 1000)
     images: int = number(1, _MANY, 2000)
     temperature: float = number(0, 10**6, 10.0, ends='(]')
+    neighbours: int = number(2, 1000, 20)
 
 
 # Sections that only their own modes read: another value of theirs is no other experiment.
@@ -316,6 +320,11 @@ class Config:
         yield 'sweep.mixture', fits, "'fgsm' and some of sweep.attacks"
         fits = self.sweep.views != () or not set(names.VIEWING) & set(self.sweep.methods)
         yield 'sweep.views', fits, f'at least one, for {" and ".join(names.VIEWING)}'
+        fits = self.sweep.twin != '' or not set(names.TWINNED) & set(self.sweep.methods)
+        expected = f'the work directory of another classifier, for {" and ".join(names.TWINNED)}'
+        yield 'sweep.twin', fits, expected
+        fits = self.comparators.neighbours <= self.comparators.images
+        yield 'comparators.neighbours', fits, 'at most comparators.images'
         for path in ('sweep.epsilons', 'sweep.methods', 'adaptive.epsilons', 'adaptive.methods'):
             yield path, operator.attrgetter(path)(self) != (), 'at least one'
 
@@ -386,6 +395,18 @@ def complete(stored: dict) -> dict:
         return result
 
     return json.loads(json.dumps(filled(Config, stored)))
+
+
+def from_json(stored: dict) -> Config:
+    """Returns the config of a `to_json` tree, with the defaults of fields that came after it."""
+
+    def made(kind, value):
+        if dataclasses.is_dataclass(kind):
+            known = {f.name: f.type for f in dataclasses.fields(kind) if f.name in value}
+            return kind(**{name: made(each, value[name]) for name, each in known.items()})
+        return tuple(made(None, each) for each in value) if isinstance(value, list) else value
+
+    return made(Config, stored)
 
 
 def difference(stored: dict, wanted: dict, prefix: str = '') -> list[str]:

@@ -258,7 +258,7 @@ def load(path: str | os.PathLike) -> Guard:
 
 def _seen(method, views, windows):
     """Returns what detectors see, as a guard has it."""
-    unknown = {*views} - {*views_lib.VIEWS} or {method} & {*names.SPECTRAL} or {method} - {*METHODS}
+    unknown = {*views} - {*views_lib.VIEWS} or {method} & {*names.RIVALS} or {method} - {*METHODS}
     if unknown:
         raise ValueError(f'{sorted(unknown)} is no view, or no method, that a guard can have.')
     windows = tuple((name, _hashable(value)) for name, value in windows.items())

@@ -14,7 +14,7 @@ import numpy as np
 
 from occjax import names
 from occjax.detector import MLP
-from occjax.types import HeatmapSet
+from occjax.types import HeatmapSet, condense
 
 
 class Method(NamedTuple):
@@ -108,10 +108,25 @@ def _log_spectrum(maps):
     return maps.array_module.log(maps.spectrum.astype(np.float32) + 1e-3)
 
 
+def _both_logits(maps):
+    """What two classifiers see in the image."""
+    twin = condense(maps.twin, maps.unoccluded, maps.top_classes)
+    return maps.array_module.concatenate([maps.columns, twin], axis=1) / 4
+
+
+def _twin_confidence(maps):
+    """The logarithm of how probable a second classifier takes the first one's class to be."""
+    logits = maps.twin - maps.twin.max(-1, keepdims=True)
+    logits = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.take_along_axis(logits, maps.predicted[:, None], axis=1)
+
+
 def _unoccluded_logits(maps):
     """The same without the windows: one forward pass."""
     return maps.columns / 4
 
+
+_ONE_PASS, _TWO_PASSES = dict(passes=1, windows=False), dict(passes=2, windows=False)
 
 METHODS = dict(
     zip(
@@ -123,7 +138,7 @@ METHODS = dict(
             Method(_relative_map),
             Method(_shuffled_cells),
             Method(_log_map),
-            Method(_unoccluded_logits, pooled=True, passes=1, windows=False),
+            Method(_unoccluded_logits, pooled=True, **_ONE_PASS),
             Method(_logits, pooled=True),
             Method(_logit_differences, features=(512, 128), standardize=True, pooled=True),
             Method(_logit_maps, features=(128,), convolutions=(64, 64), pooled=True),
@@ -132,11 +147,18 @@ METHODS = dict(
     )
 ) | dict(
     zip(
-        (*names.VIEWING, *names.SPECTRAL),
+        (*names.VIEWING, *names.RIVALS),
         (
             Method(_all_views, features=(512, 128), standardize=True, pooled=True),
             Method(_views_alone, (512, 128), standardize=True, pooled=True, windows=False),
+            # InputMFS, https://arxiv.org/abs/2103.03000
             Method(_log_spectrum, (), standardize=True, pooled=True, passes=0, windows=False),
+            # multiLID, https://arxiv.org/abs/2212.06776
+            Method(lambda maps: maps.neighbours, standardize=True, pooled=True, **_ONE_PASS),
+            # SID, https://arxiv.org/abs/2103.04302
+            Method(_both_logits, (512, 128), standardize=True, pooled=True, **_TWO_PASSES),
+            # PID, https://arxiv.org/abs/2506.03765: a threshold, to which any line is equal.
+            Method(_twin_confidence, (), standardize=True, pooled=True, **_TWO_PASSES),
         ),
         strict=True,
     )

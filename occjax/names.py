@@ -44,9 +44,10 @@ METHODS = (
 
 DEPLOYED = ('detector', 'all_logits')  # Those of them that `--mode=detect` asks.
 
-# The same of a sweep's, which stores other views beside the windows; and what sees no logits.
+# The same of a sweep's, which stores other views beside the windows; and other people's.
 VIEWING = ('all_views', 'views_alone')
-SPECTRAL = ('input_mfs',)
+RIVALS = ('input_mfs', 'multi_lid', 'sid', 'pid')
+TWINNED = ('sid', 'pid')  # Those of them that ask a second classifier.
 
 # What `--mode=sweep` may show detectors beside the windows, see `views`; the first is MagNet's.
 VIEWS = (

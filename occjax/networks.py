@@ -26,6 +26,7 @@ class Network:
     """A function `(variables, images) -> logits`; one object is one network to `jax.jit`."""
 
     fn: Callable[[Any, Array], Array]
+    features_fn: Callable[[Any, Array], Array] | None = None  # what logits are made from, if known
 
     def classifier(self, variables: Any) -> LogitsFn:
         """Returns the classifier with its weights, in the forms that run best."""
@@ -46,7 +47,7 @@ class Trained:
 @functools.cache
 def of_plan(plan: vgg.Plan) -> Network:
     """Returns a VGG of ours."""
-    return Network(functools.partial(vgg.logits, plan=plan))
+    return Network(*(functools.partial(fn, plan=plan) for fn in (vgg.logits, vgg.features)))
 
 
 def load(source: str) -> Trained:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 from scipy.spatial import distance
+from sklearn import neighbors
 
 from occjax import comparators
 
@@ -116,3 +117,20 @@ def test_the_spectrum_of_a_wave_is_one_frequency():
     images = np.random.default_rng(0).uniform(size=(2, 7, 9, 3)).astype(np.float32)
     whole = np.abs(np.fft.fft2(images, axes=(1, 2)))[:, :, :5].reshape(2, -1)
     np.testing.assert_allclose(comparators.spectrum(images), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_neighbours_are_scikit_learn_s_and_the_dimension_is_theirs():
+    """A ball of three dimensions, put into seven, has a local dimensionality of three."""
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(4020, 3))
+    points *= rng.uniform(size=(4020, 1)) ** (1 / 3) / np.linalg.norm(points, axis=1, keepdims=True)
+    turned = np.linalg.qr(rng.normal(size=(7, 3)))[0].T
+    points[:20] *= 0.5  # Not at the edge.
+    features, reference = np.split((points @ turned).astype(np.float32), [20])
+    found = np.asarray(comparators.multi_lid(features, reference, neighbours=30))
+    distances, _ = neighbors.NearestNeighbors(n_neighbors=30).fit(reference).kneighbors(features)
+    np.testing.assert_allclose(found, np.log(distances[:, -1:] / distances[:, :-1]), atol=1e-4)
+    assert (np.diff(found, axis=1) <= 0).all() and (found >= 0).all()
+    assert abs(30 / found.sum(axis=1).mean() - 3) < 0.3
+    same = comparators.multi_lid(reference[:2], reference, neighbours=3)
+    assert np.isfinite(same).all()

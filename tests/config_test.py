@@ -92,6 +92,7 @@ def refuses(field, value, expected=''):
         ('sweep.epsilons', (), 'at least one'),
         ('sweep.attacks', ('fgsm',), 'some of targeted_fgsm'),
         ('sweep.occluders', ((5, 1),), '(size, stride, fill)'),
+        ('comparators.neighbours', 1, 'from 2 to 1000'),
         ('sweep.occluders', ((5, 1, NAN),), 'fills from 0 to 1'),
         ('sweep.occluders', ((32, 1, 0.5),), 'sizes below 32'),
         ('sweep.steps', 0, 'from 1'),
@@ -108,7 +109,7 @@ def test_a_config_names_the_field_that_is_wrong(field, value, expected):
 def test_every_field_is_of_its_type_and_bounded(field, own, kind):
     """Whatever is no number, is not finite, or would fill any memory, in every field there is."""
     wrong = [{}, [], NAN, INF, -INF, 10**12, 10**400, 1e300, -1, (None,), (NAN,), ((),), b'a']
-    wrong += [] if field == 'data.name' else ['a']
+    wrong += [] if field in ('data.name', 'sweep.twin') else ['a']
     wrong += [] if kind is bool else [True]
     wrong += [] if kind == int | None else [None]
     wrong += [1.5, 1.0] if kind in (int, int | None) else [1] if kind in (bool, str) else []
@@ -171,6 +172,25 @@ def test_a_field_that_comes_later_changes_no_digest_at_its_default():
     assert config.digest(later) == config.digest(now)
     later.attack.restarts = 2
     assert config.digest(later) != config.digest(now)
+
+
+def test_methods_that_ask_a_twin_want_one():
+    wanted = changed('sweep.methods', ('detector', 'sid'))
+    with pytest.raises(UsageError, match='sweep.twin is .*: expected the work directory of'):
+        wanted.validate()
+    wanted.sweep.twin = 'runs/twin'
+    wanted.validate()
+
+
+def test_a_stored_config_is_read_again_with_what_came_later():
+    for module in (digits, imagenette):
+        wanted = module.get_config()
+        stored = config.to_json(wanted) | {'digest': 'abc'}
+        assert config.from_json(stored) == wanted
+        stored['sweep'] = {'occluders': [[5, 1, 0.5]]}
+        read = config.from_json(stored)
+        assert read.sweep == config.Sweep(occluders=((5, 1, 0.5),))
+        read.validate()
 
 
 def test_precision_is_part_of_an_experiment_and_was_float32():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from occjax.methods import METHODS
 from tests.detector_test import toy_maps
@@ -13,12 +14,16 @@ from tests.detector_test import toy_maps
 MAPS = toy_maps([(3, 2), (4, 5)], grid=(3, 4))
 VIEWS = np.random.default_rng(1).normal(size=(len(MAPS), 5, 2)).astype(np.float32)
 SPECTRUM = np.random.default_rng(2).uniform(size=(len(MAPS), 9)).astype(np.float16)
-MAPS = dataclasses.replace(MAPS, views=VIEWS, spectrum=SPECTRUM)
+NEAR = np.random.default_rng(7).uniform(size=(len(MAPS), 4)).astype(np.float32)
+TWIN = np.random.default_rng(8).normal(size=(len(MAPS), 2)).astype(np.float32)
+MAPS = dataclasses.replace(MAPS, views=VIEWS, spectrum=SPECTRUM, neighbours=NEAR, twin=TWIN)
 MANY = toy_maps([(2, 1)] * 7, grid=(3, 4), seed=3)
 MANY = dataclasses.replace(
     MANY,
     views=np.random.default_rng(4).normal(size=(len(MANY), 5, 7)).astype(np.float32),
     spectrum=np.random.default_rng(5).uniform(size=(len(MANY), 9)).astype(np.float16),
+    neighbours=np.random.default_rng(9).uniform(size=(len(MANY), 4)).astype(np.float32),
+    twin=np.random.default_rng(10).normal(size=(len(MANY), 7)).astype(np.float32),
 )
 SETS = {'all classes': MAPS, 'two of seven': MANY.condensed(2)}
 of_each_set = pytest.mark.parametrize('maps', SETS.values(), ids=SETS)
@@ -49,7 +54,8 @@ def test_of_condensed_maps_methods_see_ranks_and_no_classes(name):
     """Other names for the classes change no input; and who judges are all of them still."""
     order = np.random.default_rng(6).permutation(7)
     fields = {
-        field: getattr(MANY, field)[..., order] for field in ('logits', 'unoccluded', 'views')
+        field: getattr(MANY, field)[..., order]
+        for field in ('logits', 'unoccluded', 'views', 'twin')
     }
     few, renamed = (m.condensed(3) for m in (MANY, dataclasses.replace(MANY, **fields)))
     method = METHODS[name]
@@ -136,3 +142,9 @@ def test_jax_and_numpy_see_the_same(name, maps):
     inputs = METHODS[name].inputs_fn(on_device)
     assert isinstance(inputs, jax.Array)
     np.testing.assert_allclose(inputs, METHODS[name].inputs_fn(maps), rtol=1e-5, atol=1e-6)
+
+
+def test_the_twin_s_confidence_is_in_the_first_classifier_s_class():
+    probability = np.exp(METHODS['pid'].inputs_fn(MANY)[:, 0])
+    expected = scipy.special.softmax(MANY.twin, axis=-1)[np.arange(len(MANY)), MANY.predicted]
+    np.testing.assert_allclose(probability, expected, rtol=1e-5)

@@ -79,10 +79,14 @@ def in_batches(fn: Callable, *arrays: np.ndarray, batch_size: int) -> Any:
 
     Args:
         fn: maps arrays of leading axis B to a pytree of such.
-        *arrays: of one length, at least 1.
+        *arrays: of one length.
         batch_size: B.
     """
     outputs, count = [], len(arrays[0])
+    if not count:
+        batch = (jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype) for a in arrays)
+        shapes = jax.eval_shape(fn, *batch)
+        return jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), shapes)
     for start in range(0, count, batch_size):
         # Past the end come images from the start again, which are cut off below.
         rows = np.arange(start, start + batch_size) % count

@@ -15,7 +15,6 @@ from occjax import attack, comparators, data
 from occjax import engine as engine_lib
 from occjax.experiment import devices
 from occjax.experiment.run import Run
-from occjax.names import COMPARATORS
 from occjax.streams import Stream
 from occjax.types import Split, condense
 
@@ -127,7 +126,7 @@ def control_parts(
 
 @functools.partial(jax.jit, static_argnames=('network', 'bits', 'size'))
 def compare_batch(variables, autoencoder, images, *, network, bits, size, temperature):
-    """Returns `[B, 3]` scores, `COMPARATORS`."""
+    """Returns `[B, 3]` scores, `names.COMPARATORS`."""
     logits_fn = network.classifier(variables)
     squeezing = comparators.feature_squeezing(logits_fn, images, bits=bits, size=size)
     magnet = comparators.magnet(logits_fn, autoencoder, images, temperature=temperature)
@@ -135,9 +134,7 @@ def compare_batch(variables, autoencoder, images, *, network, bits, size, temper
 
 
 def compare(run: Run, variables: Any, autoencoder: Any, images: np.ndarray) -> np.ndarray:
-    """Returns the `[M, 3]` scores, `COMPARATORS`, of `[M, H, W, C]` images."""
-    if not len(images):
-        return np.zeros((0, len(COMPARATORS)), np.float32)
+    """Returns the `[M, 3]` scores, `names.COMPARATORS`, of `[M, H, W, C]` images."""
     wanted = run.config.comparators
     compare_fn = functools.partial(
         compare_batch,
@@ -223,9 +220,6 @@ def map_images(
     `[M, K]` unoccluded logits rank the classes that it keeps, see `types.condense`.
     """
     top_classes = run.config.occlusion.top_classes
-    if not len(images):
-        logits = np.zeros((0, *run.grid, unoccluded.shape[-1]), np.float32)
-        return condense(logits, unoccluded, top_classes)
     mapping = run.mapping(variables, 'approximate' if knobs else None)
     map_fn = functools.partial(
         map_batch,

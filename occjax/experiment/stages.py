@@ -209,6 +209,13 @@ def mapped_ids(run: Run, name: str) -> np.ndarray:
     return run.rng(Stream.EXPLAINED_IMAGES, names.SPLITS.index(name)).permutation(count)[:limit]
 
 
+def comparator_images(run: Run) -> np.ndarray:
+    """Returns the `u8[N, H, W, C]` training images that comparators learn from."""
+    split = run.dataset.train
+    order = run.rng(Stream.AUTOENCODER_IMAGES).permutation(len(split))
+    return np.asarray(split.images[np.sort(order[: run.config.comparators.images])])
+
+
 def load_autoencoder(run: Run) -> Any:
     """Returns MagNet's autoencoder, fitted to training images the first time."""
     split, wanted, directory = run.dataset.train, run.config.comparators, run.workdir / 'magnet'
@@ -218,8 +225,7 @@ def load_autoencoder(run: Run) -> Any:
     if storage.latest_step(directory) is not None:
         return storage.restore_checkpoint(directory, variables, mode='heatmaps', **known)
     say("comparators: fitting MagNet's autoencoder")
-    order = run.rng(Stream.AUTOENCODER_IMAGES).permutation(len(split))
-    images = np.asarray(split.images[np.sort(order[: wanted.images])])
+    images = comparator_images(run)
     variables = comparators.fit_autoencoder(key, variables, images, steps=wanted.steps)
     storage.save_checkpoint(directory, wanted.steps, variables, **known)
     return variables

@@ -3,20 +3,23 @@
 Dimensions: B batch, K classes.
 """
 
+import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import attack, comparators, data, names
+from occjax import attack, comparators, data
+from occjax import config as config_lib
 from occjax import views as views_lib
 from occjax.config import Occlusion
-from occjax.experiment import devices, shard, stages, store
+from occjax.experiment import devices, shard, stages, storage, store
 from occjax.experiment.run import Run, parts
 from occjax.streams import Stream
-from occjax.types import HeatmapSet, condense
+from occjax.types import HeatmapSet, UsageError, condense
 
 
 def _nearest(attack_fn, fn, x, y, *, key, epsilon, steps, bounds):
@@ -74,26 +77,90 @@ def view_batch(variables, autoencoder, images, *, views, network):
     return views_lib.viewed_logits(network.classifier(variables), images, seen)
 
 
+@functools.partial(jax.jit, static_argnames='network')
+def twin_batch(variables, images, *, network):
+    """Returns the `[B, K]` logits of a second classifier."""
+    return network.classifier(variables)(images)
+
+
+@functools.partial(jax.jit, static_argnames='network')
+def feature_batch(variables, images, *, network):
+    """Returns the `[B, F]` last features; of a network whose features aren't known, its logits."""
+    return (network.features_fn or network.fn)(variables, images).reshape(len(images), -1)
+
+
+@functools.partial(jax.jit, static_argnames='count')
+def neighbour_batch(features, reference, *, count):
+    """Returns `comparators.multi_lid` of a batch."""
+    return comparators.multi_lid(features, reference, neighbours=count)
+
+
 def _seeing(run, variables, views):
     """Returns what gives images' arrays beside the windows, a word for it, and its origin."""
     if not views:
         return lambda images, unoccluded: {}, '', {}
-    autoencoder, shape = stages.load_autoencoder(run), (len(views), len(run.dataset.class_names))
-    seen = dict(views=views, network=run.network)
-    spectra = set(run.config.sweep.methods) & set(names.SPECTRAL)
+    autoencoder = stages.load_autoencoder(run)
+    batch_fn = functools.partial(
+        view_batch, variables, autoencoder, views=views, network=run.network
+    )
+    spectra = 'input_mfs' in run.config.sweep.methods
 
     def see(images, unoccluded):
-        logits = np.zeros((0, *shape), np.float32)
-        if len(images):
-            batch_fn = functools.partial(view_batch, variables, autoencoder, **seen)
-            logits = devices.in_batches(batch_fn, images, batch_size=run.batch_size)
-        logits = condense(logits, unoccluded, run.config.occlusion.top_classes)
-        if not spectra:
-            return {'views': logits}
-        return {'views': logits, 'spectrum': comparators.spectrum(images).astype(np.float16)}
+        logits = devices.in_batches(batch_fn, images, batch_size=run.batch_size)
+        found = {'views': condense(logits, unoccluded, run.config.occlusion.top_classes)}
+        if spectra:
+            found['spectrum'] = comparators.spectrum(images).astype(np.float16)
+        return found
 
     origin = {'views': ','.join(views), 'autoencoder': stages.autoencoder_digest(run)}
-    return see, '-views' + '-spectra' * bool(spectra), origin
+    return see, '-views' + '-spectra' * spectra, origin
+
+
+def _beside(run, variables):
+    """Returns what gives the arrays that rivals see, words for it, and its origin."""
+    wanted, words, origin = run.config.sweep, [], {}
+    other, learnt = _twin(run) if wanted.twin else None, run.config.comparators
+    if other:
+        origin = {'twin': store.load_metrics(other)['classifier']}
+        words.append(f'twin-{origin["twin"][:12]}')
+    if 'multi_lid' in wanted.methods:
+        words.append(f'{learnt.neighbours}-of-{learnt.images}')
+
+    @functools.cache  # Only where something is to be made.
+    def functions():
+        found = {}
+        if other:
+            known = dict(network=other.network)
+            found['twin'] = functools.partial(twin_batch, stages.load_variables(other), **known)
+        if 'multi_lid' in wanted.methods:
+            features_fn = functools.partial(feature_batch, variables, network=run.network)
+            clean = stages.comparator_images(run).astype(np.float32) / 255
+            reference = devices.in_batches(features_fn, clean, batch_size=run.batch_size)
+            count = min(learnt.neighbours, len(reference))
+            nearest_fn = functools.partial(neighbour_batch, reference=reference, count=count)
+            found['neighbours'] = lambda images: nearest_fn(features_fn(images))
+        return found
+
+    def see(images, unoccluded):
+        return {
+            name: devices.in_batches(fn, images, batch_size=run.batch_size)
+            for name, fn in functions().items()
+        }
+
+    return see, '-'.join(words), origin
+
+
+def _twin(run):
+    """Returns the run whose classifier is asked beside this one's."""
+    workdir = pathlib.Path(run.config.sweep.twin).expanduser()
+    stored = storage.read_record(workdir / 'config.json', mode='train')
+    other = Run(config=config_lib.from_json(stored), workdir=workdir, data_dir=run.data_dir)
+    if other.description['class_names'] != run.description['class_names']:
+        raise UsageError(
+            f'config.sweep.twin is {str(workdir)!r}, whose classes are others: choose the work '
+            'directory of a classifier of the same dataset.'
+        )
+    return other
 
 
 def mapped(
@@ -107,8 +174,34 @@ def mapped(
 
     If name is `none`, those of all correct images; if it is `noise`, those of correct images that
     random signs leave correct. They are under the config's windows, or under others; under the
-    config's own there are also the logits of the sweep's `views`.
+    config's own there are also the logits of the sweep's `views`, and what its rivals see.
     """
+    see_fn, suffix, origin = _seeing(run, variables, () if windows else run.config.sweep.views)
+    wanted = windows or run.config.occlusion
+    seer = run.with_occlusion(wanted)
+
+    def map_fn(images, unoccluded):
+        logits = shard.map_images(seer, variables, images, unoccluded)
+        return {'logits': logits} | see_fn(images, unoccluded)
+
+    fill = ','.join(f'{value:g}' for value in wanted.fill) or 'mean'
+    folder = f'{wanted.size}-{wanted.stride}-{fill}{suffix}'
+    attacked_fn = functools.partial(_attacked, run, variables, name, epsilon)
+    maps = HeatmapSet(**attacked_fn(folder, map_fn, origin))
+    see_fn, folder, origin = _beside(run, variables)
+    if windows or not folder:
+        return maps
+    found = attacked_fn(folder, see_fn, origin)
+    # A row for each map: programs of two machines may differ in what succeeds.
+    _, here, there = np.intersect1d(maps.image_id, found['image_id'], return_indices=True)
+    order = np.argsort(here)
+    new = [name for name in found if getattr(maps, name) is None]
+    beside = {name: found[name][there[order]] for name in new}
+    return dataclasses.replace(maps.select(here[order]), **beside)
+
+
+def _attacked(run, variables, name, epsilon, folder, see_fn, origin):
+    """Returns arrays of the attacks that succeed, with those that a function of images gives."""
     split, settings = run.dataset.test, run.config.sweep
     ids = stages.mapped_ids(run, 'test')[: settings.images]
     attack_fn = functools.partial(
@@ -121,12 +214,6 @@ def mapped(
         clip=run.config.attack.clip,
         network=run.network,
     )
-    see_fn, suffix, seen = _seeing(run, variables, () if windows else settings.views)
-    made_from = store.classifier_origin(run) | seen
-    windows = windows or run.config.occlusion
-    run = run.with_occlusion(windows)
-    fill = ','.join(f'{value:g}' for value in windows.fill) or 'mean'
-    directory = run.workdir / 'sweep' / f'{windows.size}-{windows.stride}-{fill}{suffix}'
     iterated = '' if name in _ONE_STEP else f'-{settings.steps}'
 
     def part(here):
@@ -137,22 +224,22 @@ def mapped(
         correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))
         clean = name in ('none', 'noise')
         chosen = correct & ~successful if clean else successful
-        kept, unoccluded = adversarial[chosen], after[chosen]
-        found = {
-            'logits': shard.map_images(run, variables, kept, unoccluded),
-            'unoccluded': unoccluded,
+        known = {
+            'unoccluded': after[chosen],
             'label': labels[chosen],
             'image_id': here[chosen],
-            'is_adversarial': np.full(len(kept), not clean),
+            'is_adversarial': np.full(chosen.sum(), not clean),
         }
-        return found | see_fn(kept, unoccluded)
+        return known | see_fn(adversarial[chosen], after[chosen])
 
     wanted = []
     for start in range(0, len(ids), run.shard_size):
         here = ids[start : start + run.shard_size]
         # All that makes the part is in its name, so that other settings make other parts.
-        path = directory / f'{name}{iterated}-{epsilon:.6g}-{start:07d}-{start + len(here):07d}.npz'
+        stem = f'{name}{iterated}-{epsilon:.6g}-{start:07d}-{start + len(here):07d}'
+        path = run.workdir / 'sweep' / folder / f'{stem}.npz'
         wanted.append((path, len(here), functools.partial(part, here)))
-    what = f'sweep, {name} {epsilon:.3g}, {directory.name}: images'
-    found = parts(run, what, wanted, mode='sweep', made_from=made_from)
-    return HeatmapSet.concatenate([HeatmapSet(**arrays) for arrays in found])
+    what = f'sweep, {name} {epsilon:.3g}, {folder}: images'
+    made_from = store.classifier_origin(run) | origin
+    found = list(parts(run, what, wanted, mode='sweep', made_from=made_from))
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}

@@ -164,7 +164,7 @@ def sweep(run: Run) -> str:
 
 def _search(run, sets):
     """Returns `passes.search` for FGSM at the epsilons that other attacks have too."""
-    epsilons = run.config.sweep.attack_epsilons or (run.config.attack.epsilon,)
+    epsilons = {*run.config.sweep.attack_epsilons, run.config.attack.epsilon}
     fgsm = {e: sets.parts[name] for name, (attack, e) in sets.attacks.items() if attack == 'fgsm'}
     chosen = ({e: maps[e] for e in epsilons if e in maps} for maps in (fgsm, sets.noise))
     return passes.search(run, sets.clean, *chosen)

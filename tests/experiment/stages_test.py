@@ -323,11 +323,12 @@ def test_resuming_equals_an_uninterrupted_run(finished, tmp_path, monkeypatch):
         run_all(make_run(interrupted.workdir))
     assert len(list((interrupted.workdir / 'heatmaps').glob('*.npz'))) == 1
     run_all(make_run(interrupted.workdir, eval_batch_size=12, chunk_size=7))
+    swept = ('views', 'spectrum', 'neighbours', 'twin')
     for name in names.SPLITS:
         ours, theirs = (store.load_shards(r, name)[0] for r in (interrupted, run))
         for field in dataclasses.fields(HeatmapSet):
             pair = [getattr(maps, field.name) for maps in (ours, theirs)]
-            assert pair[0] is not None or field.name in ('views', 'spectrum')  # A sweep's.
+            assert pair[0] is not None or field.name in swept
             if pair[0] is not None:
                 np.testing.assert_allclose(*pair, atol=1e-4)
 
@@ -495,6 +496,8 @@ def test_in_batches_pads_and_cuts():
         return {'twice': 2 * x}
 
     array = np.arange(11.0, dtype=np.float32)
+    none = devices.in_batches(fn, array[:0], batch_size=4)['twice']
+    assert none.shape == (0,) and none.dtype == np.float32
     for batch_size in (4, 8, 12, 20):
         seen.clear()
         np.testing.assert_array_equal(

@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from occjax.experiment import devices, stages, store
-from occjax.probes import sweep
+from occjax import names
+from occjax.experiment import devices, stages, storage, store
+from occjax.probes import conditions, sweep
+from occjax.types import UsageError
 from tests.small_run import make_run
 
 pytestmark = pytest.mark.usefixtures('small_plan')
@@ -60,7 +62,8 @@ def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path)
     wanted = run.config.sweep
     wanted.epsilons, wanted.attack_epsilons = (0.2,), (0.3,)
     wanted.attacks, wanted.mixture, wanted.noise = ('bim', 'square'), ('fgsm', 'bim'), True
-    wanted.views, wanted.methods = ('reconstruction', 'blur', 'flip'), ('all_views', 'input_mfs')
+    wanted.views, wanted.methods = ('reconstruction', 'blur', 'flip'), ('all_views', *names.RIVALS)
+    wanted.twin = str(finished[0].workdir)  # The same classifier once more.
     wanted.steps, wanted.images, wanted.windows = 3, 150, False
     printed = sweep.sweep(run)
     result = json.loads((run.workdir / 'sweep.json').read_text())
@@ -82,6 +85,30 @@ def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path)
         assert part['spectrum'].shape == (len(part['label']), 16 * 9 * 3)
         assert not part['is_adversarial'].any()
         np.testing.assert_array_equal(part['unoccluded'].argmax(-1), part['label'])
+    (folder,) = (run.workdir / 'sweep').glob('twin-*-20-of-2000')
+    for path in folder.glob('*.npz'):
+        with np.load(path) as part:
+            np.testing.assert_allclose(part['twin'], part['unoccluded'], rtol=1e-4, atol=1e-4)
+            assert part['neighbours'].shape == (len(part['label']), 19)
+    sets = sweep.mapped(run, stages.load_variables(run))
+    for maps in (sets.clean, *sets.parts.values(), *sets.noise.values()):
+        np.testing.assert_allclose(maps.twin, maps.unoccluded, rtol=1e-4, atol=1e-4)
+
+
+def test_a_twin_of_other_classes_is_refused(finished, tmp_path):
+    run = make_run(tmp_path / 'run')
+    shutil.copy(finished[0].workdir / 'dataset.json', run.workdir)
+    shutil.copytree(finished[0].workdir, tmp_path / 'twin', ignore=shutil.ignore_patterns('*.npz'))
+    record = tmp_path / 'twin' / 'dataset.json'
+    known = storage.read_record(record, mode='train')
+    del known['digest']
+    storage.write_record(record, known | {'class_names': known['class_names'][::-1]})
+    run.config.sweep.twin = str(tmp_path / 'twin')
+    with pytest.raises(UsageError, match='whose classes are others'):
+        conditions._twin(run)
+    run.config.sweep.twin = str(tmp_path / 'nowhere')
+    with pytest.raises(UsageError, match='nowhere.*does not exist: run --mode=train'):
+        conditions._twin(run)
 
 
 def test_windows_to_try_differ_from_the_config_s_in_one_thing_each(tmp_path):
