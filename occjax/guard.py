@@ -7,6 +7,7 @@ all that it asks for. A finished run has its own, `detectors/<method>.guard.npz`
 Dimensions: B batch, N images, H W C image, K classes.
 """
 
+import collections
 import dataclasses
 import functools
 import io
@@ -31,7 +32,7 @@ AttackFn = Callable[..., Array]  # called as attack_fn(logits_fn, images, labels
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=('bank', 'thresholds', 'fill', 'calibration'),
+    data_fields=('bank', 'thresholds', 'fill', 'calibration', 'autoencoder'),
     meta_fields=('method', 'views', 'windows', 'class_names'),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,10 @@ class Guard:
     fill: Array  # what covers a window, see `occlusion.occluded_logits`; `windows` may name it
     calibration: metrics.Calibration  # what thresholds come from
     method: str  # one of `methods.METHODS`
-    views: tuple[str, ...]  # some of `views.VIEWS`
+    views: tuple[str, ...]  # some of `names.VIEWS`
     windows: tuple[tuple[str, Any], ...]  # size, stride and grid
     class_names: tuple[str, ...]
+    autoencoder: Any = None  # of the view `reconstruction`, see `comparators`
 
 
 class Verdict(NamedTuple):
@@ -88,6 +90,7 @@ def make(
     class_names: Sequence[str],
     method: str = 'views_alone',
     views: Sequence[str] = tuple(views_lib.VIEWS),
+    autoencoder: Any = None,
     fill: Fill = 0.5,
     attacks: Sequence[AttackFn] = ATTACKS,
     noise: Sequence[float] = (8 / 255, 0.1),
@@ -109,7 +112,8 @@ def make(
         images: `[N, H, W, C]` in [0, 1], or bytes; best ones that it was not trained on.
         labels: `[N]` classes; None takes the predicted ones.
         class_names: K names.
-        method, views: what detectors see, of `methods.METHODS` and `views.VIEWS`.
+        method, views: what detectors see, of `methods.METHODS` and `names.VIEWS`.
+        autoencoder: fitted, see `comparators.fit_autoencoder`; the view `reconstruction` needs it.
         fill, **windows: of `occlusion.occluded_logits`: size, stride and grid.
         attacks: to fit on, each called as `attack_fn(logits_fn, images, labels, key=key)`.
         noise: sizes of random signs under which images are clean nevertheless.
@@ -120,7 +124,8 @@ def make(
     Raises:
         ValueError: if images, labels or names do not fit, or nothing is left to fit on.
     """
-    see_fn, seen = functools.partial(_see, logits_fn, fill=fill), _seen(method, views, windows)
+    see_fn = functools.partial(_see, logits_fn, fill=fill, autoencoder=autoencoder)
+    seen = _seen(method, views, windows, autoencoder)
     attack_key, order_key, init_key, fit_key = jax.random.split(key, 4)
     attempt_fn = functools.partial(_attempts, logits_fn, functools.partial(see_fn, **seen))
     attempt_fn = jax.jit(functools.partial(attempt_fn, attacks, noise))
@@ -136,7 +141,7 @@ def make(
     counts = judges[sets.predicted]
     known = metrics.Calibration(np.asarray(scores)[counts], sets.predicted[counts], judges)
     settings = dict(fpr=fpr, fill=fill, class_names=class_names, method=method, views=views)
-    return of_bank(bank, known, **settings, **windows)
+    return of_bank(bank, known, autoencoder=autoencoder, **settings, **windows)
 
 
 def of_bank(
@@ -148,14 +153,16 @@ def of_bank(
     class_names: Sequence[str],
     method: str,
     views: Sequence[str] = (),
+    autoencoder: Any = None,
     **windows: Any,
 ) -> Guard:
     """Returns a guard of detectors that are fitted already; the arguments are `make`'s."""
     if isinstance(fill, str):
         windows, fill = windows | dict(fill=fill), 0.0
-    fixed = _seen(method, views, windows) | dict(class_names=tuple(class_names))
+    fixed = _seen(method, views, windows, autoencoder) | dict(class_names=tuple(class_names))
     arrays = dict(fill=jnp.asarray(fill, jnp.float32), thresholds=jnp.zeros(len(class_names)))
-    return at_fpr(Guard(bank=bank, calibration=calibration, **arrays, **fixed), fpr)
+    arrays |= dict(bank=bank, autoencoder=autoencoder)
+    return at_fpr(Guard(calibration=calibration, **arrays, **fixed), fpr)
 
 
 def at_fpr(guard: Guard, fpr: float) -> Guard:
@@ -178,8 +185,9 @@ def judge(guard: Guard, logits_fn: LogitsFn, images: Array) -> Verdict:
     Raises:
         ValueError: see `checks.images`; or if the classifier has another number of classes.
     """
-    seen = dict(method=guard.method, views=guard.views, windows=guard.windows)
-    return judge_maps(guard, _see(logits_fn, checks.images(images), fill=guard.fill, **seen))
+    wanted = ('method', 'views', 'windows', 'fill', 'autoencoder')
+    seen = {name: getattr(guard, name) for name in wanted}
+    return judge_maps(guard, _see(logits_fn, checks.images(images), **seen))
 
 
 def judge_maps(guard: Guard, maps: HeatmapSet) -> Verdict:
@@ -207,8 +215,9 @@ def to_arrays(guard: Guard) -> dict[str, np.ndarray]:
     """Returns all of a guard as named arrays, for `from_arrays`."""
     arrays = {'thresholds': guard.thresholds, 'fill': guard.fill}
     arrays |= {f'calibration/{name}': a for name, a in guard.calibration._asdict().items()}
-    for where, leaf in jax.tree_util.tree_flatten_with_path(guard.bank)[0]:
-        arrays['bank/' + '/'.join(str(part.key) for part in where)] = leaf
+    for tree in ('bank', 'autoencoder'):
+        for where, leaf in jax.tree_util.tree_flatten_with_path(getattr(guard, tree))[0]:
+            arrays['/'.join([tree, *(str(part.key) for part in where)])] = leaf
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     return arrays | {
         'meta': np.asarray(json.dumps({name: getattr(guard, name) for name in _FIXED}))
@@ -217,16 +226,17 @@ def to_arrays(guard: Guard) -> dict[str, np.ndarray]:
 
 def from_arrays(arrays: dict[str, np.ndarray]) -> Guard:
     """Returns the guard of `to_arrays`; other arrays are left alone."""
-    meta, parts = json.loads(str(arrays['meta'])), {'bank': {}, 'calibration': {}}
+    meta, parts = json.loads(str(arrays['meta'])), collections.defaultdict(dict)
     for name, array in arrays.items():
         first, *where = name.split('/')
         if where:
             tree = functools.reduce(
                 lambda tree, part: tree.setdefault(part, {}), where[:-1], parts[first]
             )
-            tree[where[-1]] = jnp.asarray(array) if first == 'bank' else np.asarray(array)
+            tree[where[-1]] = np.asarray(array) if first == 'calibration' else jnp.asarray(array)
     return Guard(
         bank=parts['bank'],
+        autoencoder=parts.get('autoencoder'),
         calibration=metrics.Calibration(**parts['calibration']),
         method=meta['method'],
         windows=tuple((name, _hashable(value)) for name, value in meta['windows']),
@@ -256,9 +266,11 @@ def load(path: str | os.PathLike) -> Guard:
         raise ValueError(f'{path} holds no guard: {error}') from None
 
 
-def _seen(method, views, windows):
+def _seen(method, views, windows, autoencoder):
     """Returns what detectors see, as a guard has it."""
-    unknown = {*views} - {*views_lib.VIEWS} or {method} & {*names.RIVALS} or {method} - {*METHODS}
+    if autoencoder is None and 'reconstruction' in views:
+        raise ValueError('The view reconstruction needs a fitted autoencoder.')
+    unknown = {*views} - {*names.VIEWS} or {method} & {*names.RIVALS} or {method} - {*METHODS}
     if unknown:
         raise ValueError(f'{sorted(unknown)} is no view, or no method, that a guard can have.')
     windows = tuple((name, _hashable(value)) for name, value in windows.items())
@@ -273,9 +285,9 @@ def _check_names(maps, class_names):
         )
 
 
-def _see(logits_fn, images, *, method, views, windows, fill):
+def _see(logits_fn, images, *, method, views, windows, fill, autoencoder):
     """Returns what detectors see of images."""
-    seen = views_lib.of_names(views)
+    seen = views_lib.of_names(views, autoencoder)
     settings = dict(fill=fill) | dict(windows)
     return verdict.observe(logits_fn, images, method=METHODS[method], views=seen, **settings)
 

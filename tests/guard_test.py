@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from occjax import attack, guard
+from occjax import attack, comparators, guard
 
 CLASSES = ('left', 'right', 'neither')
 WINDOWS = dict(size=4, stride=4)
@@ -152,7 +152,7 @@ def test_what_cannot_be_guarded_is_said():
         guard.make(key, logits_fn, IMAGES[:64], **few | {'class_names': ('a', 'b')})
     with pytest.raises(ValueError, match='0 successful attacks'):
         guard.make(key, logits_fn, IMAGES[:64], attacks=(guard.fgsm(0.0),), **few)
-    with pytest.raises(ValueError, match="'reconstruction'"):
+    with pytest.raises(ValueError, match='reconstruction needs a fitted autoencoder'):
         guard.make(key, logits_fn, IMAGES[:64], **few | {'views': ('reconstruction',)})
     with pytest.raises(ValueError, match="'input_mfs'"):
         guard.make(key, logits_fn, IMAGES[:64], method='input_mfs', **few)
@@ -166,3 +166,15 @@ def test_bytes_are_pixels():
     one = guard.make(jax.random.key(0), logits_fn, as_bytes, **known)
     other = guard.make(jax.random.key(0), logits_fn, as_bytes.astype(np.float32) / 255, **known)
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_guard_that_sees_reconstructions_keeps_what_reconstructs(tmp_path):
+    autoencoder = comparators.init_autoencoder(jax.random.key(7), channels=IMAGES.shape[-1])
+    found = made.__wrapped__(views=('reconstruction', 'flip'), autoencoder=autoencoder)
+    guard.save(found, tmp_path / 'guard.npz')
+    again = guard.load(tmp_path / 'guard.npz')
+    jax.tree.map(np.testing.assert_array_equal, again, found)
+    verdict = jax.jit(functools.partial(guard.judge, again, logits_fn))(IMAGES[:5])
+    moved = jax.tree.map(lambda leaf: 2 * leaf, autoencoder)
+    other = guard.judge(dataclasses.replace(found, autoencoder=moved), logits_fn, IMAGES[:5])
+    assert np.abs(verdict.score - other.score).min() > 1e-4

@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import os
+import pathlib
 import time
 from typing import Any
 
@@ -289,38 +290,51 @@ def deployed(run: Run) -> list[str]:
     return [name for name in names.DEPLOYED if name in run.config.detector.methods]
 
 
+def guard_path(run: Run, name: str) -> pathlib.Path:
+    """Returns where a method's detectors are, as one would deploy them."""
+    return run.workdir / 'detectors' / f'{name}.guard.npz'
+
+
 def load_guard(run: Run, name: str, division: judging.Division | None = None) -> guard.Guard:
     """Returns the detectors of a method as one would deploy them, from their file or made anew.
 
     They are those of the first seed under the protocol `held_out`, at the thresholds that let 5 %
-    of the clean maps they come from pass for adversarial.
+    of the clean maps they come from pass for adversarial. Those that see views a sweep has made.
 
     Args:
         run: the experiment.
         name: the method.
         division: of that protocol, if it is at hand.
     """
-    path = run.workdir / 'detectors' / f'{name}.guard.npz'
+    path = guard_path(run, name)
+    if name in names.VIEWING:
+        made_from = store.classifier_origin(run)
+        return guard.from_arrays(storage.load_arrays(path, mode='sweep', made_from=made_from))
 
     def make():
         held_out = store.divide(run, 'held_out') if division is None else division
         banks = store.load_banks(run, held_out, 'held_out', name)
-        fill, top_classes = run.config.occlusion.fill, run.config.occlusion.top_classes
-        found = guard.of_bank(
-            *judging.first(banks, held_out, METHODS[name]),
-            fill=np.array(fill) if fill else shard.fill_of(run, load_variables(run)),
-            class_names=run.description['class_names'],
-            method=name,
-            **run.geometry,
-            **({'top_classes': top_classes} if top_classes else {}),
-            **({'engine': 'approximate'} | run.knobs if run.knobs else {}),
-        )
-        return guard.to_arrays(found)
+        found = judging.first(banks, held_out, METHODS[name])
+        return guard.to_arrays(guard_of(run, *found, method=name))
 
     if not path.exists() and not os.access(run.workdir, os.W_OK):
         return guard.from_arrays(make())  # It is made each time where nothing can be stored.
     known = dict(mode='detectors', made_from=store.heatmaps_origin(run))
     return guard.from_arrays(storage.cached(path, make, **known))
+
+
+def guard_of(run: Run, *found: Any, **settings: Any) -> guard.Guard:
+    """Returns `guard.of_bank` with the windows of a run."""
+    fill, top_classes = run.config.occlusion.fill, run.config.occlusion.top_classes
+    return guard.of_bank(
+        *found,
+        fill=np.array(fill) if fill else shard.fill_of(run, load_variables(run)),
+        class_names=run.description['class_names'],
+        **settings,
+        **run.geometry,
+        **({'top_classes': top_classes} if top_classes else {}),
+        **({'engine': 'approximate'} | run.knobs if run.knobs else {}),
+    )
 
 
 def _tell_lacking(run, protocol, division):

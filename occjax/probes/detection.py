@@ -26,13 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import guard, metrics, occlusion, sources, verdict
+from occjax import guard, metrics, names, occlusion, sources, verdict
 from occjax.experiment import devices, hosts, shard, stages, storage, store
 from occjax.experiment.run import Run, parts
 from occjax.methods import METHODS
+from occjax.probes import conditions
 from occjax.progress import say
 from occjax.report import verdicts
-from occjax.types import HeatmapSet, UsageError
+from occjax.types import HeatmapSet, UsageError, condense
 
 _NAME = 32  # letters of a part's name
 _PART = 64  # images that are kept together, at least
@@ -56,8 +57,10 @@ def detect(run: Run, path: str | None, *, fpr: float = 0.05, output: str | None 
             only some of the files that cannot be read, all others are judged first.
     """
     files = _files(path)
+    swept = [name for name in names.VIEWING if stages.guard_path(run, name).exists()]
     guards = {
-        name: guard.at_fpr(stages.load_guard(run, name), fpr) for name in stages.deployed(run)
+        name: guard.at_fpr(stages.load_guard(run, name), fpr)
+        for name in [*stages.deployed(run), *swept]
     }
     unread, calls = [], collections.Counter()
     with _folder(run, path, output) as folder:
@@ -176,11 +179,12 @@ def _judge(run, load_fn, files, guards) -> dict[str, np.ndarray]:
     }
     if not images:
         return found
-    maps = _see(run, load_fn(), np.array(images, np.float32) / 255)
-    said = [guard.judge_maps(each, maps) for each in guards.values()]
-    effects = [
-        verdict.effects(each.bank, maps, method=METHODS[name]) for name, each in guards.items()
-    ]
+    images = np.array(images, np.float32) / 255
+    maps, said, effects = _see(run, load_fn(), images), [], []
+    for name, each in guards.items():
+        seen = _view(run, load_fn(), each, images, maps) if each.views else maps
+        said.append(guard.judge_maps(each, seen))
+        effects.append(verdict.effects(each.bank, seen, method=METHODS[name]))
     return found | {
         'predicted': np.asarray(maps.predicted),
         'probability': np.asarray(maps.max_probability),
@@ -206,6 +210,15 @@ def _see(run, variables, images) -> HeatmapSet:
     )
 
 
+def _view(run, variables, each, images, maps):
+    """Returns maps with the logits under a guard's views."""
+    view_fn = functools.partial(conditions.view_batch, variables, each.autoencoder)
+    view_fn = functools.partial(view_fn, views=each.views, network=run.network)
+    views = devices.in_batches(view_fn, images, batch_size=min(run.batch_size, len(images)))
+    views = condense(views, np.asarray(maps.unoccluded), run.config.occlusion.top_classes)
+    return dataclasses.replace(maps, views=jnp.asarray(views))
+
+
 def _entries(run, arrays, guards) -> Iterator[dict[str, Any]]:
     """Yields what is said of each file of a part, and what only the page shows beside it."""
     class_names = run.description['class_names']
@@ -221,7 +234,7 @@ def _entries(run, arrays, guards) -> Iterator[dict[str, Any]]:
             'class': class_names[k],
             'probability': round(float(arrays['probability'][i]), 4),
             'detectors': {
-                name: _said(arrays['score'][d][i], each.thresholds[k], arrays['effect'][d][i])
+                name: _said(name, arrays['score'][d][i], each.thresholds[k], arrays['effect'][d][i])
                 for d, (name, each) in enumerate(guards.items())
             },
             'map': arrays['map'][i],
@@ -230,9 +243,9 @@ def _entries(run, arrays, guards) -> Iterator[dict[str, Any]]:
         i += 1
 
 
-def _said(score, threshold, effect):
+def _said(name, score, threshold, effect):
     """Returns what a detector says of an image, and the windows that moved its score most."""
-    order = np.abs(effect).argsort(axis=None)[::-1][:_TELLING]
+    order = np.abs(effect).argsort(axis=None)[::-1][: _TELLING * METHODS[name].windows]
     rows, columns = np.unravel_index(order, effect.shape)
     word = verdicts.ADVERSARIAL if score > threshold else verdicts.CLEAN
     known = bool(threshold < np.inf)

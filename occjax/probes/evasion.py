@@ -172,10 +172,9 @@ def _target(run, variables, method):
     """Returns the first seed's detector."""
     count = run.config.adaptive.images
     if method in names.VIEWING:
-        found = sweep.deployed(run, variables, method)
-        bank, thresholds, ids, name = map(found.get, ('bank', 'thresholds', 'judged', 'name'))
-        autoencoder, made_from = stages.load_autoencoder(run), store.classifier_origin(run)
-        return _Target(method, bank, thresholds, autoencoder, ids[:count], name, made_from)
+        found, ids, name = sweep.deployed(run, variables, method)
+        sees = found.bank, found.thresholds, found.autoencoder
+        return _Target(method, *sees, ids[:count], name, store.classifier_origin(run))
     division = store.divide(run, 'held_out')
     maps, judged = division.maps, division.is_judged[0]
     ids = maps.image_id[judged & ~maps.is_adversarial][:count]

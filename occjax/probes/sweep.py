@@ -17,10 +17,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from occjax import metrics, names
+from occjax import guard, metrics, names
 from occjax.experiment import judging, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
@@ -97,11 +96,16 @@ def mixed(run: Run, sets: Mapped, mixture: Sequence[str]) -> tuple[judging.Divis
     return _divided(run, sets.clean, HeatmapSet.concatenate(chosen)), noise
 
 
-def deployed(run: Run, variables: Any, method: str) -> dict[str, Any]:
-    """Returns the first seed's bank of a method, fitted on the mixture, from the store or anew.
+class Deployed(NamedTuple):
+    """The first seed's detectors of a method, fitted on the mixture."""
 
-    It is the `bank`, its `[K]` `thresholds`, `judged`, ids of clean images that neither of them
-    comes from, and a `name` that no other method or settings have.
+    guard: guard.Guard
+    judged: np.ndarray  # ids of clean images that neither detectors nor thresholds come from
+    name: str  # that no other method or settings have
+
+
+def deployed(run: Run, variables: Any, method: str) -> Deployed:
+    """Returns the detectors of a method as one would deploy them, from the store or anew.
 
     Raises:
         UsageError: if no mixture is named.
@@ -114,24 +118,18 @@ def deployed(run: Run, variables: Any, method: str) -> dict[str, Any]:
     settings = {name: value for name, value in settings.items() if name != 'methods'}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = run.workdir / 'sweep' / 'detectors' / f'{method}-{digest}.npz'
-    sets = mapped(run, variables)
-    division, noise = mixed(run, sets, run.config.sweep.mixture)
-    tree = jax.tree.structure(jax.eval_shape(lambda: store.init_banks(run, division, method)))
 
     def make():
+        division, noise = mixed(run, mapped(run, variables), run.config.sweep.mixture)
         banks = store.fit_banks(run, division, method, noise)
-        bank, known = judging.first(banks, division, METHODS[method])
+        found = judging.first(banks, division, METHODS[method])
+        sees = dict(views=run.config.sweep.views, autoencoder=stages.load_autoencoder(run))
+        made = stages.guard_of(run, *found, method=method, **sees)
         clean = division.is_judged[0] & ~division.maps.is_adversarial
-        leaves = {f'leaf_{i:03d}': leaf for i, leaf in enumerate(jax.tree.leaves(bank))}
-        return leaves | {
-            'thresholds': known.thresholds(0.05),
-            'judged': division.maps.image_id[clean],
-        }
+        return guard.to_arrays(made) | {'judged': division.maps.image_id[clean]}
 
     found = storage.cached(path, make, mode='sweep', made_from=store.classifier_origin(run))
-    leaves = [found[name] for name in sorted(found) if name.startswith('leaf_')]
-    kept = {name: found[name] for name in ('thresholds', 'judged')}
-    return {'bank': jax.tree.unflatten(tree, leaves), 'name': path.stem, **kept}
+    return Deployed(guard.from_arrays(found), found['judged'], path.stem)
 
 
 def sweep(run: Run) -> str:
@@ -159,6 +157,12 @@ def sweep(run: Run) -> str:
     storage.write_json(run.workdir / 'sweep.json', result)
     storage.write_bytes(run.workdir / 'sweep.png', sweep_report.plot(result))
     written = f'\nWritten: {run.workdir / "sweep.json"}, sweep.png\n'
+    if run.config.sweep.mixture:
+        for method in [name for name in names.VIEWING if name in run.config.sweep.methods]:
+            made, *_ = deployed(run, variables, method)
+            path, known = stages.guard_path(run, method), store.classifier_origin(run)
+            storage.save_arrays(path, guard.to_arrays(made), made_from=known)
+            written += f'{path}: --mode=detect asks it from now on, occjax.guard.load reads it.\n'
     return tables.to_markdown(sweep_report.build(result)) + written
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import tracemalloc
 
 import jax
@@ -14,10 +15,11 @@ import pytest
 from PIL import Image
 
 from occjax import attack, data, guard
+from occjax.config import Sweep
 from occjax.experiment import judging, shard, stages, store
 from occjax.experiment.run import Speed
 from occjax.methods import METHODS
-from occjax.probes import detection
+from occjax.probes import detection, sweep
 from occjax.types import UsageError
 from tests.detector_test import toy_maps
 from tests.verdict_test import seed_0
@@ -375,3 +377,35 @@ def test_a_detector_without_a_threshold_never_calls(finished):
     banks = store.load_banks(run, division, 'held_out', 'detector')
     _, known = judging.first(banks, division, METHODS['detector'])
     assert (known.thresholds(0.05) == np.inf).all()
+
+
+@pytest.mark.slow
+def test_what_a_sweep_fits_on_its_mixture_is_asked_too(judged, detect, tmp_path):
+    """It sees views, and needs no heat map."""
+    run, folder = judged
+    shutil.copytree(run.workdir, tmp_path / 'run', ignore=shutil.ignore_patterns('detect'))
+    config = dataclasses.replace(
+        run.config,
+        sweep=Sweep(
+            epsilons=(0.3,),
+            attacks=('square',),
+            mixture=('fgsm', 'square'),
+            steps=3,
+            views=('reconstruction', 'shift'),
+            methods=('views_alone', 'all_views'),
+            windows=False,
+        ),
+    )
+    swept = run.changed(workdir=tmp_path / 'run', config=config)
+    assert 'views_alone.guard.npz: --mode=detect asks it' in sweep.sweep(swept)
+    printed = detect(run.changed(workdir=swept.workdir), folder)
+    logits_fn = run.network.classifier(stages.load_variables(swept))
+    images = data.take(run.dataset.test, np.arange(10))
+    for name in ('views_alone', 'all_views'):
+        known = guard.load(swept.workdir / 'detectors' / f'{name}.guard.npz')
+        said = guard.judge(known, logits_fn, images)
+        found = [entry['detectors'][name] for entry in printed]
+        np.testing.assert_allclose([f['score'] for f in found], said.score, atol=2e-3)
+        assert [f['verdict'] == 'adversarial' for f in found] == said.is_adversarial.tolist()
+        assert {len(f['windows']) for f in found} == {3 * (name == 'all_views')}
+    assert set(printed[0]['detectors']) == {'detector', 'all_logits', 'views_alone', 'all_views'}
