@@ -124,11 +124,10 @@ def make(
     Raises:
         ValueError: if images, labels or names do not fit, or nothing is left to fit on.
     """
-    see_fn = functools.partial(_see, logits_fn, fill=fill, autoencoder=autoencoder)
-    seen = _seen(method, views, windows, autoencoder)
+    sees = dict(fill=fill, autoencoder=autoencoder) | _seen(method, views, windows, autoencoder)
     attack_key, order_key, init_key, fit_key = jax.random.split(key, 4)
-    attempt_fn = functools.partial(_attempts, logits_fn, functools.partial(see_fn, **seen))
-    attempt_fn = jax.jit(functools.partial(attempt_fn, attacks, noise))
+    see_fn = functools.partial(_see, logits_fn, **sees)
+    attempt_fn = jax.jit(functools.partial(_attempts, logits_fn, see_fn, attacks, noise))
     maps, kinds = _gather(attack_key, attempt_fn, images, labels, batch_size, progress)
     _check_names(maps, class_names)
     fits = np.asarray(jax.random.permutation(order_key, len(images))) % 3 > 0
@@ -140,8 +139,8 @@ def make(
         judges = metrics.has_both_kinds(maps.select(is_fitted), len(class_names))
     counts = judges[sets.predicted]
     known = metrics.Calibration(np.asarray(scores)[counts], sets.predicted[counts], judges)
-    settings = dict(fpr=fpr, fill=fill, class_names=class_names, method=method, views=views)
-    return of_bank(bank, known, autoencoder=autoencoder, **settings, **windows)
+    sees = dict(method=method, views=views, autoencoder=autoencoder, fill=fill)
+    return of_bank(bank, known, fpr=fpr, class_names=class_names, **sees, **windows)
 
 
 def of_bank(

@@ -114,13 +114,6 @@ def _both_logits(maps):
     return maps.array_module.concatenate([maps.columns, twin], axis=1) / 4
 
 
-def _twin_confidence(maps):
-    """The logarithm of how probable a second classifier takes the first one's class to be."""
-    logits = maps.twin - maps.twin.max(-1, keepdims=True)
-    logits = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return np.take_along_axis(logits, maps.predicted[:, None], axis=1)
-
-
 def _unoccluded_logits(maps):
     """The same without the windows: one forward pass."""
     return maps.columns / 4
@@ -157,8 +150,6 @@ METHODS = dict(
             Method(lambda maps: maps.neighbours, standardize=True, pooled=True, **_ONE_PASS),
             # SID, https://arxiv.org/abs/2103.04302
             Method(_both_logits, (512, 128), standardize=True, pooled=True, **_TWO_PASSES),
-            # PID, https://arxiv.org/abs/2506.03765: a threshold, to which any line is equal.
-            Method(_twin_confidence, (), standardize=True, pooled=True, **_TWO_PASSES),
         ),
         strict=True,
     )

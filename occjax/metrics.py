@@ -40,6 +40,8 @@ BASELINES = {
     name: Baseline(lambda maps, i=i: maps.comparators[:, i], passes)
     for i, (name, passes) in enumerate(zip(COMPARATORS, (3, 1, 2), strict=True))
 }
+# A sweep's, with a second classifier's logits: PID (https://arxiv.org/abs/2506.03765).
+TWINNED = {'pid': Baseline(lambda maps: _surprise(maps.twin, maps.predicted), passes=2)}
 COUNTS = ('n_correct', 'n_adversarial', 'n_thresholds')
 RATES = (
     'accuracy',
@@ -56,6 +58,12 @@ RATES = (
 def _mad(cells: np.ndarray) -> np.ndarray:
     """Returns the `[M]` medians of the distances of `[M, P]` cells from their median."""
     return np.median(np.abs(cells - np.median(cells, axis=1, keepdims=True)), axis=1)
+
+
+def _surprise(logits: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Returns `[M]`, less the logarithm of how probable `[M, K]` logits take a class each to be."""
+    own = np.take_along_axis(logits, classes[:, None], axis=1)[:, 0]
+    return np.logaddexp.reduce(logits, axis=1) - own
 
 
 def threshold_at_fpr(clean_scores: np.ndarray, fpr: float) -> float:

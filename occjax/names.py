@@ -46,8 +46,8 @@ DEPLOYED = ('detector', 'all_logits')  # Those of them that `--mode=detect` asks
 
 # The same of a sweep's, which stores other views beside the windows; and other people's.
 VIEWING = ('all_views', 'views_alone')
-RIVALS = ('input_mfs', 'multi_lid', 'sid', 'pid')
-TWINNED = ('sid', 'pid')  # Those of them that ask a second classifier.
+RIVALS = ('input_mfs', 'multi_lid', 'sid')
+TWINNED = ('sid', 'pid')  # What asks a second classifier; the latter is a score and no network.
 
 # What `--mode=sweep` may show detectors beside the windows, see `views`; the first is MagNet's.
 VIEWS = (

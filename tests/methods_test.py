@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
 
 from occjax.methods import METHODS
 from tests.detector_test import toy_maps
@@ -142,9 +141,3 @@ def test_jax_and_numpy_see_the_same(name, maps):
     inputs = METHODS[name].inputs_fn(on_device)
     assert isinstance(inputs, jax.Array)
     np.testing.assert_allclose(inputs, METHODS[name].inputs_fn(maps), rtol=1e-5, atol=1e-6)
-
-
-def test_the_twin_s_confidence_is_in_the_first_classifier_s_class():
-    probability = np.exp(METHODS['pid'].inputs_fn(MANY)[:, 0])
-    expected = scipy.special.softmax(MANY.twin, axis=-1)[np.arange(len(MANY)), MANY.predicted]
-    np.testing.assert_allclose(probability, expected, rtol=1e-5)

@@ -62,7 +62,8 @@ def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path)
     wanted = run.config.sweep
     wanted.epsilons, wanted.attack_epsilons = (0.2,), (0.3,)
     wanted.attacks, wanted.mixture, wanted.noise = ('bim', 'square'), ('fgsm', 'bim'), True
-    wanted.views, wanted.methods = ('reconstruction', 'blur', 'flip'), ('all_views', *names.RIVALS)
+    wanted.views = ('reconstruction', 'blur', 'flip')
+    wanted.methods = ('all_views', *names.RIVALS, 'pid')
     wanted.twin = str(finished[0].workdir)  # The same classifier once more.
     wanted.steps, wanted.images, wanted.windows = 3, 150, False
     printed = sweep.sweep(run)
