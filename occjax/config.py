@@ -220,7 +220,8 @@ class Sweep:
     occluders: tuple[tuple[int, int, float], ...] = ()
     windows: bool = True
     methods: tuple[str, ...] = some_of(
-        (*names.METHODS, *names.VIEWING, *names.RIVALS, 'pid'), ('detector', 'all_logits')
+        (*names.METHODS, *names.VIEWING, *names.RIVALS, 'pid', *names.COMPARATORS),
+        ('detector', 'all_logits'),
     )
     twin: str = ''
     steps: int = number(1, 10**4, 10)

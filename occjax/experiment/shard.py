@@ -5,6 +5,7 @@ Dimensions: B batch, H W C image, K classes, h w heatmap grid, M maps.
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from occjax import engine as engine_lib
 from occjax.experiment import devices
 from occjax.experiment.run import Run
 from occjax.streams import Stream
-from occjax.types import Split, condense
+from occjax.types import Array, Split, condense
 
 
 class Part(NamedTuple):
@@ -133,10 +134,10 @@ def compare_batch(variables, autoencoder, images, *, network, bits, size, temper
     return jnp.stack([squeezing, *magnet], axis=-1)
 
 
-def compare(run: Run, variables: Any, autoencoder: Any, images: np.ndarray) -> np.ndarray:
-    """Returns the `[M, 3]` scores, `names.COMPARATORS`, of `[M, H, W, C]` images."""
+def comparing(run: Run, variables: Any, autoencoder: Any) -> Callable[[Array], Array]:
+    """Returns what gives `compare_batch`'s scores of images."""
     wanted = run.config.comparators
-    compare_fn = functools.partial(
+    return functools.partial(
         compare_batch,
         variables,
         autoencoder,
@@ -145,7 +146,6 @@ def compare(run: Run, variables: Any, autoencoder: Any, images: np.ndarray) -> n
         size=wanted.median,
         temperature=wanted.temperature,
     )
-    return devices.in_batches(compare_fn, images, batch_size=run.batch_size)
 
 
 def collect(
@@ -174,7 +174,8 @@ def collect(
     unoccluded = np.concatenate([part.unoccluded[part.is_mapped] for part in every])
     logits = map_images(run, variables, chosen, unoccluded)
     engine = run.mapping(variables).engine
-    compared = compare(run, variables, autoencoder, chosen)
+    compare_fn = comparing(run, variables, autoencoder)
+    compared = devices.in_batches(compare_fn, chosen, batch_size=run.batch_size)
     arrays = {}
     for prefix, parts in groups.items():
         masks = [part.is_mapped for part in parts]

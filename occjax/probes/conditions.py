@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import attack, comparators, data
+from occjax import attack, comparators, data, names
 from occjax import config as config_lib
 from occjax import views as views_lib
 from occjax.config import Occlusion
@@ -125,6 +125,11 @@ def _beside(run, variables):
         words.append(f'twin-{origin["twin"][:12]}')
     if 'multi_lid' in wanted.methods:
         words.append(f'{learnt.neighbours}-of-{learnt.images}')
+    compares = bool(set(names.COMPARATORS) & set(wanted.methods))
+    if compares:
+        autoencoder = stages.load_autoencoder(run)
+        origin['autoencoder'] = stages.autoencoder_digest(run)
+        words.append('comparators')
 
     @functools.cache  # Only where something is to be made.
     def functions():
@@ -139,6 +144,8 @@ def _beside(run, variables):
             count = min(learnt.neighbours, len(reference))
             nearest_fn = functools.partial(neighbour_batch, reference=reference, count=count)
             found['neighbours'] = lambda images: nearest_fn(features_fn(images))
+        if compares:
+            found['comparators'] = shard.comparing(run, variables, autoencoder)
         return found
 
     def see(images, unoccluded):

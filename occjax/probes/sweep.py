@@ -150,6 +150,8 @@ def sweep(run: Run) -> str:
             }
             for name, part in parts.items()
         },
+        'mixture': run.config.sweep.mixture,
+        'passes': {method: _passes(run, method) for method in run.config.sweep.methods},
         'transfer': _transfer(run, sets),
         'occluders': _occluders(run, variables) if run.config.sweep.windows else [],
         'search': _search(run, sets) if run.config.sweep.views else None,
@@ -164,6 +166,17 @@ def sweep(run: Run) -> str:
             storage.save_arrays(path, guard.to_arrays(made), made_from=known)
             written += f'{path}: --mode=detect asks it from now on, occjax.guard.load reads it.\n'
     return tables.to_markdown(sweep_report.build(result)) + written
+
+
+def _passes(run, name):
+    """Returns how many forward passes an image takes, of whichever classifier."""
+    if name not in METHODS:
+        return (metrics.BASELINES | metrics.TWINNED)[name].passes
+    method = METHODS[name]
+    if method.passes is not None:
+        return method.passes
+    views = len(run.config.sweep.views) * (name in names.VIEWING)
+    return 1 + math.prod(run.grid) * method.windows + views
 
 
 def _search(run, sets):

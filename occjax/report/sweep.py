@@ -20,6 +20,7 @@ def build(result: dict) -> list[tables.Table]:
             f'{cell(result["images"])}.',
         )
     ]
+    listed += summary(result)
     for method, rows in result['transfer'].items():
         listed.append(_matrix(method, rows, ''))
         noisy = {name: {k: v['with_noise'] for k, v in row.items()} for name, row in rows.items()}
@@ -41,6 +42,87 @@ def build(result: dict) -> list[tables.Table]:
     header = ('Windows', 'Forward passes', *(f'AUROC, {tables.words(m).lower()}' for m in methods))
     note = 'FGSM, fitted and judged at the same ε; ± is a 95 % interval.'
     return [*listed, tables.Table('Windows', header, lines, note=note)]
+
+
+def condense(result: dict) -> dict:
+    """Returns `sweep.json` without the AUROC that `summary` does not show."""
+    kept = {name: value for name, value in result.items() if name not in ('transfer', 'occluders')}
+    transfer = {
+        method: {
+            fitted: {
+                judged: cell
+                for judged, cell in row.items()
+                if fitted in (judged, 'mixture', _without(result, judged))
+            }
+            for fitted, row in rows.items()
+        }
+        for method, rows in result['transfer'].items()
+    }
+    return kept | {'transfer': transfer}
+
+
+def _without(result, name):
+    """Returns what is fitted on all of the mixture but an attack."""
+    return f'mixture without {result["attacks"][name]["attack"]}'
+
+
+def summary(result: dict) -> list[tables.Table]:
+    """Returns two tables of a row for each method: FGSM at its own ε, and the mixture."""
+    attacks, passes = result['attacks'], result['passes']
+    own = [name for name, row in attacks.items() if row['attack'] == 'fgsm']
+    lines = [
+        (
+            tables.words(method),
+            tables.cell(passes[method]),
+            *(_auroc(each, each['interval']) for name in own for each in _both(rows[name][name])),
+        )
+        for method, rows in result['transfer'].items()
+    ]
+    epsilons = [tables.epsilon(attacks[name]['epsilon']) for name in own]
+    columns = [c for e in epsilons for c in (f'ε = {e}, against clean', 'and noise')]
+    note = 'AUROC of FGSM, fitted and judged at the same ε; ± is a 95 % interval.'
+    listed = [tables.Table('FGSM', ('Method', 'Forward passes', *columns), lines, note=note)]
+    if all('mixture' in rows for rows in result['transfer'].values()):
+        listed.append(_mixture(result))
+    return listed
+
+
+def _both(cell):
+    """Returns what is judged against clean images, and against clean and noisy ones."""
+    return cell, cell['with_noise'] or {'auroc': None, 'interval': None}
+
+
+def _mixture(result):
+    """Returns what methods make of each attack that they saw, and of each that they did not."""
+    lines = []
+    for method, rows in result['transfer'].items():
+        pairs = [_seen_or_not(result, rows, name) for name in result['attacks']]
+        sides = (
+            [value for value in side if value is not None] for side in zip(*pairs, strict=True)
+        )
+        pairs.append([min(side, default=None) for side in sides])
+        cells = [f'{tables.cell(seen)} / {tables.cell(unseen)}' for seen, unseen in pairs]
+        lines.append((tables.words(method), *cells))
+    header = ('Method', *map(_words, result['attacks'].values()), 'Worst')
+    note = (
+        'AUROC against clean images of detectors that are fitted on a mixture with the attack / '
+        'without it, at any ε.'
+    )
+    return tables.Table('A mixture of attacks', header, lines, note=note)
+
+
+def _seen_or_not(result, rows, name):
+    """Returns the AUROC by an attack of what saw it and of what did not, None where there is none."""
+    found = rows['mixture'][name]['auroc']
+    if result['attacks'][name]['attack'] not in result['mixture']:
+        return None, found
+    left_out = rows.get(_without(result, name))
+    return found, left_out and left_out[name]['auroc']
+
+
+def _words(attack):
+    """Returns what a reader sees for an attack."""
+    return f'{tables.words(attack["attack"])}, {tables.epsilon(attack["epsilon"])}'
 
 
 def _search(found):

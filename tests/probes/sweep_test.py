@@ -9,6 +9,7 @@ import pytest
 from occjax import names
 from occjax.experiment import devices, stages, storage, store
 from occjax.probes import conditions, sweep
+from occjax.report import sweep as sweep_report
 from occjax.types import UsageError
 from tests.small_run import make_run
 
@@ -63,7 +64,7 @@ def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path)
     wanted.epsilons, wanted.attack_epsilons = (0.2,), (0.3,)
     wanted.attacks, wanted.mixture, wanted.noise = ('bim', 'square'), ('fgsm', 'bim'), True
     wanted.views = ('reconstruction', 'blur', 'flip')
-    wanted.methods = ('all_views', *names.RIVALS, 'pid')
+    wanted.methods = ('all_views', *names.RIVALS, 'pid', 'magnet_divergence')
     wanted.twin = str(finished[0].workdir)  # The same classifier once more.
     wanted.steps, wanted.images, wanted.windows = 3, 150, False
     printed = sweep.sweep(run)
@@ -79,6 +80,23 @@ def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path)
     assert [row['passes'] for row in result['search']['order']] == [1, 2, 3, 4]
     assert set(result['search']['without']) == set(wanted.views)
     assert 'the most useful first' in printed
+    assert result['passes'] == {
+        **{'all_views': 1 + 9 + 3, 'input_mfs': 0, 'multi_lid': 1},
+        **{'sid': 2, 'pid': 2, 'magnet_divergence': 2},
+    }
+    kept = sweep_report.condense(result)
+    assert sweep_report.summary(kept) == sweep_report.summary(result)
+    assert len(json.dumps(kept['transfer'])) < 0.7 * len(json.dumps(result['transfer']))
+    own, mixture = sweep_report.summary(result)
+    row = next(row for row in mixture.rows if row[0] == 'InputMFS, magnitudes of the image')
+    rows = result['transfer']['input_mfs']
+    seen, unseen = (rows[name]['bim 0.3']['auroc'] for name in ('mixture', 'mixture without bim'))
+    assert row[3] == f'{seen:.3f} / {unseen:.3f}'
+    assert row[4] == f'– / {rows["mixture"]["square 0.3"]["auroc"]:.3f}'  # It is never in it.
+    values = [float(cell.split(' / ')[1]) for cell in row[1:-1]]
+    assert row[-1].split(' / ')[1] == f'{min(values):.3f}'
+    cell = rows['fgsm 0.2']['fgsm 0.2']['with_noise']
+    assert f'{cell["auroc"]:.3f}' in own.rows[1][3]
     rows = result['transfer']['all_views']
     assert rows['mixture']['bim 0.3']['auroc'] != rows['mixture without bim']['bim 0.3']['auroc']
     with np.load(next((run.workdir / 'sweep').glob('*-views-spectra/noise*.npz'))) as part:
@@ -86,11 +104,12 @@ def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path)
         assert part['spectrum'].shape == (len(part['label']), 16 * 9 * 3)
         assert not part['is_adversarial'].any()
         np.testing.assert_array_equal(part['unoccluded'].argmax(-1), part['label'])
-    (folder,) = (run.workdir / 'sweep').glob('twin-*-20-of-2000')
+    (folder,) = (run.workdir / 'sweep').glob('twin-*-20-of-2000-comparators')
     for path in folder.glob('*.npz'):
         with np.load(path) as part:
             np.testing.assert_allclose(part['twin'], part['unoccluded'], rtol=1e-4, atol=1e-4)
             assert part['neighbours'].shape == (len(part['label']), 19)
+            assert part['comparators'].shape == (len(part['label']), 3)
     sets = sweep.mapped(run, stages.load_variables(run))
     for maps in (sets.clean, *sets.parts.values(), *sets.noise.values()):
         np.testing.assert_allclose(maps.twin, maps.unoccluded, rtol=1e-4, atol=1e-4)
