@@ -112,7 +112,7 @@ def _mixture(result):
 
 
 def _seen_or_not(result, rows, name):
-    """Returns the AUROC by an attack of what saw it and of what did not, None where there is none."""
+    """Returns the AUROC of what saw an attack, and of what did not; None where there is none."""
     found = rows['mixture'][name]['auroc']
     if result['attacks'][name]['attack'] not in result['mixture']:
         return None, found
