@@ -133,7 +133,11 @@ def deployed(run: Run, variables: Any, method: str) -> Deployed:
 
 
 def sweep(run: Run) -> str:
-    """Attacks, maps, fits and judges; writes `sweep.json` and `sweep.png`, and returns a table."""
+    """Attacks, maps, fits and judges; writes `sweep.json` and `sweep.png`, and returns tables.
+
+    `sweep_summary.json` is the part of it that is worth keeping beside a config; detectors of the
+    mixture that see views are deployed.
+    """
     variables = stages.load_variables(run)
     sets = mapped(run, variables)
     found, clean, parts, noise = sets
@@ -157,6 +161,7 @@ def sweep(run: Run) -> str:
         'search': _search(run, sets) if run.config.sweep.views else None,
     }
     storage.write_json(run.workdir / 'sweep.json', result)
+    storage.write_json(run.workdir / 'sweep_summary.json', sweep_report.condense(result))
     storage.write_bytes(run.workdir / 'sweep.png', sweep_report.plot(result))
     written = f'\nWritten: {run.workdir / "sweep.json"}, sweep.png\n'
     if run.config.sweep.mixture:

@@ -1,5 +1,8 @@
 """A run in a few kilobytes and one table, to be kept beside its config."""
 
+from collections.abc import Sequence
+
+from occjax import config
 from occjax.report import tables
 
 _KEPT = (
@@ -82,6 +85,34 @@ def table(summary: dict) -> str:
         ),
     )
     return f'{line}\n\n{_body(header, rows)}\n{_classes(summary)}'
+
+
+def comparison(summaries: Sequence[dict]) -> str:
+    """Returns what `condense` kept of several runs as Markdown: a row for each.
+
+    The first column is what its config has other than the first run's.
+    """
+    rows = []
+    for found in summaries:
+        configs = (each['manifest']['config'] for each in (summaries[0], found))
+        changed = config.difference(*map(config.identity, configs))
+        detection = found['detection']
+        paper, held_out = (detection[protocol]['overall'] for protocol in ('paper', 'held_out'))
+        rows.append(
+            (
+                '; '.join(changed) or 'the config',
+                tables.cell(found['attack']['success_rate']),
+                ' / '.join(tables.cell(found['map_mean'][kind]) for kind in _KINDS),
+                tables.with_interval(paper, 'balanced_accuracy'),
+                tables.with_interval(held_out, 'balanced_accuracy'),
+                tables.with_interval(held_out, 'auroc'),
+            )
+        )
+    header = (
+        *('Reading', 'Attacks succeed', 'Mean cell, correct / adversarial'),
+        *('Balanced accuracy, protocol paper', 'held out', 'AUROC, held out'),
+    )
+    return _body(header, rows)
 
 
 def _body(header, rows):

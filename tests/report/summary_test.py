@@ -1,5 +1,6 @@
 """Published numbers are those of the runs that are kept beside the configs."""
 
+import copy
 import json
 
 import pytest
@@ -31,6 +32,17 @@ def test_a_summary_is_small_and_says_what_the_results_say(finished):
     text = summary.table(kept)
     assert f'{results["classifier"]["test_accuracy"]:.3f}' in text
     assert text.count('\n| ') == 2 + 1 + len(results['detection']['held_out']['baselines'])
+
+
+def test_runs_are_compared_by_what_their_configs_differ_in():
+    kept = json.loads((ROOT / 'configs' / 'results' / 'digits.json').read_text())
+    other = copy.deepcopy(kept)
+    other['manifest']['config']['occlusion']['fill'] = [0.0]
+    other['detection']['held_out']['overall']['balanced_accuracy'] = 0.123
+    own, changed = summary.comparison([kept, other]).splitlines()[2:]
+    assert own.startswith('| the config | ')
+    assert changed.startswith('| occlusion.fill: [0.5] -> [0.0] | ')
+    assert ' | 0.123 ± ' in changed and '0.123' not in own
 
 
 def test_classes_are_beside_the_paper_s_where_it_has_them():
