@@ -205,8 +205,9 @@ class Sweep:
     Detectors of `methods` are fitted on FGSM at each epsilon, on the `mixture` of attacks, and on
     the mixture without each of them; with `noise` every one also on clean images under random
     signs. `views` are stored beside the windows. With `windows` other ones are tried too:
-    `occluders` are (size, stride, fill), () a few beside the config's own. `twin` is the work
-    directory of another classifier of the same classes, which some methods ask too.
+    `occluders` are (size, stride, fill), () a few beside the config's own. multiLID seeks an
+    image's `neighbours` among `comparators.images` of training. `twin` is the work directory of
+    another classifier of the same images, which SID and PID ask too.
     """
 
     epsilons: tuple[float, ...] = number(
@@ -223,6 +224,7 @@ class Sweep:
         (*names.METHODS, *names.VIEWING, *names.RIVALS, 'pid', *names.COMPARATORS),
         ('detector', 'all_logits'),
     )
+    neighbours: int = number(2, 1000, 20)
     twin: str = ''
     steps: int = number(1, 10**4, 10)
     images: int = number(1, _MANY, 1000)
@@ -254,8 +256,7 @@ class Comparators:
     """Detectors without heat maps (§II), see `comparators`.
 
     `bits` and `median` (its side in pixels) squeeze features; `steps` fit MagNet's autoencoder on
-    patches of as many training `images`, `temperature` divides the logits that it compares. Of the
-    same images multiLID seeks the `neighbours` of an image.
+    patches of as many training `images`, `temperature` divides the logits that it compares.
     """
 
     bits: int = number(1, 8, 5)
@@ -263,7 +264,6 @@ class Comparators:
     steps: int = number(1, 10**6, 1000)
     images: int = number(1, _MANY, 2000)
     temperature: float = number(0, 10**6, 10.0, ends='(]')
-    neighbours: int = number(2, 1000, 20)
 
 
 # Sections that only their own modes read: another value of theirs is no other experiment.
@@ -324,8 +324,6 @@ class Config:
         fits = self.sweep.twin != '' or not set(names.TWINNED) & set(self.sweep.methods)
         expected = f'the work directory of another classifier, for {" and ".join(names.TWINNED)}'
         yield 'sweep.twin', fits, expected
-        fits = self.comparators.neighbours <= self.comparators.images
-        yield 'comparators.neighbours', fits, 'at most comparators.images'
         for path in ('sweep.epsilons', 'sweep.methods', 'adaptive.epsilons', 'adaptive.methods'):
             yield path, operator.attrgetter(path)(self) != (), 'at least one'
 

@@ -156,7 +156,7 @@ class HeatmapSet:
 
     @classmethod
     def concatenate(cls, sets: Sequence['HeatmapSet']) -> 'HeatmapSet':
-        """Returns several sets as one; `comparators` only if all have them."""
+        """Returns several sets as one, with those arrays that all of them have."""
         names = [f.name for f in dataclasses.fields(cls)]
         names = [name for name in names if all(getattr(s, name) is not None for s in sets)]
         return cls(**{name: np.concatenate([getattr(s, name) for s in sets]) for name in names})

@@ -92,7 +92,7 @@ def refuses(field, value, expected=''):
         ('sweep.epsilons', (), 'at least one'),
         ('sweep.attacks', ('fgsm',), 'some of targeted_fgsm'),
         ('sweep.occluders', ((5, 1),), '(size, stride, fill)'),
-        ('comparators.neighbours', 1, 'from 2 to 1000'),
+        ('sweep.neighbours', 1, 'from 2 to 1000'),
         ('sweep.occluders', ((5, 1, NAN),), 'fills from 0 to 1'),
         ('sweep.occluders', ((32, 1, 0.5),), 'sizes below 32'),
         ('sweep.steps', 0, 'from 1'),

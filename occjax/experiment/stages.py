@@ -292,7 +292,8 @@ def deployed(run: Run) -> list[str]:
 
 def guard_path(run: Run, name: str) -> pathlib.Path:
     """Returns where a method's detectors are, as one would deploy them."""
-    return run.workdir / 'detectors' / f'{name}.guard.npz'
+    folder = 'sweep/detectors' if name in names.VIEWING else 'detectors'
+    return run.workdir / folder / f'{name}.guard.npz'
 
 
 def load_guard(run: Run, name: str, division: judging.Division | None = None) -> guard.Guard:

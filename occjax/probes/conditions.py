@@ -6,7 +6,8 @@ Dimensions: B batch, K classes.
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,56 +96,47 @@ def neighbour_batch(features, reference, *, count):
     return comparators.multi_lid(features, reference, neighbours=count)
 
 
-def _seeing(run, variables, views):
-    """Returns what gives images' arrays beside the windows, a word for it, and its origin."""
-    if not views:
-        return lambda images, unoccluded: {}, '', {}
-    autoencoder = stages.load_autoencoder(run)
-    batch_fn = functools.partial(
-        view_batch, variables, autoencoder, views=views, network=run.network
-    )
-    spectra = 'input_mfs' in run.config.sweep.methods
+class Sight(NamedTuple):
+    """What is stored of attacked images."""
 
-    def see(images, unoccluded):
-        logits = devices.in_batches(batch_fn, images, batch_size=run.batch_size)
-        found = {'views': condense(logits, unoccluded, run.config.occlusion.top_classes)}
-        if spectra:
-            found['spectrum'] = comparators.spectrum(images).astype(np.float16)
-        return found
-
-    origin = {'views': ','.join(views), 'autoencoder': stages.autoencoder_digest(run)}
-    return see, '-views' + '-spectra' * spectra, origin
+    see_fn: Callable[[np.ndarray, np.ndarray], dict]  # of images and their logits
+    folder: str
+    origin: storage.Origin  # what it is made from, beside the classifier
 
 
-def _beside(run, variables):
-    """Returns what gives the arrays that rivals see, words for it, and its origin."""
+def rivals(run: Run) -> Sight | None:
+    """Returns what methods see that need neither windows nor views; None if none is wanted.
+
+    Raises:
+        UsageError: if the sweep's twin is a classifier of other images.
+    """
     wanted, words, origin = run.config.sweep, [], {}
-    other, learnt = _twin(run) if wanted.twin else None, run.config.comparators
+    methods, learnt = set(wanted.methods), run.config.comparators
+    other = _twin(run) if methods & set(names.TWINNED) else None
     if other:
-        origin = {'twin': store.load_metrics(other)['classifier']}
+        origin['twin'] = store.load_metrics(other)['classifier']
         words.append(f'twin-{origin["twin"][:12]}')
-    if 'multi_lid' in wanted.methods:
-        words.append(f'{learnt.neighbours}-of-{learnt.images}')
-    compares = bool(set(names.COMPARATORS) & set(wanted.methods))
-    if compares:
+    if 'multi_lid' in methods:
+        words.append(f'{wanted.neighbours}-of-{learnt.images}')
+    if methods & set(names.COMPARATORS):
         autoencoder = stages.load_autoencoder(run)
         origin['autoencoder'] = stages.autoencoder_digest(run)
         words.append('comparators')
 
     @functools.cache  # Only where something is to be made.
     def functions():
-        found = {}
+        variables, found = stages.load_variables(run), {}
         if other:
             known = dict(network=other.network)
             found['twin'] = functools.partial(twin_batch, stages.load_variables(other), **known)
-        if 'multi_lid' in wanted.methods:
+        if 'multi_lid' in methods:
             features_fn = functools.partial(feature_batch, variables, network=run.network)
             clean = stages.comparator_images(run).astype(np.float32) / 255
             reference = devices.in_batches(features_fn, clean, batch_size=run.batch_size)
-            count = min(learnt.neighbours, len(reference))
+            count = min(wanted.neighbours, len(reference))
             nearest_fn = functools.partial(neighbour_batch, reference=reference, count=count)
             found['neighbours'] = lambda images: nearest_fn(features_fn(images))
-        if compares:
+        if 'comparators' in words:
             found['comparators'] = shard.comparing(run, variables, autoencoder)
         return found
 
@@ -154,7 +146,7 @@ def _beside(run, variables):
             for name, fn in functions().items()
         }
 
-    return see, '-'.join(words), origin
+    return Sight(see, '-'.join(words), origin) if words else None
 
 
 def _twin(run):
@@ -162,12 +154,41 @@ def _twin(run):
     workdir = pathlib.Path(run.config.sweep.twin).expanduser()
     stored = storage.read_record(workdir / 'config.json', mode='train')
     other = Run(config=config_lib.from_json(stored), workdir=workdir, data_dir=run.data_dir)
-    if other.description['class_names'] != run.description['class_names']:
+    if other.description != run.description:
         raise UsageError(
-            f'config.sweep.twin is {str(workdir)!r}, whose classes are others: choose the work '
-            'directory of a classifier of the same dataset.'
+            f'config.sweep.twin is {str(workdir)!r}, which was made from other images: choose the '
+            'work directory of a classifier with the same config.data and config.seed, and '
+            'something else in config.classifier.'
         )
     return other
+
+
+def _maps(run, variables, windows):
+    """Returns the sight of the config's windows, or of others; the former with the views."""
+    views = () if windows else run.config.sweep.views
+    spectra = not windows and 'input_mfs' in run.config.sweep.methods
+    wanted, origin = windows or run.config.occlusion, {}
+    seer = run.with_occlusion(wanted)
+    if views:
+        autoencoder = stages.load_autoencoder(run)
+        origin = {'views': ','.join(views), 'autoencoder': stages.autoencoder_digest(run)}
+        known = dict(views=views, network=run.network)
+        view_fn = functools.partial(view_batch, variables, autoencoder, **known)
+
+    def see(images, unoccluded):
+        found = {'logits': shard.map_images(seer, variables, images, unoccluded)}
+        if views:
+            logits = devices.in_batches(view_fn, images, batch_size=run.batch_size)
+            found['views'] = condense(logits, unoccluded, run.config.occlusion.top_classes)
+        if spectra:
+            spectrum_fn, batch_size = comparators.spectrum, run.batch_size
+            spectrum = devices.in_batches(spectrum_fn, images, batch_size=batch_size)
+            found['spectrum'] = spectrum.astype(np.float16)
+        return found
+
+    fill = ','.join(f'{value:g}' for value in wanted.fill) or 'mean'
+    words = '-views' * bool(views) + '-spectra' * spectra
+    return Sight(see, f'{wanted.size}-{wanted.stride}-{fill}{words}', origin)
 
 
 def mapped(
@@ -176,39 +197,29 @@ def mapped(
     name: str,
     epsilon: float = 0.0,
     windows: Occlusion | None = None,
+    beside: Sight | None = None,
 ) -> HeatmapSet:
     """Returns the maps of the attacks that succeed.
 
     If name is `none`, those of all correct images; if it is `noise`, those of correct images that
     random signs leave correct. They are under the config's windows, or under others; under the
-    config's own there are also the logits of the sweep's `views`, and what its rivals see.
+    config's own there are also the logits of the sweep's `views`, and what there is `beside`.
     """
-    see_fn, suffix, origin = _seeing(run, variables, () if windows else run.config.sweep.views)
-    wanted = windows or run.config.occlusion
-    seer = run.with_occlusion(wanted)
-
-    def map_fn(images, unoccluded):
-        logits = shard.map_images(seer, variables, images, unoccluded)
-        return {'logits': logits} | see_fn(images, unoccluded)
-
-    fill = ','.join(f'{value:g}' for value in wanted.fill) or 'mean'
-    folder = f'{wanted.size}-{wanted.stride}-{fill}{suffix}'
-    attacked_fn = functools.partial(_attacked, run, variables, name, epsilon)
-    maps = HeatmapSet(**attacked_fn(folder, map_fn, origin))
-    see_fn, folder, origin = _beside(run, variables)
-    if windows or not folder:
-        return maps
-    found = attacked_fn(folder, see_fn, origin)
-    # A row for each map: programs of two machines may differ in what succeeds.
-    _, here, there = np.intersect1d(maps.image_id, found['image_id'], return_indices=True)
-    order = np.argsort(here)
-    new = [name for name in found if getattr(maps, name) is None]
-    beside = {name: found[name][there[order]] for name in new}
-    return dataclasses.replace(maps.select(here[order]), **beside)
+    sights = [_maps(run, variables, windows), *([beside] if beside else [])]
+    first, *others = _attacked(run, variables, name, epsilon, sights)
+    maps = HeatmapSet(**first)
+    for found in others:
+        # A row for each map: programs of two machines may differ in what succeeds.
+        _, here, there = np.intersect1d(maps.image_id, found['image_id'], return_indices=True)
+        order = np.argsort(here)
+        new = [name for name in found if getattr(maps, name) is None]
+        rows = {name: found[name][there[order]] for name in new}
+        maps = dataclasses.replace(maps.select(here[order]), **rows)
+    return maps
 
 
-def _attacked(run, variables, name, epsilon, folder, see_fn, origin):
-    """Returns arrays of the attacks that succeed, with those that a function of images gives."""
+def _attacked(run, variables, name, epsilon, sights):
+    """Returns, for each sight, the arrays of the attacks that succeed."""
     split, settings = run.dataset.test, run.config.sweep
     ids = stages.mapped_ids(run, 'test')[: settings.images]
     attack_fn = functools.partial(
@@ -223,7 +234,9 @@ def _attacked(run, variables, name, epsilon, folder, see_fn, origin):
     )
     iterated = '' if name in _ONE_STEP else f'-{settings.steps}'
 
-    def part(here):
+    @functools.lru_cache(maxsize=1)  # All sights are of the same images, part by part.
+    def attacked(start):
+        here = ids[start : start + run.shard_size]
         labels = split.labels[here]
         adversarial, before, after = devices.in_batches(
             attack_fn, data.take(split, here), labels, here, batch_size=run.batch_size
@@ -231,22 +244,30 @@ def _attacked(run, variables, name, epsilon, folder, see_fn, origin):
         correct, successful, _ = jax.device_get(attack.outcome(before, after, labels))
         clean = name in ('none', 'noise')
         chosen = correct & ~successful if clean else successful
-        known = {
+        return adversarial[chosen], {
             'unoccluded': after[chosen],
             'label': labels[chosen],
             'image_id': here[chosen],
             'is_adversarial': np.full(chosen.sum(), not clean),
         }
-        return known | see_fn(adversarial[chosen], after[chosen])
 
-    wanted = []
-    for start in range(0, len(ids), run.shard_size):
-        here = ids[start : start + run.shard_size]
-        # All that makes the part is in its name, so that other settings make other parts.
-        stem = f'{name}{iterated}-{epsilon:.6g}-{start:07d}-{start + len(here):07d}'
-        path = run.workdir / 'sweep' / folder / f'{stem}.npz'
-        wanted.append((path, len(here), functools.partial(part, here)))
-    what = f'sweep, {name} {epsilon:.3g}, {folder}: images'
-    made_from = store.classifier_origin(run) | origin
-    found = list(parts(run, what, wanted, mode='sweep', made_from=made_from))
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    def part(see_fn, start):
+        images, known = attacked(start)
+        return known | see_fn(images, known['unoccluded'])
+
+    def of(sight):
+        wanted = []
+        for start in range(0, len(ids), run.shard_size):
+            end = min(start + run.shard_size, len(ids))
+            # All that makes the part is in its name, so that other settings make other parts.
+            path = f'{name}{iterated}-{epsilon:.6g}-{start:07d}-{end:07d}.npz'
+            path = run.workdir / 'sweep' / sight.folder / path
+            wanted.append((path, end - start, functools.partial(part, sight.see_fn, start)))
+        what = f'sweep, {name} {epsilon:.3g}, {sight.folder}: images'
+        made_from = store.classifier_origin(run) | sight.origin
+        return parts(run, what, wanted, mode='sweep', made_from=made_from)
+
+    found = zip(*zip(*map(of, sights), strict=True), strict=True)  # Part by part, then by sight.
+    return [
+        {name: np.concatenate([part[name] for part in each]) for name in each[0]} for each in found
+    ]

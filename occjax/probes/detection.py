@@ -180,11 +180,14 @@ def _judge(run, load_fn, files, guards) -> dict[str, np.ndarray]:
     if not images:
         return found
     images = np.array(images, np.float32) / 255
-    maps, said, effects = _see(run, load_fn(), images), [], []
+    seen, said, effects = {(): _see(run, load_fn(), images)}, [], []
     for name, each in guards.items():
-        seen = _view(run, load_fn(), each, images, maps) if each.views else maps
-        said.append(guard.judge_maps(each, seen))
-        effects.append(verdict.effects(each.bank, seen, method=METHODS[name]))
+        if each.views not in seen:
+            seen[each.views] = _view(run, load_fn(), each, images, seen[()])
+        maps = seen[each.views]
+        said.append(guard.judge_maps(each, maps))
+        method, none = METHODS[name], np.zeros((len(images), *run.grid))
+        effects.append(verdict.effects(each.bank, maps, method=method) if method.windows else none)
     return found | {
         'predicted': np.asarray(maps.predicted),
         'probability': np.asarray(maps.max_probability),

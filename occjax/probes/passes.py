@@ -26,7 +26,7 @@ _FEATURES = (128,)  # Narrower than what is fitted in the end, and fast.
 
 def search(
     run: Run, clean: HeatmapSet, attacked: dict[float, HeatmapSet], noise: dict[float, HeatmapSet]
-) -> dict:
+) -> dict | None:
     """Returns which view is added to those before with most gain, and what each is worth in all.
 
     Args:
@@ -38,10 +38,15 @@ def search(
     Returns:
         `order`, a list of views with the number of forward `passes` up to each and the `auroc`
         against clean and noisy images that is reached, the mean over epsilons; it begins with none.
-        And `without`, by view, the AUROC of all the others together.
+        And `without`, by view, the AUROC of all the others together. None if there is no attack to
+        fit or choose by.
     """
     names = list(dict.fromkeys(run.config.sweep.views))
-    score_fn = functools.partial(_scores, run, *_fitting(run, clean, attacked, noise))
+    maps, epsilons, chooses = _fitting(run, clean, attacked, noise)
+    levels = sorted(set(epsilons[maps.is_adversarial & chooses]))
+    if not levels or not maps.is_adversarial[~chooses].any():
+        return None
+    score_fn = functools.partial(_scores, run, maps, epsilons, chooses, levels)
     (none,) = score_fn([()])
     order, chosen = [{'view': None, 'passes': 1, 'auroc': none}], []
     while len(chosen) < len(names):
@@ -67,8 +72,8 @@ def _fitting(run, clean, attacked, noise):
     return maps, epsilons[kept], np.isin(maps.image_id, chooses)
 
 
-def _scores(run, maps, epsilons, chooses, candidates):
-    """Returns each candidate's AUROC against clean and noisy images, the mean over epsilons."""
+def _scores(run, maps, epsilons, chooses, levels, candidates):
+    """Returns each candidate's AUROC against clean and noisy images, the mean over levels."""
     count, classes = maps.views.shape[1:]
     # Of each candidate, what it sees: its views, and the image's own logits always.
     seen = np.array([np.isin(np.arange(count), views) for views in candidates])
@@ -91,7 +96,6 @@ def _scores(run, maps, epsilons, chooses, candidates):
         here = chooses & ((epsilons == epsilon) | (epsilons == 0))
         return sklearn_metrics.roc_auc_score(kinds[here], scores[here])
 
-    levels = sorted(set(epsilons) - {0.0})
     return [float(np.mean([auroc(row, e) for e in levels])) for row in np.asarray(outputs)]
 
 

@@ -80,12 +80,11 @@ class Mapped(NamedTuple):
 
 def mapped(run: Run, variables: Any) -> Mapped:
     """Returns all maps that a sweep needs, from the store or anew."""
-    found, clean = attacks(run), conditions.mapped(run, variables, 'none')
-    parts = {
-        name: _of(clean, conditions.mapped(run, variables, *how)) for name, how in found.items()
-    }
+    map_fn = functools.partial(conditions.mapped, run, variables, beside=conditions.rivals(run))
+    found, clean = attacks(run), map_fn('none')
+    parts = {name: _of(clean, map_fn(*how)) for name, how in found.items()}
     epsilons = {epsilon for _, epsilon in found.values()} if run.config.sweep.noise else ()
-    noise = {e: _of(clean, conditions.mapped(run, variables, 'noise', e)) for e in epsilons}
+    noise = {e: _of(clean, map_fn('noise', e)) for e in epsilons}
     return Mapped(found, clean, parts, noise)
 
 
@@ -104,8 +103,14 @@ class Deployed(NamedTuple):
     name: str  # that no other method or settings have
 
 
-def deployed(run: Run, variables: Any, method: str) -> Deployed:
+def deployed(run: Run, variables: Any, method: str, sets: Mapped | None = None) -> Deployed:
     """Returns the detectors of a method as one would deploy them, from the store or anew.
+
+    Args:
+        run: the experiment.
+        variables: of the classifier.
+        method: one of `names.VIEWING`.
+        sets: what `mapped` returns, if it is at hand.
 
     Raises:
         UsageError: if no mixture is named.
@@ -114,22 +119,31 @@ def deployed(run: Run, variables: Any, method: str) -> Deployed:
         raise UsageError(
             f'{method} is fitted on a mixture of attacks: name some in --config.sweep.mixture.'
         )
-    settings = dataclasses.asdict(run.config.sweep) | dataclasses.asdict(run.config.detector)
-    settings = {name: value for name, value in settings.items() if name != 'methods'}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    path = run.workdir / 'sweep' / 'detectors' / f'{method}-{digest}.npz'
+    path = _deployed_path(run, method)
 
     def make():
-        division, noise = mixed(run, mapped(run, variables), run.config.sweep.mixture)
+        division, noise = mixed(run, sets or mapped(run, variables), run.config.sweep.mixture)
         banks = store.fit_banks(run, division, method, noise)
         found = judging.first(banks, division, METHODS[method])
-        sees = dict(views=run.config.sweep.views, autoencoder=stages.load_autoencoder(run))
+        views = run.config.sweep.views
+        autoencoder = stages.load_autoencoder(run) if 'reconstruction' in views else None
+        sees = dict(views=views, autoencoder=autoencoder)
         made = stages.guard_of(run, *found, method=method, **sees)
         clean = division.is_judged[0] & ~division.maps.is_adversarial
         return guard.to_arrays(made) | {'judged': division.maps.image_id[clean]}
 
     found = storage.cached(path, make, mode='sweep', made_from=store.classifier_origin(run))
     return Deployed(guard.from_arrays(found), found['judged'], path.stem)
+
+
+def _deployed_path(run, method):
+    """Returns where detectors of the mixture are, which no other settings share."""
+    settings = [dataclasses.asdict(run.config.sweep), dataclasses.asdict(run.config.detector)]
+    for each in settings:
+        for name in ('methods', 'windows', 'occluders', 'neighbours', 'twin'):
+            each.pop(name, None)  # It makes no other bank.
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    return run.workdir / 'sweep' / 'detectors' / f'{method}-{digest}.npz'
 
 
 def sweep(run: Run) -> str:
@@ -163,10 +177,10 @@ def sweep(run: Run) -> str:
     storage.write_json(run.workdir / 'sweep.json', result)
     storage.write_json(run.workdir / 'sweep_summary.json', sweep_report.condense(result))
     storage.write_bytes(run.workdir / 'sweep.png', sweep_report.plot(result))
-    written = f'\nWritten: {run.workdir / "sweep.json"}, sweep.png\n'
+    written = f'\nWritten: {run.workdir / "sweep.json"}, sweep_summary.json, sweep.png\n'
     if run.config.sweep.mixture:
         for method in [name for name in names.VIEWING if name in run.config.sweep.methods]:
-            made, *_ = deployed(run, variables, method)
+            made, *_ = deployed(run, variables, method, sets)
             path, known = stages.guard_path(run, method), store.classifier_origin(run)
             storage.save_arrays(path, guard.to_arrays(made), made_from=known)
             written += f'{path}: --mode=detect asks it from now on, occjax.guard.load reads it.\n'
@@ -185,7 +199,7 @@ def _passes(run, name):
 
 
 def _search(run, sets):
-    """Returns `passes.search` for FGSM at the epsilons that other attacks have too."""
+    """Returns `passes.search` for FGSM at the config's epsilon and those of other attacks."""
     epsilons = {*run.config.sweep.attack_epsilons, run.config.attack.epsilon}
     fgsm = {e: sets.parts[name] for name, (attack, e) in sets.attacks.items() if attack == 'fgsm'}
     chosen = ({e: maps[e] for e in epsilons if e in maps} for maps in (fgsm, sets.noise))
@@ -213,26 +227,31 @@ def _transfer(run, sets):
 
 
 def _occluders(run, variables):
-    """Returns forward passes and AUROC of every kind of window, and of all of them together."""
+    """Returns forward passes and AUROC of every kind of window, and of all of them together.
+
+    Methods that see more than windows are not among them.
+    """
     own, epsilon = run.config.occlusion, run.config.attack.epsilon
     rows, sets = [], []
-    for size, stride, fill in occluders(run):
+    methods = [name for name in run.config.sweep.methods if name in names.METHODS]
+    for size, stride, fill in occluders(run) if methods else ():
         windows = dataclasses.replace(own, size=size, stride=stride, fill=fill)
         clean = conditions.mapped(run, variables, 'none', windows=windows)
         attacked = conditions.mapped(run, variables, 'fgsm', epsilon, windows)
         parts = clean, _of(clean, attacked)
         sets.append(parts)
         label = f'{size} px, every {stride}, fill {",".join(map("{:g}".format, fill)) or "mean"}'
-        rows.append(_occluder(run, label, *parts))
-    return [*rows, _occluder(run, 'all together', *map(_side_by_side, zip(*sets, strict=True)))]
+        rows.append(_occluder(run, methods, label, *parts))
+    every = map(_side_by_side, zip(*sets, strict=True))
+    return [*rows, _occluder(run, methods, 'all together', *every)] if methods else []
 
 
-def _occluder(run, label, clean, attacked):
+def _occluder(run, methods, label, clean, attacked):
     """Returns what `_occluders` does of one kind of window."""
     division = _divided(run, clean, attacked)
     aurocs = {
         method: _aurocs(run, method, division, None, {'own': division}, {})['own']
-        for method in run.config.sweep.methods
+        for method in methods
     }
     passes = 1 + math.prod(clean.logits.shape[1:3])
     return {'windows': label, 'forward_passes': passes, 'auroc': aurocs}
@@ -240,7 +259,8 @@ def _occluder(run, label, clean, attacked):
 
 def _side_by_side(sets):
     """Returns maps of the same images under several kinds of windows as one row of cells each."""
-    rows = [maps.logits.reshape(len(maps), 1, -1, maps.logits.shape[-1]) for maps in sets]
+    shapes = [(len(m), 1, math.prod(m.logits.shape[1:3]), m.logits.shape[-1]) for m in sets]
+    rows = [maps.logits.reshape(shape) for maps, shape in zip(sets, shapes, strict=True)]
     return dataclasses.replace(sets[0], logits=np.concatenate(rows, axis=2))
 
 

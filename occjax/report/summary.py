@@ -95,7 +95,7 @@ def comparison(summaries: Sequence[dict]) -> str:
     rows = []
     for found in summaries:
         configs = (each['manifest']['config'] for each in (summaries[0], found))
-        changed = config.difference(*map(config.identity, configs))
+        changed = config.difference(*(config.identity(config.complete(each)) for each in configs))
         detection = found['detection']
         paper, held_out = (detection[protocol]['overall'] for protocol in ('paper', 'held_out'))
         rows.append(

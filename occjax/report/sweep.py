@@ -30,7 +30,7 @@ def build(result: dict) -> list[tables.Table]:
         listed.append(_search(result['search']))
     if not result['occluders']:
         return listed
-    methods = list(result['transfer'])
+    methods = list(result['occluders'][0]['auroc'])
     lines = [
         (
             row['windows'],
@@ -210,6 +210,8 @@ def _plot_epsilons(axes, result):
 def _plot_passes(axes, result):
     """Draws AUROC against forward passes, each kind of window with its interval."""
     for number, method in enumerate(result['transfer']):
+        if method not in result['occluders'][0]['auroc']:
+            continue
         found = [row['auroc'][method] for row in result['occluders']]
         passes = [row['forward_passes'] for row in result['occluders']]
         values = np.array([_number(row['auroc']) for row in found])

@@ -306,7 +306,7 @@ _WORDS = {
     'conv_logits': 'All logits, convolutional',
     'all_views': 'Changes of all logits under windows and other views',
     'input_mfs': 'InputMFS, magnitudes of the image',
-    'multi_lid': 'multiLID of the last features',
+    'multi_lid': 'multiLID, neighbours of the last features',
     'sid': 'SID, logits of two classifiers',
     'pid': 'PID, confidence of a second classifier',
     'views_alone': 'Changes of all logits under other views',

@@ -402,7 +402,7 @@ def test_what_a_sweep_fits_on_its_mixture_is_asked_too(judged, detect, tmp_path)
     logits_fn = run.network.classifier(stages.load_variables(swept))
     images = data.take(run.dataset.test, np.arange(10))
     for name in ('views_alone', 'all_views'):
-        known = guard.load(swept.workdir / 'detectors' / f'{name}.guard.npz')
+        known = guard.load(swept.workdir / 'sweep' / 'detectors' / f'{name}.guard.npz')
         said = guard.judge(known, logits_fn, images)
         found = [entry['detectors'][name] for entry in printed]
         np.testing.assert_allclose([f['score'] for f in found], said.score, atol=2e-3)

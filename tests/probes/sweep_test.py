@@ -1,19 +1,32 @@
 """Laws of the sweep over attacks, epsilons and windows."""
 
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
 
-from occjax import names
-from occjax.experiment import devices, stages, storage, store
+from occjax import comparators, data, names
+from occjax.config import Attack
+from occjax.experiment import devices, shard, stages, storage, store
+from occjax.experiment.run import Run
 from occjax.probes import conditions, sweep
 from occjax.report import sweep as sweep_report
 from occjax.types import UsageError
+from tests import small_run
 from tests.small_run import make_run
 
 pytestmark = pytest.mark.usefixtures('small_plan')
+
+
+def copied(finished, workdir, *folders):
+    """Returns a run with the classifier of another."""
+    run = make_run(workdir)
+    for name in ('classifier', *folders):
+        shutil.copytree(finished[0].workdir / name, run.workdir / name)
+    shutil.copy(finished[0].workdir / 'dataset.json', run.workdir)
+    return run
 
 
 @pytest.mark.slow
@@ -56,16 +69,14 @@ def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
 @pytest.mark.slow
 def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path):
     """With noise among the clean ones, and other views beside the windows."""
-    run = make_run(tmp_path / 'run')
-    for name in ('classifier', 'magnet'):
-        shutil.copytree(finished[0].workdir / name, run.workdir / name)
-    shutil.copy(finished[0].workdir / 'dataset.json', run.workdir)
+    run = copied(finished, tmp_path / 'run', 'magnet')
     wanted = run.config.sweep
     wanted.epsilons, wanted.attack_epsilons = (0.2,), (0.3,)
     wanted.attacks, wanted.mixture, wanted.noise = ('bim', 'square'), ('fgsm', 'bim'), True
     wanted.views = ('reconstruction', 'blur', 'flip')
     wanted.methods = ('all_views', *names.RIVALS, 'pid', 'magnet_divergence')
-    wanted.twin = str(finished[0].workdir)  # The same classifier once more.
+    twin = make_twin(tmp_path / 'twin')
+    wanted.twin = str(twin.workdir)
     wanted.steps, wanted.images, wanted.windows = 3, 150, False
     printed = sweep.sweep(run)
     result = json.loads((run.workdir / 'sweep.json').read_text())
@@ -105,30 +116,82 @@ def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path)
         assert not part['is_adversarial'].any()
         np.testing.assert_array_equal(part['unoccluded'].argmax(-1), part['label'])
     (folder,) = (run.workdir / 'sweep').glob('twin-*-20-of-2000-comparators')
-    for path in folder.glob('*.npz'):
-        with np.load(path) as part:
-            np.testing.assert_allclose(part['twin'], part['unoccluded'], rtol=1e-4, atol=1e-4)
-            assert part['neighbours'].shape == (len(part['label']), 19)
-            assert part['comparators'].shape == (len(part['label']), 3)
-    sets = sweep.mapped(run, stages.load_variables(run))
-    for maps in (sets.clean, *sets.parts.values(), *sets.noise.values()):
-        np.testing.assert_allclose(maps.twin, maps.unoccluded, rtol=1e-4, atol=1e-4)
+    assert len(list(folder.glob('*.npz'))) == len(list(run.workdir.glob('sweep/*-spectra/*.npz')))
+    variables, both = stages.load_variables(run), stages.load_variables(twin)
+    sets = sweep.mapped(run, variables)
+    # Nothing is stored of images but what is seen of them; those of clean ones are known.
+    images = data.take(run.dataset.test, sets.clean.image_id)
+    np.testing.assert_allclose(sets.clean.twin, twin.network.fn(both, images), atol=1e-3)
+    features, reference = (
+        run.network.features_fn(variables, each).reshape(len(each), -1)
+        for each in (images, stages.comparator_images(run).astype(np.float32) / 255)
+    )
+    nearest = comparators.multi_lid(features, reference, neighbours=20)
+    np.testing.assert_allclose(sets.clean.neighbours, nearest, atol=1e-3)
+    compared = shard.comparing(run, variables, stages.load_autoencoder(run))(images)
+    np.testing.assert_allclose(sets.clean.comparators, compared, atol=1e-4)
+    noisy = sets.noise[0.3]
+    kept = sets.clean.select(np.isin(sets.clean.image_id, noisy.image_id))
+    assert np.abs(kept.twin - noisy.twin).max() > 1e-2
 
 
-def test_a_twin_of_other_classes_is_refused(finished, tmp_path):
+def make_twin(workdir, **fields):
+    """Returns a run of the same images, whose classifier is another."""
+    config = small_run.get_config()
+    config.classifier.epochs = 1
+    config.data = dataclasses.replace(config.data, **fields)
+    twin = Run(config=config, workdir=storage.open_workdir(workdir, config))
+    stages.train(twin)
+    return twin
+
+
+def test_a_twin_of_other_images_is_refused(finished, tmp_path):
+    """One that was trained on images which this run tests by would know them by heart."""
     run = make_run(tmp_path / 'run')
     shutil.copy(finished[0].workdir / 'dataset.json', run.workdir)
-    shutil.copytree(finished[0].workdir, tmp_path / 'twin', ignore=shutil.ignore_patterns('*.npz'))
-    record = tmp_path / 'twin' / 'dataset.json'
-    known = storage.read_record(record, mode='train')
-    del known['digest']
-    storage.write_record(record, known | {'class_names': known['class_names'][::-1]})
-    run.config.sweep.twin = str(tmp_path / 'twin')
-    with pytest.raises(UsageError, match='whose classes are others'):
-        conditions._twin(run)
-    run.config.sweep.twin = str(tmp_path / 'nowhere')
-    with pytest.raises(UsageError, match='nowhere.*does not exist: run --mode=train'):
-        conditions._twin(run)
+    run.config.sweep.methods = ('sid',)
+    for twin, line in (
+        (make_twin(tmp_path / 'twin', resplit_per_class=79).workdir, 'made from other images'),
+        (tmp_path / 'nowhere', 'nowhere.*does not exist: run --mode=train'),
+    ):
+        run.config.sweep.twin = str(twin)
+        with pytest.raises(UsageError, match=line):
+            conditions.rivals(run)
+    run.config.sweep.methods = ('detector',)
+    assert conditions.rivals(run) is None  # Nobody asks it.
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_attacks_fail_ends_with_a_table(finished, tmp_path):
+    """With every method, and other windows for those that see no more."""
+    run = copied(finished, tmp_path / 'run')
+    wanted = run.config.sweep
+    wanted.epsilons, wanted.attacks, wanted.mixture = (1e-6,), ('square',), ('fgsm', 'square')
+    wanted.attack_epsilons, wanted.noise, wanted.images, wanted.steps = (1e-6,), True, 60, 1
+    wanted.views, wanted.methods = ('flip',), ('detector', 'views_alone', 'input_mfs', 'multi_lid')
+    wanted.occluders = ((4, 6, 0.0),)
+    run = run.changed(config=dataclasses.replace(run.config, attack=Attack(epsilon=1e-6)))
+    assert '| square 1e-06 | 0 | 0.000 |' in sweep.sweep(run)
+    result = json.loads((run.workdir / 'sweep.json').read_text())
+    assert result['search'] is None
+    assert [set(row['auroc']) for row in result['occluders']] == [{'detector'}] * 3
+
+
+def test_detectors_are_those_of_their_settings(tmp_path):
+    """Whatever makes another bank has another name; who else is asked makes none."""
+    run = make_run(tmp_path / 'run')
+    run.config.sweep.mixture = ('fgsm',)
+
+    def name(**fields):
+        changed = dataclasses.replace(run.config.sweep, **fields)
+        config = dataclasses.replace(run.config, sweep=changed)
+        return sweep._deployed_path(run.changed(config=config), 'views_alone')
+
+    own = name()
+    for fields in ({'noise': True}, {'steps': 77}, {'images': 7}, {'views': ('flip',)}):
+        assert name(**fields) != own
+    for fields in ({'twin': 'there'}, {'methods': ('views_alone', 'sid')}, {'windows': False}):
+        assert name(**fields) == own
 
 
 def test_windows_to_try_differ_from_the_config_s_in_one_thing_each(tmp_path):

@@ -39,6 +39,7 @@ def test_runs_are_compared_by_what_their_configs_differ_in():
     other = copy.deepcopy(kept)
     other['manifest']['config']['occlusion']['fill'] = [0.0]
     other['detection']['held_out']['overall']['balanced_accuracy'] = 0.123
+    del other['manifest']['config']['sweep']  # As in a file of before there was any.
     own, changed = summary.comparison([kept, other]).splitlines()[2:]
     assert own.startswith('| the config | ')
     assert changed.startswith('| occlusion.fill: [0.5] -> [0.0] | ')
