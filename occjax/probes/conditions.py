@@ -19,6 +19,7 @@ from occjax import views as views_lib
 from occjax.config import Occlusion
 from occjax.experiment import devices, shard, stages, storage, store
 from occjax.experiment.run import Run, parts
+from occjax.methods import METHODS
 from occjax.streams import Stream
 from occjax.types import HeatmapSet, UsageError, condense
 
@@ -165,8 +166,9 @@ def _twin(run):
 
 def _maps(run, variables, windows):
     """Returns the sight of the config's windows, or of others; the former with the views."""
-    views = () if windows else run.config.sweep.views
-    spectra = not windows and 'input_mfs' in run.config.sweep.methods
+    views, methods = () if windows else run.config.sweep.views, run.config.sweep.methods
+    spectra = not windows and 'input_mfs' in methods
+    occludes = windows or any(METHODS[name].windows for name in methods if name in METHODS)
     wanted, origin = windows or run.config.occlusion, {}
     seer = run.with_occlusion(wanted)
     if views:
@@ -176,7 +178,15 @@ def _maps(run, variables, windows):
         view_fn = functools.partial(view_batch, variables, autoencoder, **known)
 
     def see(images, unoccluded):
-        found = {'logits': shard.map_images(seer, variables, images, unoccluded)}
+        if occludes:
+            logits = shard.map_images(seer, variables, images, unoccluded)
+        else:  # A map of no windows.
+            logits = condense(
+                np.zeros((len(images), 0, 0, unoccluded.shape[-1]), np.float32),
+                unoccluded,
+                run.config.occlusion.top_classes,
+            )
+        found = {'logits': logits}
         if views:
             logits = devices.in_batches(view_fn, images, batch_size=run.batch_size)
             found['views'] = condense(logits, unoccluded, run.config.occlusion.top_classes)
@@ -187,8 +197,8 @@ def _maps(run, variables, windows):
         return found
 
     fill = ','.join(f'{value:g}' for value in wanted.fill) or 'mean'
-    words = '-views' * bool(views) + '-spectra' * spectra
-    return Sight(see, f'{wanted.size}-{wanted.stride}-{fill}{words}', origin)
+    place = f'{wanted.size}-{wanted.stride}-{fill}' if occludes else 'none'
+    return Sight(see, place + '-views' * bool(views) + '-spectra' * spectra, origin)
 
 
 def mapped(
@@ -202,8 +212,9 @@ def mapped(
     """Returns the maps of the attacks that succeed.
 
     If name is `none`, those of all correct images; if it is `noise`, those of correct images that
-    random signs leave correct. They are under the config's windows, or under others; under the
-    config's own there are also the logits of the sweep's `views`, and what there is `beside`.
+    random signs leave correct. They are under the config's windows, or under others; where no
+    method looks at windows, under none. But for other windows there are also the logits of the
+    sweep's `views`, and what there is `beside`.
     """
     sights = [_maps(run, variables, windows), *([beside] if beside else [])]
     first, *others = _attacked(run, variables, name, epsilon, sights)

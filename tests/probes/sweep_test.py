@@ -135,6 +135,27 @@ def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path)
     assert np.abs(kept.twin - noisy.twin).max() > 1e-2
 
 
+@pytest.mark.slow
+def test_where_no_method_sees_windows_there_are_none(finished, tmp_path):
+    """And those that do not look find the same."""
+    found = []
+    for name, methods in {'with': ('detector', 'views_alone'), 'none': ('views_alone',)}.items():
+        run = copied(finished, tmp_path / name, 'magnet')
+        wanted = run.config.sweep
+        wanted.epsilons, wanted.attacks, wanted.mixture = (0.3,), ('square',), ('fgsm', 'square')
+        wanted.views, wanted.methods, wanted.images, wanted.steps = ('flip',), methods, 80, 2
+        wanted.windows = False
+        sweep.sweep(run)
+        result = json.loads((run.workdir / 'sweep.json').read_text())
+        found.append((result['transfer']['views_alone'], result['search']))
+        shapes = set()
+        for path in (run.workdir / 'sweep').glob('*-views/*.npz'):
+            with np.load(path) as part:
+                shapes.add(part['logits'].shape[1:])
+        assert shapes == {(3, 3, 10) if name == 'with' else (0, 0, 10)}
+    assert found[0] == found[1]
+
+
 def make_twin(workdir, **fields):
     """Returns a run of the same images, whose classifier is another."""
     config = small_run.get_config()
