@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from occjax.report import summary
+from occjax.report import summary, sweep, tables
 from tests.conftest import ROOT
 
 KEPT = sorted((ROOT / 'configs' / 'results').glob('*.json'))
@@ -14,8 +14,41 @@ KEPT = sorted((ROOT / 'configs' / 'results').glob('*.json'))
 @pytest.mark.parametrize('path', KEPT, ids=lambda path: path.stem)
 def test_a_page_s_tables_are_the_run_s(path):
     assert path.stat().st_size < 200_000
-    found = summary.table(json.loads(path.read_text()))
-    assert found in (ROOT / 'configs' / 'README.md').read_text()
+    kept, page = json.loads(path.read_text()), (ROOT / 'configs' / 'README.md').read_text()
+    if 'transfer' not in kept:
+        assert summary.table(kept) in page
+    else:  # Of a sweep.
+        for table in sweep.summary(kept):
+            assert tables.markdown(table).split('\n\n')[1] in page
+
+
+def test_readme_s_views_are_the_sweep_s():
+    kept = json.loads((ROOT / 'configs' / 'results' / 'cifar10-sweep.json').read_text())
+    row = next(
+        line
+        for line in (ROOT / 'README.md').read_text().splitlines()
+        if line.startswith('| **thirteen views**')
+    )
+    label, passes, *cells, worst, square = row.strip('| ').replace('**', '').split(' | ')
+    own = kept['transfer']['views_alone']
+    expected = []
+    for name in ('fgsm 0.03137', 'fgsm 0.1'):
+        for found in (own[name][name], own[name][name]['with_noise']):
+            half = (found['interval'][1] - found['interval'][0]) / 2
+            expected.append(f'{found["auroc"]:.3f} ± {half:.3f}'.replace('0.', '.'))
+    assert (label, int(passes), cells) == (
+        'thirteen views',
+        kept['passes']['views_alone'],
+        expected,
+    )
+    unseen = {}
+    for name, attack in kept['attacks'].items():
+        without = f'mixture without {attack["attack"]}'
+        unseen[name] = own[without if without in own else 'mixture'][name]['auroc']
+    at_8 = {name: value for name, value in unseen.items() if name.endswith('0.03137')}
+    assert square == f'{at_8.pop("square 0.03137"):.3f}'.lstrip('0')
+    assert worst == f'{min(at_8.values()):.3f} (DeepFool)'.lstrip('0')
+    assert min(at_8, key=at_8.get) == 'deepfool 0.03137'
 
 
 def test_a_summary_is_small_and_says_what_the_results_say(finished):
