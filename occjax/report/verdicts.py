@@ -189,7 +189,7 @@ td.file { white-space: normal; overflow-wrap: anywhere; min-width: 12em; }
 td canvas { width: 96px; height: 96px; border-radius: 4px; margin-right: 6px; }
 td.said { font-weight: 600; }
 td.adversarial { color: var(--wrong); }
-td.others { color: var(--soft); font-size: 0.8rem; }
+td.others { color: var(--soft); font-size: 0.8rem; white-space: normal; }
 #count, nav { color: var(--soft); margin: 12px 0; }
 :root { --wrong: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --wrong: #ff8a80; } }
