@@ -40,8 +40,8 @@ BASELINES = {
     name: Baseline(lambda maps, i=i: maps.comparators[:, i], passes)
     for i, (name, passes) in enumerate(zip(COMPARATORS, (3, 1, 2), strict=True))
 }
-# A sweep's, with a second classifier's logits: PID (https://arxiv.org/abs/2506.03765).
-TWINNED = {'pid': Baseline(lambda maps: _surprise(maps.twin, maps.predicted), passes=2)}
+# With a sweep's, of a second classifier's logits: PID (https://arxiv.org/abs/2506.03765).
+SCORES = BASELINES | {'pid': Baseline(lambda maps: _surprise(maps.twin, maps.predicted), passes=2)}
 COUNTS = ('n_correct', 'n_adversarial', 'n_thresholds')
 RATES = (
     'accuracy',

@@ -262,8 +262,7 @@ class BaselinesTest(parameterized.TestCase):
         maps = dataclasses.replace(maps, unoccluded=unoccluded, logits=logits, comparators=compared)
         twin = np.array([[0, 0, np.log(2)], [0, np.log(6), 0]], np.float32)
         maps = dataclasses.replace(maps, twin=twin)
-        every = metrics.BASELINES | metrics.TWINNED
-        scores = {name: b.score_fn(maps) for name, b in every.items()}
+        scores = {name: b.score_fn(maps) for name, b in metrics.SCORES.items()}
         np.testing.assert_allclose(scores['pid'], -np.log([1 / 4, 6 / 8]), rtol=1e-6)
         np.testing.assert_allclose(scores['max_probability'], [-3 / 5, -8 / 10], rtol=1e-6)
         np.testing.assert_allclose(scores['map_mean'], [-1 / 2, -1 / 3], rtol=1e-6)

@@ -260,14 +260,14 @@ def scorer(name: str, load_banks: Callable[[str], detector.Bank]) -> Scorer:
     """Returns what scores maps by a name: the networks of a method, or a baseline.
 
     Args:
-        name: of `methods.METHODS`, `metrics.BASELINES` or `metrics.TWINNED`.
+        name: of `methods.METHODS` or `metrics.SCORES`.
         load_banks: returns a method's fitted banks; not called for a baseline.
     """
     if name in METHODS:
         method = METHODS[name]
         score_fn = functools.partial(score_banks, load_banks(name), method)
         return Scorer(score_fn, threshold=0.0, learns=True)
-    return Scorer((metrics.BASELINES | metrics.TWINNED)[name].score_fn)
+    return Scorer(metrics.SCORES[name].score_fn)
 
 
 def by_seed(

@@ -6,7 +6,7 @@ Dimensions: B batch, K classes.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,8 +80,8 @@ def view_batch(variables, autoencoder, images, *, views, network):
 
 
 @functools.partial(jax.jit, static_argnames='network')
-def twin_batch(variables, images, *, network):
-    """Returns the `[B, K]` logits of a second classifier."""
+def logits_batch(variables, images, *, network):
+    """Returns the `[B, K]` logits."""
     return network.classifier(variables)(images)
 
 
@@ -91,10 +91,7 @@ def feature_batch(variables, images, *, network):
     return (network.features_fn or network.fn)(variables, images).reshape(len(images), -1)
 
 
-@functools.partial(jax.jit, static_argnames='count')
-def neighbour_batch(features, reference, *, count):
-    """Returns `comparators.multi_lid` of a batch."""
-    return comparators.multi_lid(features, reference, neighbours=count)
+_multi_lid = jax.jit(comparators.multi_lid, static_argnames='neighbours')
 
 
 class Sight(NamedTuple):
@@ -105,12 +102,22 @@ class Sight(NamedTuple):
     origin: storage.Origin  # what it is made from, beside the classifier
 
 
-def rivals(run: Run) -> Sight | None:
-    """Returns what methods see that need neither windows nor views; None if none is wanted.
+def sights(run: Run, variables: Any, windows: Occlusion | None = None) -> list[Sight]:
+    """Returns what is to be stored of a sweep's images; the first are the maps.
+
+    They are under the config's windows, or under others; where no method looks at windows, under
+    none. But for other windows there are also the logits of the sweep's `views`, and what rivals
+    see that need neither.
 
     Raises:
         UsageError: if the sweep's twin is a classifier of other images.
     """
+    found = [_maps(run, variables, windows), None if windows else _rivals(run, variables)]
+    return [sight for sight in found if sight]
+
+
+def _rivals(run: Run, variables: Any) -> Sight | None:
+    """Returns what methods see that need neither windows nor views; None if none is wanted."""
     wanted, words, origin = run.config.sweep, [], {}
     methods, learnt = set(wanted.methods), run.config.comparators
     other = _twin(run) if methods & set(names.TWINNED) else None
@@ -126,16 +133,16 @@ def rivals(run: Run) -> Sight | None:
 
     @functools.cache  # Only where something is to be made.
     def functions():
-        variables, found = stages.load_variables(run), {}
+        found = {}
         if other:
             known = dict(network=other.network)
-            found['twin'] = functools.partial(twin_batch, stages.load_variables(other), **known)
+            found['twin'] = functools.partial(logits_batch, stages.load_variables(other), **known)
         if 'multi_lid' in methods:
             features_fn = functools.partial(feature_batch, variables, network=run.network)
             clean = stages.comparator_images(run).astype(np.float32) / 255
             reference = devices.in_batches(features_fn, clean, batch_size=run.batch_size)
             count = min(wanted.neighbours, len(reference))
-            nearest_fn = functools.partial(neighbour_batch, reference=reference, count=count)
+            nearest_fn = functools.partial(_multi_lid, reference=reference, neighbours=count)
             found['neighbours'] = lambda images: nearest_fn(features_fn(images))
         if 'comparators' in words:
             found['comparators'] = shard.comparing(run, variables, autoencoder)
@@ -191,8 +198,8 @@ def _maps(run, variables, windows):
             logits = devices.in_batches(view_fn, images, batch_size=run.batch_size)
             found['views'] = condense(logits, unoccluded, run.config.occlusion.top_classes)
         if spectra:
-            spectrum_fn, batch_size = comparators.spectrum, run.batch_size
-            spectrum = devices.in_batches(spectrum_fn, images, batch_size=batch_size)
+            known = dict(batch_size=run.batch_size)
+            spectrum = devices.in_batches(comparators.spectrum, images, **known)
             found['spectrum'] = spectrum.astype(np.float16)
         return found
 
@@ -202,21 +209,13 @@ def _maps(run, variables, windows):
 
 
 def mapped(
-    run: Run,
-    variables: Any,
-    name: str,
-    epsilon: float = 0.0,
-    windows: Occlusion | None = None,
-    beside: Sight | None = None,
+    run: Run, variables: Any, sights: Sequence[Sight], name: str, epsilon: float = 0.0
 ) -> HeatmapSet:
     """Returns the maps of the attacks that succeed.
 
     If name is `none`, those of all correct images; if it is `noise`, those of correct images that
-    random signs leave correct. They are under the config's windows, or under others; where no
-    method looks at windows, under none. But for other windows there are also the logits of the
-    sweep's `views`, and what there is `beside`.
+    random signs leave correct.
     """
-    sights = [_maps(run, variables, windows), *([beside] if beside else [])]
     first, *others = _attacked(run, variables, name, epsilon, sights)
     maps = HeatmapSet(**first)
     for found in others:

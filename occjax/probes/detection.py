@@ -199,7 +199,7 @@ def _judge(run, load_fn, files, guards) -> dict[str, np.ndarray]:
 
 def _see(run, variables, images) -> HeatmapSet:
     """Returns the maps of images that nothing else is known of."""
-    predict_fn = functools.partial(_logits, variables, network=run.network)
+    predict_fn = functools.partial(conditions.logits_batch, variables, network=run.network)
     per_device = -(-len(images) // jax.device_count())
     batch_size = min(run.batch_size, per_device * jax.device_count())
     unknown = jnp.zeros(len(images), int)
@@ -304,11 +304,6 @@ def _csv(cells: Sequence[Any]) -> bytes:
     line = io.StringIO()
     csv.writer(line, lineterminator='\n').writerow(cells)
     return line.getvalue().encode(errors='backslashreplace')
-
-
-@functools.partial(jax.jit, static_argnames='network')
-def _logits(variables, images, *, network):
-    return network.classifier(variables)(images)
 
 
 def _files(path):

@@ -80,7 +80,8 @@ class Mapped(NamedTuple):
 
 def mapped(run: Run, variables: Any) -> Mapped:
     """Returns all maps that a sweep needs, from the store or anew."""
-    map_fn = functools.partial(conditions.mapped, run, variables, beside=conditions.rivals(run))
+    sights = conditions.sights(run, variables)
+    map_fn = functools.partial(conditions.mapped, run, variables, sights)
     found, clean = attacks(run), map_fn('none')
     parts = {name: _of(clean, map_fn(*how)) for name, how in found.items()}
     epsilons = {epsilon for _, epsilon in found.values()} if run.config.sweep.noise else ()
@@ -190,7 +191,7 @@ def sweep(run: Run) -> str:
 def _passes(run, name):
     """Returns how many forward passes an image takes, of whichever classifier."""
     if name not in METHODS:
-        return (metrics.BASELINES | metrics.TWINNED)[name].passes
+        return metrics.SCORES[name].passes
     method = METHODS[name]
     if method.passes is not None:
         return method.passes
@@ -236,8 +237,9 @@ def _occluders(run, variables):
     methods = [name for name in run.config.sweep.methods if name in names.METHODS]
     for size, stride, fill in occluders(run) if methods else ():
         windows = dataclasses.replace(own, size=size, stride=stride, fill=fill)
-        clean = conditions.mapped(run, variables, 'none', windows=windows)
-        attacked = conditions.mapped(run, variables, 'fgsm', epsilon, windows)
+        sights = conditions.sights(run, variables, windows)
+        clean = conditions.mapped(run, variables, sights, 'none')
+        attacked = conditions.mapped(run, variables, sights, 'fgsm', epsilon)
         parts = clean, _of(clean, attacked)
         sets.append(parts)
         label = f'{size} px, every {stride}, fill {",".join(map("{:g}".format, fill)) or "mean"}'

@@ -114,13 +114,13 @@ def test_a_sweep_and_an_attack_on_detectors_see_condensed_maps(condensed, tmp_pa
     swept.views, swept.mixture, swept.attacks = ('flip', 'blur'), ('fgsm',), ()
     swept.epsilons, swept.attack_epsilons = (0.3,), (0.3,)
     variables = stages.load_variables(run)
-    maps = conditions.mapped(run, variables, 'fgsm', 0.3)
+    maps = conditions.mapped(run, variables, conditions.sights(run, variables), 'fgsm', 0.3)
     assert maps.views.shape == (len(maps), 2, 4)
     plain = dataclasses.replace(run, config=small_run.get_config(), workdir=tmp_path / 'plain')
     shutil.copytree(run.workdir / 'classifier', plain.workdir / 'classifier')
     shutil.copy(run.workdir / 'dataset.json', plain.workdir)
     plain.config.sweep = swept
-    whole = conditions.mapped(plain, variables, 'fgsm', 0.3)
+    whole = conditions.mapped(plain, variables, conditions.sights(plain, variables), 'fgsm', 0.3)
     np.testing.assert_allclose(maps.views, whole.condensed(3).views, atol=1e-4)
     settings = run.config.adaptive
     settings.epsilons, settings.steps, settings.images = (0.3,), 2, 8

@@ -19,7 +19,7 @@ from occjax.config import Sweep
 from occjax.experiment import judging, shard, stages, store
 from occjax.experiment.run import Speed
 from occjax.methods import METHODS
-from occjax.probes import detection, sweep
+from occjax.probes import conditions, detection, sweep
 from occjax.types import UsageError
 from tests.detector_test import toy_maps
 from tests.verdict_test import seed_0
@@ -231,7 +231,7 @@ def test_few_images_are_mapped_in_small_batches(judged, detect, monkeypatch):
     """One image on four devices is a batch of four, and says what it says among others."""
     run, folder = judged
     expected, sizes = detect(run, folder), []
-    map_batch, logits = shard.map_batch, detection._logits
+    map_batch, logits = shard.map_batch, conditions.logits_batch
 
     def recorded(fn):
         def call(variables, images, *args, **kwargs):
@@ -241,7 +241,7 @@ def test_few_images_are_mapped_in_small_batches(judged, detect, monkeypatch):
         return call
 
     monkeypatch.setattr(shard, 'map_batch', recorded(map_batch))
-    monkeypatch.setattr(detection, '_logits', recorded(logits))
+    monkeypatch.setattr(conditions, 'logits_batch', recorded(logits))
     assert detect(run, folder / '4.png') == [expected[4]]
     assert sizes == [jax.device_count()] * 2
 
@@ -269,7 +269,7 @@ def test_attacked_images_as_files_are_judged_as_in_memory(judged, detect):
     run, folder = judged
     variables, split = stages.load_variables(run), run.dataset.test
     images, labels = data.take(split, np.arange(10)), np.asarray(split.labels[:10])
-    logits_fn = functools.partial(detection._logits, variables, network=run.network)
+    logits_fn = functools.partial(conditions.logits_batch, variables, network=run.network)
     attacked = np.asarray(attack.fgsm(logits_fn, images, labels, epsilon=0.3))
     for i, image in enumerate(attacked):
         Image.fromarray(np.round(image * 255).astype(np.uint8)).save(folder / f'{i}.png')

@@ -177,9 +177,9 @@ def test_a_twin_of_other_images_is_refused(finished, tmp_path):
     ):
         run.config.sweep.twin = str(twin)
         with pytest.raises(UsageError, match=line):
-            conditions.rivals(run)
+            conditions.sights(run, None)
     run.config.sweep.methods = ('detector',)
-    assert conditions.rivals(run) is None  # Nobody asks it.
+    assert len(conditions.sights(run, None)) == 1  # Nobody asks it.
 
 
 @pytest.mark.slow
