@@ -222,8 +222,8 @@ def run_modes(config, limit, shares):
     from occjax.experiment import hosts, storage
     from occjax.experiment.run import Run, Speed
 
-    config_file = config_flags.get_config_filename(flags.FLAGS['config'])
-    workdir = _WORKDIR.value or os.path.join('runs', pathlib.Path(config_file).stem)
+    path, *argument = config_flags.get_config_filename(flags.FLAGS['config']).split(':', 1)
+    workdir = _WORKDIR.value or os.path.join('runs', '-'.join([pathlib.Path(path).stem, *argument]))
     with hosts.first():
         opened = storage.open_workdir(workdir, config)
     run = Run(

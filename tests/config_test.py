@@ -37,12 +37,18 @@ def leaves(section, prefix=''):
 LEAVES = list(leaves(digits.get_config()))
 
 
-@pytest.mark.parametrize('module', [digits, cifar10, folder, imagenette])
-def test_configs_are_valid_and_survive_json(module):
-    wanted = module.get_config()
+@pytest.mark.parametrize(
+    'get_config',
+    [
+        *(m.get_config for m in (digits, cifar10, folder, imagenette)),
+        lambda: cifar10.get_config('quick'),
+    ],
+)
+def test_configs_are_valid_and_survive_json(get_config):
+    wanted = get_config()
     wanted.validate()
-    assert config.difference(config.to_json(wanted), config.to_json(module.get_config())) == []
-    other = module.get_config()
+    assert config.difference(config.to_json(wanted), config.to_json(get_config())) == []
+    other = get_config()
     other.seed = 1
     assert config.digest(other) != config.digest(wanted)
 

@@ -178,7 +178,7 @@ def test_a_config_file_may_take_an_argument_and_import_its_neighbours(command, m
     with open('own.py', 'w') as file:
         file.write(text)
     assert ran(command, monkeypatch, '--config=own.py:17').seed == 17
-    assert os.listdir('runs') == ['own']
+    assert os.listdir('runs') == ['own-17']
 
 
 def test_flags_may_stand_in_a_file(command, monkeypatch):

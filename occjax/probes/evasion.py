@@ -145,7 +145,7 @@ def evade(run: Run) -> str:
         'rows': rows,
     }
     storage.write_record(run.workdir / 'adaptive.json', result)
-    storage.write_bytes(run.workdir / 'adaptive.png', plot(result))
+    storage.write_bytes(run.workdir / 'adaptive.png', figures.png(figures.evasion_figure(result)))
     written = f'\nWritten: {run.workdir / "adaptive.json"}, adaptive.png; --mode=report shows it.\n'
     return tables.to_markdown([tables.adaptive_table(result)]) + written
 
@@ -346,50 +346,3 @@ def see_batch(variables, autoencoder, fill, images, *, method, views, network, *
     plain_fn, settings = functools.partial(network.fn, variables), settings | dict(fill=fill)
     maps = verdict.observe(plain_fn, images, method=METHODS[method], views=seen, **settings)
     return {name: getattr(maps, name) for name in ('logits', 'unoccluded', 'views')}
-
-
-def plot(result: dict) -> bytes:
-    """Returns a PNG: evasion against epsilon, and against the number of steps."""
-    from matplotlib.figure import Figure  # Half a second of import that other modes need not pay.
-
-    rows, methods = result['rows'], list(result['false_alarms'])
-    figure = Figure(figsize=(5.2 * (1 + len(methods)), 4.2), layout='constrained', dpi=150)
-    axes, *panels = figure.subplots(1, 1 + len(methods), sharey=True)
-    attacks = dict.fromkeys(row['attack'] for row in rows)
-    colours = {method: f'C{i}' for i, method in enumerate(methods)}
-    markers = dict(zip(attacks, 'xos^', strict=False))
-    for method in methods:
-        for name in attacks:
-            found = [r for r in rows if (r['method'], r['attack']) == (method, name)]
-            axes.plot(
-                [row['epsilon'] for row in found],
-                [row['evasion'] for row in found],
-                ':' if name == 'fgsm' else '-',
-                color=colours[method],
-                marker=markers[name],
-                markersize=5,
-                label=f'{name} on {method}',
-            )
-    axes.set_xscale('log')
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel('ε')
-    axes.set_ylabel('share of images that evade')
-    for panel, method in zip(panels, methods, strict=True):
-        panel.set_title(method, fontsize=10)
-        panel.set_xlabel('steps')
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        steps = [row for row in rows if row['method'] == method and row['by_step']]
-        for number, epsilon in enumerate(dict.fromkeys(row['epsilon'] for row in steps)):
-            for row in steps:
-                if row['epsilon'] == epsilon:
-                    panel.plot(
-                        row['by_step'],
-                        color=f'C{number}',
-                        linestyle={'joint': '-', 'selective': '--'}.get(row['attack'], ':'),
-                        label=f'{row["attack"]}, ε = {epsilon:.3g}',
-                    )
-    for panel in (axes, *panels):
-        if panel.lines:
-            panel.legend(fontsize=7, frameon=False)
-        panel.spines[['top', 'right']].set_visible(False)
-    return figures.png(figure)

@@ -3,6 +3,7 @@
 Dimensions: H W C image, h w heatmap grid, M maps.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -172,6 +173,35 @@ def scores_figure(histogram: dict | None) -> 'Figure':
     name = "Score of the paper's detector"
     canvas.draw_shares(axes, np.array(histogram['edges']), shares, threshold=0, name=name)
     return figure
+
+
+def evasion_figure(result: dict) -> 'Figure':
+    """Draws the share of images that evades, from adaptive.json: by ε, and by each one's steps."""
+    rows, detectors = result['rows'], list(result['false_alarms'])
+    attacks, epsilons = (list(dict.fromkeys(row[k] for row in rows)) for k in ('attack', 'epsilon'))
+    drawn = canvas.figure(5.2 * (1 + len(detectors)), 4.2)
+    drawn.set_layout_engine('constrained')
+    overview, *panels = drawn.subplots(1, 1 + len(detectors), sharey=True)
+    for i, name in itertools.product(range(len(detectors)), attacks):
+        found = [row for row in rows if (row['method'], row['attack']) == (detectors[i], name)]
+        style = dict(color=f'C{i}', linestyle=':' if name == 'fgsm' else '-', markersize=5)
+        style |= dict(marker='xos^'[attacks.index(name)], label=f'{name} on {detectors[i]}')
+        overview.plot([r['epsilon'] for r in found], [r['evasion'] for r in found], **style)
+    overview.set(xscale='log', ylim=(-0.02, 1.02), xlabel='ε', ylabel='share that evades')
+    for row in (row for row in rows if row['by_step']):
+        dashes = {'joint': '-', 'selective': '--'}.get(row['attack'], ':')
+        style = dict(color=f'C{epsilons.index(row["epsilon"])}', linestyle=dashes)
+        label = f'{row["attack"]}, ε = {tables.epsilon(row["epsilon"])}'
+        panels[detectors.index(row['method'])].plot(row['by_step'], label=label, **style)
+    for panel, name in zip(panels, detectors, strict=True):
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel('steps')
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    for panel in (overview, *panels):
+        if panel.lines:
+            panel.legend(fontsize=7, frameon=False)
+        panel.spines[['top', 'right']].set_visible(False)
+    return drawn
 
 
 def captions(config: config_lib.Config, map_mean: dict) -> dict[str, str]:
