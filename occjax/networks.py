@@ -32,6 +32,10 @@ class Network:
         """Returns the classifier with its weights, in the forms that run best."""
         return convolution.accelerate(functools.partial(self.fn, variables))
 
+    def features(self, variables: Any) -> Callable[[Array], Array]:
+        """Returns what gives the last features, or the logits where they aren't known."""
+        return convolution.accelerate(functools.partial(self.features_fn or self.fn, variables))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:

@@ -88,7 +88,7 @@ def logits_batch(variables, images, *, network):
 @functools.partial(jax.jit, static_argnames='network')
 def feature_batch(variables, images, *, network):
     """Returns the `[B, F]` last features; of a network whose features aren't known, its logits."""
-    return (network.features_fn or network.fn)(variables, images).reshape(len(images), -1)
+    return network.features(variables)(images).reshape(len(images), -1)
 
 
 _multi_lid = jax.jit(comparators.multi_lid, static_argnames='neighbours')
