@@ -94,13 +94,23 @@ def _logit_maps(maps):
 
 
 def _views_alone(maps):
-    """The same of every other view."""
-    return _changes(maps, maps.views)
+    """The same of every other view, and what it leaves of the predicted class."""
+    return _and_confidence(maps, maps.views)
 
 
 def _all_views(maps):
     """The same of windows and other views."""
-    return _changes(maps, maps.logits, maps.views)
+    return _and_confidence(maps, maps.logits, maps.views)
+
+
+def _and_confidence(maps, *seen):
+    """The changes, after logarithms of the predicted class's probability in each `[M, ..., K]`."""
+    xp, flat = maps.array_module, []
+    for logits in seen:
+        z = logits - logits.max(-1, keepdims=True)
+        logarithm = maps.of_predicted(z) - xp.log(xp.exp(z).sum(-1))
+        flat.append(logarithm.reshape(len(maps), math.prod(logits.shape[1:-1])))
+    return xp.concatenate([*flat, _changes(maps, *seen)], axis=1)
 
 
 def _log_spectrum(maps):

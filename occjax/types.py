@@ -118,10 +118,7 @@ class HeatmapSet:
         """`[M, h, w]`, the probability of the predicted class under each window (§III-C)."""
         xp = self.array_module
         z = self.logits - self.logits.max(-1, keepdims=True)
-        p = xp.exp(z) / xp.exp(z).sum(-1, keepdims=True)
-        if self.top_classes:
-            return p[..., 0]
-        return xp.take_along_axis(p, self.predicted[:, None, None, None], axis=-1)[..., 0]
+        return self.of_predicted(xp.exp(z) / xp.exp(z).sum(-1, keepdims=True))
 
     @property
     def cells(self) -> np.ndarray:
@@ -136,6 +133,13 @@ class HeatmapSet:
 
     def __len__(self):
         return len(self.label)
+
+    def of_predicted(self, values: np.ndarray) -> np.ndarray:
+        """Returns `[M, ...]`, the predicted class's of values in the columns of `logits`."""
+        if self.top_classes:
+            return values[..., 0]
+        index = self.predicted.reshape(len(self), *[1] * (values.ndim - 1))
+        return self.array_module.take_along_axis(values, index, axis=-1)[..., 0]
 
     def condensed(self, top_classes: int) -> 'HeatmapSet':
         """Returns the maps with the logits of a few classes, see `condense`.
