@@ -117,13 +117,34 @@ def test_logit_differences_are_zero_where_the_window_changes_nothing():
     assert METHODS['logit_differences'].standardize
 
 
-def test_views_are_seen_as_what_they_change():
+def test_views_are_seen_as_what_they_change_and_what_they_leave_of_the_class():
     alone = METHODS['views_alone'].inputs_fn(MAPS)
-    changes = alone[:, :-2].reshape(len(MAPS), 5, 2)
-    np.testing.assert_allclose(changes + MAPS.unoccluded[:, None], VIEWS, atol=1e-5)
-    together = METHODS['all_views'].inputs_fn(MAPS)
+    left, changes, own = np.split(alone, [5, 5 + 5 * 2], axis=1)
+    for m, k in enumerate(MAPS.predicted):
+        p = np.exp(VIEWS[m]) / np.exp(VIEWS[m]).sum(-1, keepdims=True)
+        np.testing.assert_allclose(left[m], np.log(p[:, k]), atol=1e-5)
+    np.testing.assert_allclose(changes.reshape(VIEWS.shape) + own[:, None], VIEWS, atol=1e-5)
+    np.testing.assert_array_equal(own, MAPS.unoccluded)
     windows = METHODS['logit_differences'].inputs_fn(MAPS)[:, :-2]
-    np.testing.assert_array_equal(together, np.concatenate([windows, alone], axis=1))
+    expected = np.concatenate([np.log(MAPS.cells), left, windows, changes, own], axis=1)
+    np.testing.assert_allclose(METHODS['all_views'].inputs_fn(MAPS), expected, atol=1e-5)
+    few, many = (METHODS['views_alone'].inputs_fn(m)[:, :5] for m in (MANY.condensed(1), MANY))
+    np.testing.assert_allclose(few, many, atol=1e-5)
+
+
+def test_a_class_that_a_view_makes_impossible_keeps_a_gradient():
+    """An attacker who follows it is not stopped by what float32 rounds to 0."""
+    maps = dataclasses.replace(MAPS, views=100 * VIEWS)
+
+    def left(views):
+        fields = vars(maps) | {'views': views}
+        fields = {k: jnp.asarray(v) for k, v in fields.items() if v is not None}
+        return METHODS['views_alone'].inputs_fn(type(maps)(**fields))[:, :5].sum()
+
+    assert float(np.min(METHODS['views_alone'].inputs_fn(maps)[:, :5])) < -104  # e^-104 is 0
+    slopes = np.asarray(jax.grad(left)(jnp.asarray(maps.views)))
+    impossible = METHODS['views_alone'].inputs_fn(maps)[:, :5] < -104
+    assert (np.abs(slopes).max(-1)[impossible] > 0.99).all()
 
 
 def test_logit_maps_keep_the_windows_places():

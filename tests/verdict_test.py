@@ -74,7 +74,7 @@ def test_a_window_that_changes_nothing_has_no_effect_and_others_what_they_add(na
 
 
 def test_a_verdict_of_views_sees_them():
-    """A linear detector of one view's changes alone, by hand."""
+    """A linear detector of two views, by hand."""
     weights = np.random.default_rng(0).normal(size=(8 * 8 * 3, 3)).astype(np.float32)
     images = np.random.default_rng(1).uniform(size=(4, 8, 8, 3)).astype(np.float32)
 
@@ -83,12 +83,14 @@ def test_a_verdict_of_views_sees_them():
 
     seen = [lambda x: x[:, :, ::-1], lambda x: x]
     method = METHODS['views_alone']._replace(features=(), standardize=False)
-    bank = detector.init_bank(jax.random.key(0), num_classes=1, grid=(9,), features=())
+    bank = detector.init_bank(jax.random.key(0), num_classes=1, grid=(11,), features=())
     settings = dict(size=4, stride=2, fill=0.5, engine='full', method=method, views=seen)
     found = jax.jit(functools.partial(verdict.margins, logits_fn, bank, np.zeros(3), **settings))
-    logits = logits_fn(images)
-    changes = np.concatenate([logits_fn(seen[0](images)) - logits, 0 * logits, logits], axis=1)
-    expected = detector.score(bank, changes, np.zeros(4, int))
+    logits, mirrored = (logits_fn(x) for x in (images, seen[0](images)))
+    rows = np.arange(4), logits.argmax(-1)
+    left = [np.asarray(jax.nn.log_softmax(z))[rows][:, None] for z in (mirrored, logits)]
+    inputs = np.concatenate([*left, mirrored - logits, 0 * logits, logits], axis=1)
+    expected = detector.score(bank, inputs, np.zeros(4, int))
     np.testing.assert_allclose(found(images), expected, atol=1e-4)
 
 
