@@ -104,12 +104,13 @@ def _all_views(maps):
 
 
 def _and_confidence(maps, *seen):
-    """The changes, after logarithms of the predicted class's probability in each `[M, ..., K]`."""
+    """The changes, after the predicted class's probability in each `[M, ..., K]`, and its log."""
     xp, flat = maps.array_module, []
     for logits in seen:
         z = logits - logits.max(-1, keepdims=True)
         logarithm = maps.of_predicted(z) - xp.log(xp.exp(z).sum(-1))
-        flat.append(logarithm.reshape(len(maps), math.prod(logits.shape[1:-1])))
+        logarithm = logarithm.reshape(len(maps), math.prod(logits.shape[1:-1]))
+        flat += [xp.exp(logarithm), logarithm]
     return xp.concatenate([*flat, _changes(maps, *seen)], axis=1)
 
 

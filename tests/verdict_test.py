@@ -83,13 +83,13 @@ def test_a_verdict_of_views_sees_them():
 
     seen = [lambda x: x[:, :, ::-1], lambda x: x]
     method = METHODS['views_alone']._replace(features=(), standardize=False)
-    bank = detector.init_bank(jax.random.key(0), num_classes=1, grid=(11,), features=())
+    bank = detector.init_bank(jax.random.key(0), num_classes=1, grid=(13,), features=())
     settings = dict(size=4, stride=2, fill=0.5, engine='full', method=method, views=seen)
     found = jax.jit(functools.partial(verdict.margins, logits_fn, bank, np.zeros(3), **settings))
     logits, mirrored = (logits_fn(x) for x in (images, seen[0](images)))
     rows = np.arange(4), logits.argmax(-1)
     left = [np.asarray(jax.nn.log_softmax(z))[rows][:, None] for z in (mirrored, logits)]
-    inputs = np.concatenate([*left, mirrored - logits, 0 * logits, logits], axis=1)
+    inputs = np.concatenate([*np.exp(left), *left, mirrored - logits, 0 * logits, logits], axis=1)
     expected = detector.score(bank, inputs, np.zeros(4, int))
     np.testing.assert_allclose(found(images), expected, atol=1e-4)
 

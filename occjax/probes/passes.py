@@ -75,10 +75,10 @@ def _fitting(run, clean, attacked, noise):
 def _scores(run, maps, epsilons, chooses, levels, candidates):
     """Returns each candidate's AUROC against clean and noisy images, the mean over levels."""
     count, classes = maps.views.shape[1:]
-    # Of each candidate, what it sees: its views' confidence and changes, the image's own logits.
+    # Of each candidate, what it sees: its views' probability, its log, changes; the own logits.
     seen = np.array([np.isin(np.arange(count), views) for views in candidates])
     always = np.ones((len(seen), classes), bool)
-    seen = np.concatenate([seen, seen.repeat(classes, axis=1), always], axis=1)
+    seen = np.concatenate([seen, seen, seen.repeat(classes, axis=1), always], axis=1)
     inputs = METHODS['views_alone'].inputs_fn(maps).astype(np.float32)
     wanted, kinds = run.config.detector, maps.is_adversarial
     weight = np.where(kinds, 0.5 / kinds[~chooses].mean(), 0.5 / (1 - kinds[~chooses].mean()))
