@@ -8,7 +8,7 @@ from occjax.config import Attack, Classifier, Config, Data, Detector, Occlusion
 
 
 def get_config(extent: str = 'full') -> Config:
-    """Returns the whole experiment, or a `quick` one: on two cores a quarter of an hour."""
+    """Returns the whole experiment, or a `quick` one of a part of the images."""
     if extent not in ('full', 'quick'):
         raise ValueError(f'{extent!r} is neither full nor quick')
     config = Config(

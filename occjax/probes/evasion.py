@@ -217,8 +217,8 @@ def _attack(run, variables, target, name, epsilon, ids):
         mesh=devices.mesh(),
         **_settings(run, variables, target),
     )
-    # Few images at once: those that evade wait for the slowest of their batch.
-    batch_size = min(run.mapping(variables).batch_size, 8 * jax.device_count())
+    # Not more images at once: those that evade wait for the slowest of their batch.
+    batch_size = min(run.mapping(variables).batch_size, 32 * jax.device_count())
     images, labels = data.take(run.dataset.test, ids), run.dataset.test.labels[ids]
     found = devices.in_batches(attack_fn, images, labels, batch_size=batch_size)
     return dict(zip(('wrong', 'evades', 'steps', 'images'), found, strict=True))
