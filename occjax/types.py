@@ -135,7 +135,7 @@ class HeatmapSet:
         return len(self.label)
 
     def of_predicted(self, values: np.ndarray) -> np.ndarray:
-        """Returns `[M, ...]`, the predicted class's of values in the columns of `logits`."""
+        """Returns `[M, ...]`, the predicted class's column of values by columns of `logits`."""
         if self.top_classes:
             return values[..., 0]
         index = self.predicted.reshape(len(self), *[1] * (values.ndim - 1))
