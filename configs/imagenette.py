@@ -16,13 +16,13 @@ def get_config() -> Config:
         classifier=Classifier(
             plan='vgg11',  # §III-B, Table I
             hidden=4096,  # Table I
-            epochs=20,  # §III-B
+            epochs=13,  # ours: the paper takes 20 (§III-B); what two cores do in an hour and a half
             batch_size=64,  # ours: not stated
             learning_rate=1e-4,  # ours: not stated; of 3e-4 the first epoch learns nothing
             dropout_rate=0.5,  # ours: Table I has the layers without their rate
             normalize=True,  # ours: not stated; mean and std of the training images
             flip=True,  # ours: not stated
-            resize=(64,) * 12 + (128,) * 6,  # ours: the first 18 epochs see shrunk images
+            resize=(64,) * 9 + (96, 96, 128, 160),  # ours: all epochs see shrunk images
         ),
         attack=Attack(
             epsilon=0.1,  # §I, Fig. 1
