@@ -9,6 +9,7 @@ and are not in here, so that `digest` names an experiment and not the machine it
 import dataclasses
 import hashlib
 import json
+import math
 import operator
 import types
 import typing
@@ -344,6 +345,22 @@ def identity(tree: dict) -> dict:
     return tree | {'detector': detector}
 
 
+# How many images are mapped: a map does not depend on it.
+_EXTENTS = ('train_images', 'test_images')
+
+
+def extends(stored: dict, wanted: dict) -> bool:
+    """Returns whether a `to_json` tree is that of the same experiment with more images mapped."""
+
+    def divided(tree):
+        occlusion = dict(tree['occlusion'])
+        extents = [occlusion.pop(name) or math.inf for name in _EXTENTS]  # 0 is all.
+        return identity(tree | {'occlusion': occlusion}), extents
+
+    (before, least), (after, extents) = divided(stored), divided(wanted)
+    return before == after and all(map(operator.le, least, extents))
+
+
 # The fields that each stage reads, beside those of the stages before it.
 _READS = {
     'train': ('seed', 'precision', 'data', 'classifier'),
@@ -357,12 +374,16 @@ def digest(config: Config, stage: str = 'detectors') -> str:
 
     Args:
         config: the experiment.
-        stage: the last one that is meant; a classifier does not depend on the attack.
+        stage: the last one that is meant; a classifier does not depend on the attack, nor a map on
+            how many there are.
     """
     stages = list(_READS)
     sections = [name for each in stages[: stages.index(stage) + 1] for name in _READS[each]]
     tree = _chosen(config)
     tree.get('detector', {}).pop('methods', None)
+    if stage == 'heatmaps':
+        for name in _EXTENTS:
+            tree.get('occlusion', {}).pop(name, None)
     tree = json.dumps({name: tree[name] for name in sections if tree.get(name)})
     canonical = json.dumps(json.loads(tree, parse_int=float), sort_keys=True)  # 0 is 0.0.
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

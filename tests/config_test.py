@@ -159,6 +159,8 @@ def test_a_stage_does_not_depend_on_what_it_does_not_read():
         ('classifier.flip', True, 0),
         ('attack.epsilon', 0.2, 1),
         ('occlusion.stride', 4, 1),
+        ('occlusion.train_images', 7, 2),
+        ('occlusion.test_images', 7, 2),
         ('detector.steps', 7, 2),
         ('detector.methods', ('detector',), 3),
         ('sweep.images', 7, 3),

@@ -205,9 +205,8 @@ def load_variables(run: Run) -> Any:
 
 def mapped_ids(run: Run, name: str) -> np.ndarray:
     """Returns which images of a split are mapped, in the order of their maps."""
-    count = len(getattr(run.dataset, name))
-    limit = getattr(run.config.occlusion, f'{name}_images') or count
-    return run.rng(Stream.EXPLAINED_IMAGES, names.SPLITS.index(name)).permutation(count)[:limit]
+    rng = run.rng(Stream.EXPLAINED_IMAGES, names.SPLITS.index(name))
+    return rng.permutation(len(getattr(run.dataset, name)))[: store.mapped(run, name)]
 
 
 def comparator_images(run: Run) -> np.ndarray:
@@ -238,11 +237,16 @@ def autoencoder_digest(run: Run) -> str:
 
 
 def heatmaps(run: Run):
-    """Attacks both splits and stores the maps, shard by shard; what is stored stays."""
+    """Attacks both splits and stores the maps, shard by shard; what is stored stays.
+
+    So does it where the config has come to ask for more maps.
+    """
     directory = run.workdir / 'heatmaps'
+    wanted = {name: store.shard_names(run, name) for name in names.SPLITS}
     if (directory / 'manifest.json').exists():
-        found = store.load_manifest(run)['shards']
-        if all((directory / name).exists() for name in found):
+        found = store.read_manifest(run)['shards']
+        same = found.keys() == {*itertools.chain(*wanted.values())}
+        if same and all((directory / name).exists() for name in found):
             return
     variables, shards = load_variables(run), []
     with hosts.first():
@@ -250,14 +254,15 @@ def heatmaps(run: Run):
     made_from = store.classifier_origin(run) | {'autoencoder': autoencoder_digest(run)}
     for name in names.SPLITS:
         split, ids = getattr(run.dataset, name), mapped_ids(run, name)
-        for start in range(0, len(ids), run.shard_size):
-            here = ids[start : start + run.shard_size]
-            make_fn = functools.partial(shard.collect, run, variables, autoencoder, split, here)
-            make_fn = functools.partial(make_fn, controls=name == 'test')
-            shards.append((directory / f'{name}-{start:07d}.npz', len(here), make_fn))
+        make_fn = functools.partial(shard.collect, run, variables, autoencoder, split)
+        make_fn = functools.partial(make_fn, controls=name == 'test')
+        for path, rows in wanted[name].items():
+            here = ids[rows]
+            shards.append((directory / path, len(here), functools.partial(make_fn, here)))
     make_parts(run, 'heatmaps, images', shards, mode='heatmaps', made_from=made_from)
     digests = {path.name: storage.file_digest(path) for path, *_ in shards}
     storage.write_record(directory / 'manifest.json', {'shards': digests, 'made_from': made_from})
+    storage.keep_config(run.workdir, run.config)
 
 
 def detectors(run: Run):
@@ -272,7 +277,8 @@ def detectors(run: Run):
             directory = run.workdir / 'detectors' / protocol / name
             if storage.latest_step(directory) is not None:
                 found = storage.checkpoint_metadata(directory, mode='detectors')['made_from']
-                storage.check_origin(directory, found, made_from, mode='detectors')
+                everything = run.workdir / 'detectors'
+                storage.check_origin(everything, found, made_from, mode='detectors')
                 continue
             began = time.monotonic()
             banks = store.fit_banks(run, division, name, noise)
@@ -354,15 +360,14 @@ def _tell_lacking(run, protocol, division):
     ]
     more = f' and {len(classes) - _NAMED} more' if len(classes) > _NAMED else ''
     config, there = run.config, run.description[f'{split}_images']
-    mapped, others = getattr(config.occlusion, f'{split}_images'), []
-    if 0 < mapped < there:
-        others = [f'--config.occlusion.{split}_images above {mapped} (of {there})']
+    mapped, help_ = store.mapped(run, split), f'more {split} images of them help'
+    if mapped < there:
+        help_ += f', --config.occlusion.{split}_images above {mapped} (of {there})'
     if (adversarial[classes] == 0).any():
-        others.append(
-            f'for adversarial ones --config.attack.epsilon above {config.attack.epsilon:g}'
+        help_ += (
+            ', or, for adversarial ones in another --workdir, --config.attack.epsilon above '
+            f'{config.attack.epsilon:g}'
         )
-    help_ = f'more {split} images of them help'
-    help_ += f', or, in another --workdir, {" and ".join(others)}' if others else ''
     say(
         f'detectors ({protocol}): {len(classes)} of {len(class_names)} classes have too few maps '
         f'for detectors and thresholds of their own: {", ".join(few)}{more}; {help_}.'

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from occjax.config import Config, complete, difference, identity, to_json
+from occjax.config import Config, complete, difference, extends, identity, to_json
 from occjax.experiment import hosts
 from occjax.types import UsageError
 
@@ -174,8 +174,9 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
         if stored.exists():
             found = read_record(stored, mode='all')
             del found['digest']
-            changes = difference(identity(complete(found)), identity(wanted))
-            if changes:
+            found = complete(found)
+            changes = difference(identity(found), identity(wanted))
+            if changes and not extends(found, wanted):
                 raise UsageError(
                     f'{workdir} holds another config ({"; ".join(changes)}): choose another '
                     '--workdir, or delete that one.'
@@ -190,6 +191,13 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
     except OSError as error:
         raise UsageError(f'Cannot use --workdir={workdir}: {error.strerror}.') from None
     return workdir
+
+
+def keep_config(workdir: pathlib.Path, config: Config):
+    """Has `open_workdir` know that more images are mapped, if they are."""
+    path, wanted = workdir / 'config.json', to_json(config)
+    if complete(read_record(path, mode='all'))['occlusion'] != wanted['occlusion']:
+        write_record(path, wanted)
 
 
 @contextlib.contextmanager

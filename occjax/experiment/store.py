@@ -13,7 +13,7 @@ from occjax.experiment.run import Run
 from occjax.methods import METHODS
 from occjax.names import CONTROLS
 from occjax.streams import Stream
-from occjax.types import HeatmapSet
+from occjax.types import HeatmapSet, UsageError
 
 # The split whose maps each protocol divides.
 PROTOCOLS = dict(zip(names.PROTOCOLS, names.SPLITS, strict=True))
@@ -34,11 +34,44 @@ def classifier_origin(run: Run) -> storage.Origin:
     return run.origin('heatmaps') | {'classifier': load_metrics(run)['classifier']}
 
 
-def load_manifest(run: Run) -> dict:
+def read_manifest(run: Run) -> dict:
     """Returns the names of all shards and their digests, `made_from`, and its own `digest`."""
     directory = run.workdir / 'heatmaps'
     found = storage.read_record(directory / 'manifest.json', mode='heatmaps')
     storage.check_origin(directory, found['made_from'], classifier_origin(run), mode='heatmaps')
+    return found
+
+
+def load_manifest(run: Run) -> dict:
+    """Returns the same where it has all maps that the config asks for."""
+    found = read_manifest(run)
+    missing = {name for split in names.SPLITS for name in shard_names(run, split)}
+    missing -= found['shards'].keys()
+    if missing:
+        raise UsageError(
+            f'{run.workdir / "heatmaps"} has fewer maps than the config asks for '
+            f'({min(missing)} is missing): run --mode=heatmaps.'
+        )
+    return found
+
+
+def mapped(run: Run, split_name: str) -> int:
+    """Returns how many images of a split are mapped."""
+    count = run.description[f'{split_name}_images']
+    return min(getattr(run.config.occlusion, f'{split_name}_images') or count, count)
+
+
+def shard_names(run: Run, split_name: str) -> dict[str, slice]:
+    """Returns which of a split's mapped images are in which file.
+
+    One that a limit cuts short has its length in its name, since with a higher limit it is another.
+    """
+    count, size, found = mapped(run, split_name), run.shard_size, {}
+    for start in range(0, count, size):
+        end = min(start + size, count)
+        is_whole = end - start == size or end == run.description[f'{split_name}_images']
+        cut = '' if is_whole else f'-{end - start}'
+        found[f'{split_name}-{start:07d}{cut}.npz'] = slice(start, end)
     return found
 
 

@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 from occjax import attack, classifier, data, detector, metrics, names, occlusion, vgg
 from occjax.benchmark import engines, fidelity, peer
 from occjax.experiment import devices, judging, shard, stages, storage, store
+from occjax.experiment import run as run_lib
 from occjax.streams import Stream
 from occjax.types import Batch, HeatmapSet, UsageError
 from tests import small_run
@@ -141,13 +142,14 @@ def test_classes_that_lack_maps_are_told_with_a_way_out(finished, monkeypatch, c
     clean, adversarial = (
         np.sum((maps.predicted == 0) & (maps.is_adversarial == a)) for a in (0, 1)
     )
-    more, larger = 'more test images of them help', ', or, in another --workdir, {}.'
-    attack, window = '--config.attack.epsilon above 0.3', '--config.occlusion.test_images above 120'
+    more = 'more test images of them help'
+    attack = ', or, for adversarial ones in another --workdir, --config.attack.epsilon above 0.3.'
+    limit = ', --config.occlusion.test_images above 120 (of 200)'
     assert np.bincount(maps.predicted[maps.is_adversarial], minlength=10).min() == 0
     for mapped, help_ in (
-        (0, more + larger.format(f'for adversarial ones {attack}')),
-        (200, more + larger.format(f'for adversarial ones {attack}')),
-        (120, more + larger.format(f'{window} (of 200) and for adversarial ones {attack}')),
+        (0, more + attack),
+        (200, more + attack),
+        (120, more + limit + attack),
     ):
         config = small_run.get_config()
         config.occlusion.test_images = mapped
@@ -270,6 +272,60 @@ def test_a_finished_run_computes_nothing_again(finished, monkeypatch):
         monkeypatch.setattr(module, name, None)
     monkeypatch.setattr(judging, 'fit_banks', None)
     assert run_all(make_run(run.workdir)) == tables
+
+
+def test_more_images_are_mapped_later(finished, tmp_path, monkeypatch):
+    """What an experiment has mapped stays, and it ends with the numbers of one that mapped all."""
+    whole, _ = finished
+    all_maps = {name: store.load_shards(whole, name)[0] for name in names.SPLITS}
+    monkeypatch.setattr(run_lib.Run, 'shard_size', 48)
+    collected, collect = [], shard.collect
+
+    def counted(*args, **kwargs):
+        collected.append(len(args[-1]))
+        return collect(*args, **kwargs)
+
+    monkeypatch.setattr(shard, 'collect', counted)
+
+    def run_of(train, test):
+        config = small_run.get_config()
+        config.occlusion.train_images, config.occlusion.test_images = train, test
+        workdir = storage.open_workdir(tmp_path, config)
+        return run_lib.Run(config=config, workdir=workdir)
+
+    for name in ('classifier', 'magnet'):
+        shutil.copytree(whole.workdir / name, tmp_path / name)
+    shutil.copy(whole.workdir / 'dataset.json', tmp_path)
+    part = run_of(100, 96)
+    stages.heatmaps(part)
+    assert collected == [48, 48, 4, 48, 48]
+    stages.detectors(part)
+    more = run_of(0, 0)
+    with pytest.raises(UsageError, match=r'fewer maps.*test-0000096.npz is missing.*=heatmaps'):
+        stages.detectors(more)
+    stages.heatmaps(part)  # The extension was not begun: nothing has changed.
+    collected.clear()
+    stages.heatmaps(more)
+    assert collected == [48] * 4 + [12] + [48, 48, 8]  # 300 and 200 in all, without what was there
+    with pytest.raises(UsageError, match='detectors was made from another'):
+        stages.detectors(more)
+    with pytest.raises(UsageError, match=r'another config \(occlusion.test_images: 0 -> 96;'):
+        run_of(100, 96)
+    shutil.rmtree(tmp_path / 'detectors')
+    stages.detectors(more)
+    collected.clear()
+    stages.heatmaps(more)
+    assert not collected
+    for name, expected in all_maps.items():
+        found, _ = store.load_shards(more, name)
+        # A shard has its correct images before its attacked ones.
+        (ids, logits), (known, wanted) = (
+            (np.stack([maps.is_adversarial, maps.image_id])[:, order], maps.logits[order])
+            for maps in (found, expected)
+            for order in [np.lexsort((maps.image_id, maps.is_adversarial))]
+        )
+        np.testing.assert_array_equal(ids, known)
+        np.testing.assert_allclose(logits, wanted, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -31,6 +31,27 @@ def test_a_workdir_is_one_experiment_s(tmp_path):
         storage.open_workdir(workdir, other)
 
 
+@pytest.mark.parametrize('name', ['train_images', 'test_images'])
+def test_a_workdir_takes_more_images_to_map_but_not_fewer(tmp_path, name):
+    def of(images, **others):
+        made = digits.get_config()
+        setattr(made.occlusion, name, images)
+        for field, value in others.items():
+            setattr(made.occlusion, field, value)
+        return made
+
+    workdir = storage.open_workdir(tmp_path / 'run', of(40))
+    for more in (40, 41, 0):  # 0 is all.
+        assert storage.open_workdir(workdir, of(more)) == workdir
+    for other in (of(39), of(41, stride=4)):
+        with pytest.raises(UsageError, match='another --workdir'):
+            storage.open_workdir(workdir, other)
+    storage.open_workdir(workdir, of(40))  # Until they are mapped it is what it was.
+    storage.keep_config(workdir, of(0))
+    with pytest.raises(UsageError, match=f'{name}: 0 -> 40'):
+        storage.open_workdir(workdir, of(40))
+
+
 def test_a_field_that_came_later_has_its_default(tmp_path):
     """A directory from before the field was there is the experiment that it was."""
     workdir = storage.open_workdir(tmp_path / 'run', digits.get_config())
