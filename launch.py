@@ -25,7 +25,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from occjax import names
-from occjax.config import Config
+from occjax.config import Config, digest
 from occjax.types import UsageError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'digits.py'
@@ -213,6 +213,7 @@ def main(_):
     check_devices()
     hosts.connect()
     jax.config.update('jax_default_matmul_precision', config.precision)
+    hosts.check_same(int(digest(config), 16) % 2**31, 'configs', need='flags')
     hosts.quietly(lambda: run_modes(config, limit, shares))
     hosts.end()
 

@@ -369,19 +369,20 @@ _READS = {
 }
 
 
-def digest(config: Config, stage: str = 'detectors') -> str:
+def digest(config: Config, stage: str | None = None) -> str:
     """Returns 16 hex digits that two configs share exactly if they are one experiment.
 
     Args:
         config: the experiment.
-        stage: the last one that is meant; a classifier does not depend on the attack, nor a map on
-            how many there are.
+        stage: what this one reads, and those before it, is all that counts: a classifier does not
+            depend on the attack, nor a map on how many there are. None is everything.
     """
     stages = list(_READS)
-    sections = [name for each in stages[: stages.index(stage) + 1] for name in _READS[each]]
+    meant = stages if stage is None else stages[: stages.index(stage) + 1]
+    sections = [name for each in meant for name in _READS[each]]
     tree = _chosen(config)
     tree.get('detector', {}).pop('methods', None)
-    if stage == 'heatmaps':
+    if stage is not None:
         for name in _EXTENTS:
             tree.get('occlusion', {}).pop(name, None)
     tree = json.dumps({name: tree[name] for name in sections if tree.get(name)})

@@ -213,18 +213,18 @@ def total(numbers: Sequence[int]) -> np.ndarray:
     return multihost_utils.process_allgather(np.asarray(numbers)).sum(axis=0)
 
 
-def check_same(value: int, what: str):
-    """Refuses a job whose hosts see different files.
+def check_same(value: int, what: str, need: str = '--workdir, on a file system that they share'):
+    """Refuses a job whose hosts see different files, or were started differently.
 
     Args:
         value: what this host sees.
         what: it is, in words.
+        need: what all hosts need to have the same, in words.
     """
     found = multihost_utils.process_allgather(np.asarray(value)).ravel()
     if len(set(found.tolist())) > 1:
         raise UsageError(
-            f'Hosts see different {what} ({", ".join(map(str, found))}): all need the same '
-            '--workdir, on a file system that they share.'
+            f'Hosts see different {what} ({", ".join(map(str, found))}): all need the same {need}.'
         )
 
 

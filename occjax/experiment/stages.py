@@ -239,14 +239,18 @@ def autoencoder_digest(run: Run) -> str:
 def heatmaps(run: Run):
     """Attacks both splits and stores the maps, shard by shard; what is stored stays.
 
-    So does it where the config has come to ask for more maps.
+    So does it where the config has come to ask for more, but for a last shard that was cut.
+
+    Raises:
+        UsageError: if what was made from fewer maps is there; names all of it.
     """
     directory = run.workdir / 'heatmaps'
     wanted = {name: store.shard_names(run, name) for name in names.SPLITS}
     if (directory / 'manifest.json').exists():
         found = store.read_manifest(run)['shards']
-        same = found.keys() == {*itertools.chain(*wanted.values())}
-        if same and all((directory / name).exists() for name in found):
+        if found.keys() != {*itertools.chain(*wanted.values())}:
+            _refuse_stale(run)
+        elif all((directory / name).exists() for name in found):
             return
     variables, shards = load_variables(run), []
     with hosts.first():
@@ -261,8 +265,23 @@ def heatmaps(run: Run):
             shards.append((directory / path, len(here), functools.partial(make_fn, here)))
     make_parts(run, 'heatmaps, images', shards, mode='heatmaps', made_from=made_from)
     digests = {path.name: storage.file_digest(path) for path, *_ in shards}
-    storage.write_record(directory / 'manifest.json', {'shards': digests, 'made_from': made_from})
     storage.keep_config(run.workdir, run.config)
+    storage.write_record(directory / 'manifest.json', {'shards': digests, 'made_from': made_from})
+    hosts.wait('manifest')
+    if hosts.is_first():
+        for cut in {path.name for path in directory.glob('*.npz')} - digests.keys():
+            (directory / cut).unlink()
+
+
+def _refuse_stale(run):
+    """Names what was made from fewer maps, before hours go into more of them."""
+    made = ('detectors', 'adaptive', 'adaptive.json', 'fidelity')
+    stale = [name for name in made if (run.workdir / name).exists()]
+    if stale:
+        raise UsageError(
+            f'{run.workdir} has what was made from fewer maps than the config now asks for: delete '
+            f'{", ".join(stale)} there and run the same command again.'
+        )
 
 
 def detectors(run: Run):
@@ -277,8 +296,7 @@ def detectors(run: Run):
             directory = run.workdir / 'detectors' / protocol / name
             if storage.latest_step(directory) is not None:
                 found = storage.checkpoint_metadata(directory, mode='detectors')['made_from']
-                everything = run.workdir / 'detectors'
-                storage.check_origin(everything, found, made_from, mode='detectors')
+                storage.check_origin(directory, found, made_from, mode='detectors')
                 continue
             began = time.monotonic()
             banks = store.fit_banks(run, division, name, noise)

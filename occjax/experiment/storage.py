@@ -69,7 +69,8 @@ def writing(path: pathlib.Path, *, by_any: bool = False) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except BaseException as error:
         if temporary is not None:
-            os.unlink(temporary)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None
         raise
@@ -163,10 +164,11 @@ def check_origin(path: pathlib.Path, found: Origin, wanted: Origin, *, mode: str
 def open_workdir(path: str, config: Config) -> pathlib.Path:
     """Returns the directory of this very experiment, made if need be.
 
-    Other files in it are left alone; what stages find there tells itself what it was made from.
+    The config may ask for more maps than are there. Other files are left alone; what stages find
+    there tells itself what it was made from.
 
     Raises:
-        UsageError: if it holds another experiment, or can't be written.
+        UsageError: if it holds another experiment or more maps, or can't be written.
     """
     workdir = pathlib.Path(path).expanduser()
     stored, wanted = workdir / 'config.json', to_json(config)
@@ -177,8 +179,9 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
             found = complete(found)
             changes = difference(identity(found), identity(wanted))
             if changes and not extends(found, wanted):
+                kept = 'repeat what it has, or ' if extends(wanted, found) else ''  # More maps.
                 raise UsageError(
-                    f'{workdir} holds another config ({"; ".join(changes)}): choose another '
+                    f'{workdir} holds another config ({"; ".join(changes)}): {kept}choose another '
                     '--workdir, or delete that one.'
                 )
         elif hosts.is_first():
@@ -194,8 +197,12 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
 
 
 def keep_config(workdir: pathlib.Path, config: Config):
-    """Has `open_workdir` know that more images are mapped, if they are."""
-    path, wanted = workdir / 'config.json', to_json(config)
+    """Has `open_workdir` know that more images are mapped, if they are.
+
+    Raises:
+        UsageError: if another process has mapped still more of them since.
+    """
+    path, wanted = open_workdir(workdir, config) / 'config.json', to_json(config)
     if complete(read_record(path, mode='all'))['occlusion'] != wanted['occlusion']:
         write_record(path, wanted)
 

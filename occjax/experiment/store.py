@@ -43,14 +43,16 @@ def read_manifest(run: Run) -> dict:
 
 
 def load_manifest(run: Run) -> dict:
-    """Returns the same where it has all maps that the config asks for."""
+    """Returns the same.
+
+    Raises:
+        UsageError: if there are other maps than the config asks for.
+    """
     found = read_manifest(run)
-    missing = {name for split in names.SPLITS for name in shard_names(run, split)}
-    missing -= found['shards'].keys()
-    if missing:
+    if found['shards'].keys() != {name for each in names.SPLITS for name in shard_names(run, each)}:
         raise UsageError(
-            f'{run.workdir / "heatmaps"} has fewer maps than the config asks for '
-            f'({min(missing)} is missing): run --mode=heatmaps.'
+            f'{run.workdir / "heatmaps"} has fewer maps, or more, than the config asks for: run '
+            '--mode=heatmaps.'
         )
     return found
 

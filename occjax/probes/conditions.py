@@ -17,7 +17,7 @@ from occjax import attack, comparators, data, names
 from occjax import config as config_lib
 from occjax import views as views_lib
 from occjax.config import Occlusion
-from occjax.experiment import devices, shard, stages, storage, store
+from occjax.experiment import devices, hosts, shard, stages, storage, store
 from occjax.experiment.run import Run, parts
 from occjax.methods import METHODS
 from occjax.streams import Stream
@@ -127,7 +127,8 @@ def _rivals(run: Run, variables: Any) -> Sight | None:
     if 'multi_lid' in methods:
         words.append(f'{wanted.neighbours}-of-{learnt.images}')
     if methods & set(names.COMPARATORS):
-        autoencoder = stages.load_autoencoder(run)
+        with hosts.first():
+            autoencoder = stages.load_autoencoder(run)
         origin['autoencoder'] = stages.autoencoder_digest(run)
         words.append('comparators')
 
@@ -179,7 +180,8 @@ def _maps(run, variables, windows):
     wanted, origin = windows or run.config.occlusion, {}
     seer = run.with_occlusion(wanted)
     if views:
-        autoencoder = stages.load_autoencoder(run)
+        with hosts.first():
+            autoencoder = stages.load_autoencoder(run)
         origin = {'views': ','.join(views), 'autoencoder': stages.autoencoder_digest(run)}
         known = dict(views=views, network=run.network)
         view_fn = functools.partial(view_batch, variables, autoencoder, **known)

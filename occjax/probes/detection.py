@@ -109,7 +109,7 @@ def _folder(run, path, output):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f'Cannot use --output={output}: {error.strerror}.') from None
-        for leftover in folder.glob(f'.*{storage.PARTIAL}'):
+        for leftover in folder.glob(f'.*{storage.PARTIAL}') if hosts.is_first() else ():
             leftover.unlink()
         yield folder
     elif os.access(run.workdir, os.W_OK):
@@ -147,6 +147,7 @@ def _judged(run, folder, files, guards) -> Iterator[dict]:
         yield from _entries(run, arrays, guards)
         if not any(arrays['error']):  # Which may be mended next time without a trace in the file.
             kept.add(place)
+    hosts.wait('judged')  # Others may be reading what this one no longer needs.
     for stale in set((folder / 'parts').glob('?' * _NAME + '.npz')) - kept:
         if hosts.is_first():
             stale.unlink(missing_ok=True)

@@ -8,6 +8,8 @@ Dimensions: B batch, N images, K classes.
 
 import dataclasses
 import functools
+import hashlib
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -120,7 +122,7 @@ def evade(run: Run) -> str:
             f'config.adaptive.methods has {sorted(missing)}, which config.detector.methods lacks: '
             'take them out of the one, or add them to the other and run --mode=detectors.'
         )
-    rows, alarms, kept = [], {}, {}
+    made_from, rows, alarms, kept = store.heatmaps_origin(run), [], {}, {}
     for method in dict.fromkeys(wanted.methods):
         target = _target(run, variables, method)
         if not len(target.ids):
@@ -137,7 +139,7 @@ def evade(run: Run) -> str:
                     rows += found
     result = {
         'manifest': results_lib.manifest(run),
-        'made_from': store.heatmaps_origin(run),
+        'made_from': made_from,
         'images': len(target.ids),
         'settings': dataclasses.asdict(wanted),
         'false_alarms': alarms,
@@ -283,7 +285,9 @@ def _hardened(run, variables, target):
         maps, noise = (_without_windows(each) for each in (maps, noise))
     division = judging.Division(maps, is_fitted[:1], is_reserved[:1])
     clean = division.is_fitted[0] & ~division.maps.is_adversarial
-    ids, extra, stem = division.maps.image_id[clean][: wanted.images], [], target.name
+    ids, extra = division.maps.image_id[clean][: wanted.images], []
+    fitted = [wanted.attacks, wanted.epsilons, len(ids), wanted.steps, wanted.weight]
+    stem = f'{target.name}-{hashlib.sha256(json.dumps(fitted).encode()).hexdigest()[:8]}'
     yield target, _auroc(division, target)
     for number in range(1, wanted.rounds + 1):
         for name in dict.fromkeys(wanted.attacks):

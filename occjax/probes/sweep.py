@@ -140,6 +140,8 @@ def deployed(run: Run, variables: Any, method: str, sets: Mapped | None = None) 
 def _deployed_path(run, method):
     """Returns where detectors of the mixture are, which no other settings share."""
     settings = [dataclasses.asdict(run.config.sweep), dataclasses.asdict(run.config.detector)]
+    images = run.config.sweep.images
+    settings[0]['images'] = min(images, run.config.occlusion.test_images or images)
     for each in settings:
         for name in ('methods', 'windows', 'occluders', 'neighbours', 'twin'):
             each.pop(name, None)  # It makes no other bank.

@@ -153,7 +153,7 @@ def one_host(workdir, cache, *arguments, num_devices=1):
     assert process.returncode == 0, errors
 
 
-def two_hosts(workdir, cache, *arguments, environments=({}, {})):
+def two_hosts(workdir, cache, *arguments, environments=({}, {}), of_second=()):
     """Runs it on two hosts; returns of each the exit code, what it printed, and when it ended."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
@@ -161,8 +161,8 @@ def two_hosts(workdir, cache, *arguments, environments=({}, {})):
     flags = [f'--coordinator_address=localhost:{port}', '--num_processes=2', *arguments]
     flags.append(f'--host_timeout={HOST_TIMEOUT}')
     processes = [
-        start(workdir, cache, *flags, f'--process_id={i}', num_devices=2, **environment)
-        for i, environment in enumerate(environments)
+        start(workdir, cache, *flags, f'--process_id={i}', *own, num_devices=2, **environment)
+        for i, (own, environment) in enumerate(zip(((), of_second), environments, strict=True))
     ]
     ended, deadline = {}, time.monotonic() + 600
     while len(ended) < 2 and time.monotonic() < deadline:
@@ -301,3 +301,8 @@ def test_one_host_speaks_and_a_mistake_ends_all(tmp_path, cache):
         assert code == 2, errors
         assert 'seed: 0 -> 5' in errors.splitlines()[-1]
         assert ended - began < 120
+    # Nor may they differ in how much there is to do.
+    more = ('--config.occlusion.test_images=7',)
+    for code, _, errors, _ in two_hosts(tmp_path / 'run', cache, '--mode=train', of_second=more):
+        assert code == 2, errors
+        assert 'Hosts see different configs' in errors.splitlines()[-1]

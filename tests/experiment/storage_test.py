@@ -44,10 +44,13 @@ def test_a_workdir_takes_more_images_to_map_but_not_fewer(tmp_path, name):
     for more in (40, 41, 0):  # 0 is all.
         assert storage.open_workdir(workdir, of(more)) == workdir
     for other in (of(39), of(41, stride=4)):
-        with pytest.raises(UsageError, match='another --workdir'):
+        with pytest.raises(UsageError, match='another --workdir') as caught:
             storage.open_workdir(workdir, other)
+        assert ('repeat what it has' in str(caught.value)) == (other.occlusion.stride != 4)
     storage.open_workdir(workdir, of(40))  # Until they are mapped it is what it was.
     storage.keep_config(workdir, of(0))
+    with pytest.raises(UsageError, match=f'{name}: 0 -> 41'):
+        storage.keep_config(workdir, of(41))
     with pytest.raises(UsageError, match=f'{name}: 0 -> 40'):
         storage.open_workdir(workdir, of(40))
 

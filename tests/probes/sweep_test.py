@@ -211,6 +211,9 @@ def test_detectors_are_those_of_their_settings(tmp_path):
     own = name()
     for fields in ({'noise': True}, {'steps': 77}, {'images': 7}, {'views': ('flip',)}):
         assert name(**fields) != own
+    run.config.occlusion.test_images = 7  # Of so few a sweep takes no more.
+    assert name() == name(images=9) != own
+    run.config.occlusion.test_images = 0
     for fields in ({'twin': 'there'}, {'methods': ('views_alone', 'sid')}, {'windows': False}):
         assert name(**fields) == own
 
