@@ -346,7 +346,7 @@ def identity(tree: dict) -> dict:
 
 
 # How many images are mapped: a map does not depend on it.
-_EXTENTS = ('train_images', 'test_images')
+EXTENTS = ('train_images', 'test_images')
 
 
 def extends(stored: dict, wanted: dict) -> bool:
@@ -354,7 +354,7 @@ def extends(stored: dict, wanted: dict) -> bool:
 
     def divided(tree):
         occlusion = dict(tree['occlusion'])
-        extents = [occlusion.pop(name) or math.inf for name in _EXTENTS]  # 0 is all.
+        extents = [occlusion.pop(name) or math.inf for name in EXTENTS]  # 0 is all.
         return identity(tree | {'occlusion': occlusion}), extents
 
     (before, least), (after, extents) = divided(stored), divided(wanted)
@@ -383,7 +383,7 @@ def digest(config: Config, stage: str | None = None) -> str:
     tree = _chosen(config)
     tree.get('detector', {}).pop('methods', None)
     if stage is not None:
-        for name in _EXTENTS:
+        for name in EXTENTS:
             tree.get('occlusion', {}).pop(name, None)
     tree = json.dumps({name: tree[name] for name in sections if tree.get(name)})
     canonical = json.dumps(json.loads(tree, parse_int=float), sort_keys=True)  # 0 is 0.0.

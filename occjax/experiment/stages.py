@@ -269,7 +269,7 @@ def heatmaps(run: Run):
     storage.write_record(directory / 'manifest.json', {'shards': digests, 'made_from': made_from})
     hosts.wait('manifest')
     if hosts.is_first():
-        for cut in {path.name for path in directory.glob('*.npz')} - digests.keys():
+        for cut in {path.name for path in directory.glob('*-*-*.npz')} - digests.keys():
             (directory / cut).unlink()
 
 

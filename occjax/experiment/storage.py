@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from occjax.config import Config, complete, difference, extends, identity, to_json
+from occjax.config import EXTENTS, Config, complete, difference, extends, identity, to_json
 from occjax.experiment import hosts
 from occjax.types import UsageError
 
@@ -178,6 +178,8 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
             del found['digest']
             found = complete(found)
             changes = difference(identity(found), identity(wanted))
+            if not (workdir / 'heatmaps' / 'manifest.json').exists():
+                found['occlusion'] |= dict.fromkeys(EXTENTS, 1)  # Nothing is mapped: any will do.
             if changes and not extends(found, wanted):
                 kept = 'repeat what it has, or ' if extends(wanted, found) else ''  # More maps.
                 raise UsageError(
