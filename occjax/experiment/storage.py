@@ -199,13 +199,13 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
 
 
 def keep_config(workdir: pathlib.Path, config: Config):
-    """Has `open_workdir` know that more images are mapped, if they are.
-
-    Raises:
-        UsageError: if another process has mapped still more of them since.
-    """
-    path, wanted = open_workdir(workdir, config) / 'config.json', to_json(config)
-    if complete(read_record(path, mode='all'))['occlusion'] != wanted['occlusion']:
+    """Has `open_workdir` know how many images are mapped, where that is all that changed."""
+    path, wanted = workdir / 'config.json', to_json(config)
+    found = read_record(path, mode='all')
+    del found['digest']
+    changed = difference(identity(complete(found)), identity(wanted))
+    extents = tuple(f'occlusion.{name}: ' for name in EXTENTS)
+    if changed and all(line.startswith(extents) for line in changed):
         write_record(path, wanted)
 
 
