@@ -45,6 +45,9 @@ def test_a_workdir_takes_more_images_to_map_but_not_fewer(tmp_path, name):
     with pytest.raises(UsageError, match='another --workdir'):
         storage.open_workdir(workdir, of(39, stride=4))
     storage.write_record(workdir / 'heatmaps' / 'manifest.json', {})
+    storage.keep_config(workdir, of(39))
+    assert storage.open_workdir(workdir, of(39)) == workdir
+    storage.keep_config(workdir, of(40))
     for more in (40, 41, 0):  # 0 is all.
         assert storage.open_workdir(workdir, of(more)) == workdir
     for other in (of(39), of(41, stride=4)):
