@@ -1,7 +1,7 @@
 """The paper on CIFAR-10: `python launch.py --config=configs/cifar10.py --data_dir=<directory>`.
 
-What it gave is in configs/README.md. `--config=configs/cifar10.py:quick` is the same on fewer
-images.
+`--config=configs/cifar10.py:quick` is the same on fewer images. What both gave is in
+configs/README.md.
 """
 
 from occjax.config import Attack, Classifier, Config, Data, Detector, Occlusion

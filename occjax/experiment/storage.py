@@ -203,10 +203,11 @@ def keep_config(workdir: pathlib.Path, config: Config):
     path, wanted = workdir / 'config.json', to_json(config)
     found = read_record(path, mode='all')
     del found['digest']
-    changed = difference(identity(complete(found)), identity(wanted))
-    extents = tuple(f'occlusion.{name}: ' for name in EXTENTS)
-    if changed and all(line.startswith(extents) for line in changed):
-        write_record(path, wanted)
+    found, windows = complete(found), wanted['occlusion']
+    if found['occlusion'] != windows:
+        extents = {name: windows[name] for name in EXTENTS}
+        if identity(found | {'occlusion': found['occlusion'] | extents}) == identity(wanted):
+            write_record(path, wanted)
 
 
 @contextlib.contextmanager
