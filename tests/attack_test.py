@@ -630,9 +630,24 @@ class PeerTest(parameterized.TestCase):
 
     @parameterized.product(loss=('odds', 'dlr'), steps=(1, 7, 40, 100))
     def test_apgd_is_a_loop_in_pytorch(self, loss, steps):
-        """As §3 of its paper says it, from our start."""
-        torch, epsilon = self.torch, 0.03
+        """As §3 of its paper says it, from our start.
+
+        In float64: steps go by signs of gradients, which rounding may turn. Labels are first or
+        second, and stay so: at the third place the ratio of `dlr` is 1 whatever the image, and its
+        gradient is rounding alone.
+        """
+        self.enter_context(jax.enable_x64(True))
+        apply, weights = small_network(7)
+        weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), weights)
+        self.logits_fn, self.twin = (
+            functools.partial(apply, weights),
+            torch_model(self.torch, weights),
+        )
+        self.images = jnp.asarray(self.images, jnp.float64)
+        torch, epsilon = self.torch, 0.01
         clean = self.tensor(self.images)
+        ranked = jnp.argsort(-self.logits_fn(self.images))
+        self.labels = ranked[jnp.arange(6), jnp.arange(6) % 2]
         labels = self.tensor(self.labels).long()
 
         def look(x):
@@ -641,6 +656,7 @@ class PeerTest(parameterized.TestCase):
             rows = torch.arange(len(z))
             others = z.clone()
             others[rows, labels] = -torch.inf
+            self.assertLess((z > z[rows, labels]).sum(), 2)
             if loss == 'dlr':
                 sorted_ = z.sort(dim=1, descending=True).values
                 value = (others.amax(1) - z[rows, labels]) / (sorted_[:, 0] - sorted_[:, 2])
@@ -672,7 +688,7 @@ class PeerTest(parameterized.TestCase):
             for t in range(steps):
                 a = 0.75 if t else 1.0
                 ahead = project(x + size * np.sign(g))
-                new = project(x + a * (ahead - x) + (1 - a) * (x - previous)).astype(np.float32)
+                new = project(x + a * (ahead - x) + (1 - a) * (x - previous))
                 previous, f_before = x, f
                 x = new
                 f, g, wrong = look(torch.tensor(x))
@@ -690,7 +706,7 @@ class PeerTest(parameterized.TestCase):
             expected.append(best if found is None else found)
         loss_fn = getattr(attack, loss)
         actual = self.run_ours('apgd', steps=steps, loss_fn=loss_fn, **common)
-        np.testing.assert_allclose(actual, np.concatenate(expected), atol=1e-5)
+        np.testing.assert_allclose(actual, np.concatenate(expected), atol=1e-9)
 
 
 class SquareTest(parameterized.TestCase):

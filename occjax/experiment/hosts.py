@@ -26,6 +26,7 @@ from occjax.types import UsageError
 _GOES_ON = 'What is finished is kept: the same command goes on, also with fewer hosts.'
 _GONE = 'is gone'
 _FAILED = 'occjax/failed'  # Names, among what all hosts can read, who failed and why.
+_LEAVES = 'occjax/leaves'  # Names, by host, those that end because of it.
 _A_YEAR = 365 * 24 * 3600 * 1000  # in ms; the service itself tells of a host that is gone.
 _waits = itertools.count()
 
@@ -154,20 +155,34 @@ def _listen():
         return
     index, line = line.split(' ', 1)
     if index not in ('all', str(jax.process_index())):
-        dismiss()
         print(f'launch.py: host {index} ended: {line} {_GOES_ON}', file=sys.__stderr__, flush=True)
-        os._exit(2)
+        _leave(2)
 
 
 def fail(line: str, code: int):
     """Tells the other hosts, if there are any, why this one ends, and ends without them."""
     if _client() is None:
         return
-    if _GONE not in line:  # That they find out by themselves.
-        with contextlib.suppress(Exception):
-            _client().key_value_set(_FAILED, f'{jax.process_index()} {line}')
-            time.sleep(3)  # Until they have heard; the first host takes the service with it.
+    if _GONE in line:  # That they find out by themselves.
+        dismiss()
+        os._exit(code)
+    with contextlib.suppress(Exception):  # Another one may have failed before.
+        _client().key_value_set(_FAILED, f'{jax.process_index()} {line}')
+    _leave(code)
+
+
+def _leave(code):
+    """Ends this process; the first host after all others, as it takes JAX's service with it."""
     dismiss()
+    with contextlib.suppress(Exception):
+        if is_first():
+            deadline = time.monotonic() + 10
+            for index in range(1, jax.process_count()):
+                left = max(deadline - time.monotonic(), 0.1)
+                _client().blocking_key_value_get(f'{_LEAVES}/{index}', int(1000 * left))
+            time.sleep(1)  # From their word to their end.
+        else:
+            _client().key_value_set(f'{_LEAVES}/{jax.process_index()}', 'now')
     os._exit(code)
 
 

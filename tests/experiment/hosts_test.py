@@ -301,8 +301,12 @@ def test_one_host_speaks_and_a_mistake_ends_all(tmp_path, cache):
         assert code == 2, errors
         assert 'seed: 0 -> 5' in errors.splitlines()[-1]
         assert ended - began < 120
-    # Nor may they differ in how much there is to do.
-    more = ('--config.occlusion.test_images=7',)
-    for code, _, errors, _ in two_hosts(tmp_path / 'run', cache, '--mode=train', of_second=more):
-        assert code == 2, errors
-        assert 'Hosts see different configs' in errors.splitlines()[-1]
+    # Nor may they differ in how much there is to do; and what only the other finds ends the first.
+    for more, expected in (
+        ('--config.occlusion.test_images=7', 'Hosts see different configs'),
+        ('--data_dir=/nowhere', 'The digits come with scikit-learn'),
+    ):
+        ends = two_hosts(tmp_path / 'run', cache, '--mode=train', of_second=(more,))
+        for code, _, errors, _ in ends:
+            assert code == 2, errors
+            assert expected in errors.splitlines()[-1]
