@@ -174,9 +174,7 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
     stored, wanted = workdir / 'config.json', to_json(config)
     try:
         if stored.exists():
-            found = read_record(stored, mode='all')
-            del found['digest']
-            found = complete(found)
+            found = _stored_config(stored)
             changes = difference(identity(found), identity(wanted))
             if not (workdir / 'heatmaps' / 'manifest.json').exists():
                 found['occlusion'] |= dict.fromkeys(EXTENTS, 1)  # Nothing is mapped: any will do.
@@ -198,12 +196,17 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
     return workdir
 
 
+def _stored_config(path):
+    """Returns a work directory's config, with the fields that came later."""
+    found = read_record(path, mode='all')
+    del found['digest']
+    return complete(found)
+
+
 def keep_config(workdir: pathlib.Path, config: Config):
     """Has `open_workdir` know how many images are mapped, where that is all that changed."""
     path, wanted = workdir / 'config.json', to_json(config)
-    found = read_record(path, mode='all')
-    del found['digest']
-    found, windows = complete(found), wanted['occlusion']
+    found, windows = _stored_config(path), wanted['occlusion']
     if found['occlusion'] != windows:
         extents = {name: windows[name] for name in EXTENTS}
         if identity(found | {'occlusion': found['occlusion'] | extents}) == identity(wanted):

@@ -28,25 +28,11 @@ def build(result: dict) -> list[tables.Table]:
             listed.append(_matrix(method, noisy, ' against clean and noise'))
     if result.get('search'):
         listed.append(_search(result['search']))
-    if not result['occluders']:
-        return listed
-    methods = list(result['occluders'][0]['auroc'])
-    lines = [
-        (
-            row['windows'],
-            cell(row['forward_passes']),
-            *(_auroc(row['auroc'][m], row['auroc'][m]['interval']) for m in methods),
-        )
-        for row in result['occluders']
-    ]
-    header = ('Windows', 'Forward passes', *(f'AUROC, {tables.words(m).lower()}' for m in methods))
-    note = 'FGSM, fitted and judged at the same ε; ± is a 95 % interval.'
-    return [*listed, tables.Table('Windows', header, lines, note=note)]
+    return listed
 
 
 def condense(result: dict) -> dict:
     """Returns `sweep.json` without the AUROC that `summary` does not show."""
-    kept = {name: value for name, value in result.items() if name not in ('transfer', 'occluders')}
     transfer = {
         method: {
             fitted: {
@@ -58,7 +44,7 @@ def condense(result: dict) -> dict:
         }
         for method, rows in result['transfer'].items()
     }
-    return kept | {'transfer': transfer}
+    return result | {'transfer': transfer}
 
 
 def _without(result, name):
@@ -67,24 +53,50 @@ def _without(result, name):
 
 
 def summary(result: dict) -> list[tables.Table]:
-    """Returns two tables of a row for each method: FGSM at its own ε, and the mixture."""
+    """Returns a row for each method, of FGSM at its own ε and of the mixture, and the windows."""
     attacks, passes = result['attacks'], result['passes']
     own = [name for name, row in attacks.items() if row['attack'] == 'fgsm']
+    noisy = any(
+        rows[name][name]['with_noise'] for rows in result['transfer'].values() for name in own
+    )
+    kinds = 1 + noisy  # Clean images, and noisy ones if there are any.
     lines = [
         (
             tables.words(method),
             tables.cell(passes[method]),
-            *(_auroc(each, each['interval']) for name in own for each in _both(rows[name][name])),
+            *(
+                _auroc(each, each['interval'])
+                for name in own
+                for each in _both(rows[name][name])[:kinds]
+            ),
         )
         for method, rows in result['transfer'].items()
     ]
     epsilons = [tables.epsilon(attacks[name]['epsilon']) for name in own]
-    columns = [c for e in epsilons for c in (f'ε = {e}, against clean', 'and noise')]
+    columns = [c for e in epsilons for c in (f'ε = {e}, against clean', 'and noise')[:kinds]]
     note = 'AUROC of FGSM, fitted and judged at the same ε; ± is a 95 % interval.'
     listed = [tables.Table('FGSM', ('Method', 'Forward passes', *columns), lines, note=note)]
     if all('mixture' in rows for rows in result['transfer'].values()):
         listed.append(_mixture(result))
+    if result.get('occluders'):
+        listed.append(_windows(result['occluders']))
     return listed
+
+
+def _windows(rows):
+    """Returns what other windows tell, and what they cost."""
+    methods = list(rows[0]['auroc'])
+    lines = [
+        (
+            row['windows'],
+            tables.cell(row['forward_passes']),
+            *(_auroc(row['auroc'][m], row['auroc'][m]['interval']) for m in methods),
+        )
+        for row in rows
+    ]
+    header = ('Windows', 'Forward passes', *(f'AUROC, {tables.words(m).lower()}' for m in methods))
+    note = 'FGSM, fitted and judged at the same ε; ± is a 95 % interval.'
+    return tables.Table('Windows', header, lines, note=note)
 
 
 def _both(cell):

@@ -61,6 +61,9 @@ def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
     assert 0 < have < of == 10 * run.config.detector.seeds
     assert f'{own_attack["auroc"]:.3f} ({have} of {of})' in printed
     assert len({json.dumps(row['auroc']) for row in result['occluders']}) == 3
+    fgsm, windows = sweep_report.summary(sweep_report.condense(result))  # What is kept shows both.
+    assert 'and noise' not in fgsm.header and len(fgsm.header) == len(fgsm.rows[0]) == 2 + 2
+    assert [row[1] for row in windows.rows] == ['10', '5', '14']
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, 'in_batches', None)
         assert sweep.sweep(run) == printed
