@@ -172,17 +172,21 @@ def fail(line: str, code: int):
 
 
 def _leave(code):
-    """Ends this process; the first host after all others, as it takes JAX's service with it."""
-    dismiss()
+    """Ends this process; the first host after all others, as it takes JAX's service with it.
+
+    It waits for less than the shortest `timeout`, after which JAX itself ends it: one may be gone.
+    """
     with contextlib.suppress(Exception):
         if is_first():
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 3
             for index in range(1, jax.process_count()):
                 left = max(deadline - time.monotonic(), 0.1)
                 _client().blocking_key_value_get(f'{_LEAVES}/{index}', int(1000 * left))
             time.sleep(1)  # From their word to their end.
         else:
+            dismiss()
             _client().key_value_set(f'{_LEAVES}/{jax.process_index()}', 'now')
+    dismiss()
     os._exit(code)
 
 
