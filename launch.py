@@ -8,12 +8,14 @@ run: those that took a second to compile, or fewer with
 --jax_persistent_cache_min_compile_time_secs=0. Several hosts may share that folder.
 """
 
+import json
 import os
 import pathlib
 import signal
 import sys
 import threading
 import traceback
+import zlib
 from collections.abc import Callable
 
 try:
@@ -25,7 +27,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from occjax import names
-from occjax.config import Config, digest
+from occjax.config import Config, to_json
 from occjax.types import UsageError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'digits.py'
@@ -190,7 +192,7 @@ _HOST_TIMEOUT = flags.DEFINE_integer(
     'host_timeout', 100, 'Seconds after which a host without a sign of life counts as gone.', 5
 )
 # Modes to which every host adds; others are the first host's.
-_SHARED = ('train', 'heatmaps', 'sweep', 'adaptive', 'detect')
+_SHARED = ('train', 'heatmaps', 'sweep', 'adaptive', 'detect', 'fidelity')
 
 
 def main(_):
@@ -213,7 +215,8 @@ def main(_):
     check_devices()
     hosts.connect()
     jax.config.update('jax_default_matmul_precision', config.precision)
-    hosts.check_same(int(digest(config), 16) % 2**31, 'configs', need='flags')
+    asked = [to_json(config), _MODE.value, _IMAGES.value, _FPR.value, shares]
+    hosts.check_same(zlib.crc32(json.dumps(asked).encode()) // 2, 'configs', need='flags')
     hosts.quietly(lambda: run_modes(config, limit, shares))
     hosts.end()
 
@@ -419,7 +422,7 @@ if __name__ == '__main__':
         fail(str(error))
     except OSError as error:  # A full disk, one that is read-only, a folder that is gone.
         fail(
-            f'{error.strerror or error}: {error.filename or "a file"}. What is finished is kept: '
+            f'{error.strerror or error}: {error.filename or "output"}. What is finished is kept: '
             'mend that and run the same command again.',
             exit_fn=os._exit,  # What Orbax says of its own failure on the way out is for nobody.
         )
@@ -427,9 +430,9 @@ if __name__ == '__main__':
         if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
             crash(error)
         fail(
-            f'Out of memory ({" ".join(str(error).split())}): smaller images, fewer at once '
-            '(config.classifier.batch_size, --eval_batch_size) or a smaller '
-            'config.classifier.hidden take less.'
+            f'Out of memory ({" ".join(str(error).split())}): --eval_batch_size and --memory_limit '
+            'take less, and in another --workdir smaller images, config.classifier.batch_size or '
+            'hidden.'
         )
     except Exception as error:
         crash(error)

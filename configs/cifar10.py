@@ -27,7 +27,7 @@ def get_config(extent: str = 'full') -> Config:
             flip=True,  # ours: not stated
         ),
         attack=Attack(
-            epsilon=0.1,  # §I, Fig. 1
+            epsilon=0.1,  # §I, Fig. 1; ours for the tables, which name none
             clip=True,  # ours: not stated; attacked images stay images
         ),
         occlusion=Occlusion(

@@ -26,7 +26,7 @@ def get_config() -> Config:
             resize=(64,) * 12 + (128,) * 6,  # ours: the first 18 epochs see shrunk images
         ),
         attack=Attack(
-            epsilon=0.1,  # §I, Fig. 1
+            epsilon=0.1,  # §I, Fig. 1; ours for the tables, which name none
             clip=True,  # ours: not stated; attacked images stay images
         ),
         occlusion=Occlusion(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from occjax import attack, checks
-from occjax.attack import PIXELS, Bounds
+from occjax.attack import PIXELS, Bounds, Number
 from occjax.types import Array, LogitsFn
 
 MarginFn = Callable[[Array], Array]  # maps [B, H, W, C] to [B], above 0 for adversarial
@@ -34,9 +34,9 @@ def joint_pgd(
     images: Array,
     labels: Array,
     *,
-    epsilon: float,
+    epsilon: Number,
     steps: int,
-    step_size: float | None = None,
+    step_size: Number | None = None,
     weight: float = 1.0,
     bounds: Bounds = PIXELS,
 ) -> Evasion:
@@ -50,7 +50,7 @@ def joint_pgd(
         margin_fn: the detector, see above; differentiable.
         images: `[B, H, W, C]` in [0, 1].
         labels: `[B]` integer classes to get away from.
-        epsilon: radius of the max norm ball, in pixels.
+        epsilon: radius of the max norm ball, in pixels; one, or one for each image.
         steps: the most steps taken.
         step_size: length of a step; None takes `2.5 * epsilon / steps`.
         weight: λ, how much silence counts beside misclassification.
@@ -81,9 +81,9 @@ def selective_pgd(
     images: Array,
     labels: Array,
     *,
-    epsilon: float,
+    epsilon: Number,
     steps: int,
-    step_size: float | None = None,
+    step_size: Number | None = None,
     bounds: Bounds = PIXELS,
 ) -> Evasion:
     """Climbs the classifier's loss until the class is wrong, else goes down the detector's margin.
@@ -110,9 +110,9 @@ def orthogonal_pgd(
     images: Array,
     labels: Array,
     *,
-    epsilon: float,
+    epsilon: Number,
     steps: int,
-    step_size: float | None = None,
+    step_size: Number | None = None,
     bounds: Bounds = PIXELS,
 ) -> Evasion:
     """Moves as `selective_pgd` does, but at right angles to the gradient that it doesn't follow.
@@ -151,12 +151,14 @@ def _evade(
 ) -> Evasion:
     """Takes signed steps along `direction_fn(pullback, is_wrong, odds, margins)` until all evade.
 
-    `pullback(a, b)` is the gradient of `a * odds + b * margin`, each image's own; `attack.odds`.
+    `pullback(a, b)` is the gradient of `a * odds + b * margin`, each image's own.
     """
     images = checks.images(images, bounds)
     labels, epsilon = checks.classes(labels, images), checks.number('epsilon', epsilon)
     steps = checks.count('steps', steps)
     step_size = 2.5 * epsilon / max(steps, 1) if step_size is None else step_size
+    step_size = jnp.asarray(checks.number('step_size', step_size), images.dtype)
+    step_size = step_size.reshape(-1, 1, 1, 1)
 
     def step(state):
         t, x, taken = state
@@ -164,7 +166,7 @@ def _evade(
         def both(x):
             logits = checks.logits_fn(logits_fn, labels)(x)
             is_wrong = (jnp.argmax(logits, -1) != labels) & ~jnp.isnan(logits).any(-1)
-            return (attack.odds(logits, labels), margin_fn(x)), is_wrong
+            return (attack.log_odds(logits, labels), margin_fn(x)), is_wrong
 
         (odds, margins), vjp, is_wrong = jax.vjp(both, x, has_aux=True)
         taken = jnp.where((taken < 0) & is_wrong & (margins <= 0), t, taken)

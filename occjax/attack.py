@@ -8,7 +8,7 @@ are one number or one for each image, `steps` one integer or one for each. `labe
 classes that are predicted for the images.
 
 Those that climb a loss take it as `loss_fn`, which maps `[B, K]` logits and `[B]` labels to `[B]`.
-By default it is `odds`, logsumexp(z_others) - z_label: its gradient has the direction of the
+By default it is `log_odds`, logsumexp(z_others) - z_label: its gradient has the direction of the
 cross-entropy's, which is (1 - p_label) times this and underflows where a network is confident.
 Where a gradient is NaN its pixel stays.
 
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
     predicted_after: Array  # i32[B], the class predicted for the attacked image
 
 
-def odds(logits: Array, labels: Array) -> Array:
+def log_odds(logits: Array, labels: Array) -> Array:
     """Returns `[B]` logarithms of the odds of all other classes, logsumexp(z_others) - z_label.
 
     Its gradient has the direction of the cross-entropy's, without the factor 1 - p_label, which
@@ -73,7 +73,7 @@ def fgsm(
     labels: Array | None = None,
     *,
     epsilon: Number,
-    loss_fn: LossFn = odds,
+    loss_fn: LossFn = log_odds,
     bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images by one signed gradient step (fast gradient sign method).
@@ -111,7 +111,7 @@ def targeted_fgsm(
     targets: Array,
     *,
     epsilon: Number,
-    loss_fn: LossFn = odds,
+    loss_fn: LossFn = log_odds,
     bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images as `fgsm` does, but by a step that lowers the loss of classes `targets`.
@@ -130,7 +130,7 @@ def fgsm_l2(
     labels: Array | None = None,
     *,
     epsilon: Number,
-    loss_fn: LossFn = odds,
+    loss_fn: LossFn = log_odds,
     bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images as `fgsm` does, but along each gradient, by `epsilon` in L2 norm.
@@ -153,7 +153,7 @@ def bim(
     epsilon: Number,
     steps: Count,
     step_size: Number | None = None,
-    loss_fn: LossFn = odds,
+    loss_fn: LossFn = log_odds,
     bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images by signed gradient steps (basic iterative method, I-FGSM).
@@ -181,7 +181,7 @@ def pgd(
     epsilon: Number,
     steps: Count,
     step_size: Number | None = None,
-    loss_fn: LossFn = odds,
+    loss_fn: LossFn = log_odds,
     bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images as `bim` does, from a random start (projected gradient descent).
@@ -209,7 +209,7 @@ def pgd_l2(
     epsilon: Number,
     steps: Count,
     step_size: Number | None = None,
-    loss_fn: LossFn = odds,
+    loss_fn: LossFn = log_odds,
     bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images as `pgd` does, in a ball of L2 norm: steps go along each gradient.
@@ -245,7 +245,7 @@ def mi_fgsm(
     steps: Count,
     step_size: Number | None = None,
     decay: Number = 1.0,
-    loss_fn: LossFn = odds,
+    loss_fn: LossFn = log_odds,
     bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images as `bim` does, by signs of accumulated gradients (momentum I-FGSM).
@@ -284,15 +284,15 @@ def apgd(
     key: Array,
     epsilon: Number,
     steps: Count,
-    loss_fn: LossFn = odds,
+    loss_fn: LossFn = log_odds,
     bounds: Bounds = PIXELS,
 ) -> Array:
     """Perturbs images by steps with momentum that halve where the loss stalls (Auto-PGD).
 
     Image `b` starts at random on its ball's surface, by `fold_in(key, b)`. Steps of 2 `epsilon`
     halve at checkpoints where less than three quarters of the steps since the last one climbed, or
-    nothing was won since, and then go on from the best image. `loss_fn=odds` takes the same steps
-    as the cross-entropy, a rising function of it; `dlr` is the other of AutoAttack's.
+    nothing was won since, and then go on from the best image. `loss_fn=log_odds` takes the same
+    steps as the cross-entropy, a rising function of it; `dlr` is the other of AutoAttack's.
 
     Arguments and errors are those of `bim`. `steps + 1` gradients.
 
@@ -439,7 +439,7 @@ def carlini_wagner(
     labels: Array | None = None,
     *,
     steps: int,
-    searches: int = 9,
+    binary_search_steps: int = 9,
     learning_rate: float = 0.01,
     initial_const: float = 1e-3,
     confidence: float = 0.0,
@@ -452,11 +452,11 @@ def carlini_wagner(
     and by bisection then.
 
     Args:
-        logits_fn, images, labels, bounds: see `fgsm`.
+        logits_fn, images, labels: see `fgsm`.
         steps, learning_rate: of Adam for each constant.
-        searches: how many constants are tried.
-        initial_const: the first of them.
+        binary_search_steps, initial_const: how many constants are tried, and the first.
         confidence: by which another logit must lead.
+        bounds: lowest and highest pixel; the tanh needs some.
 
     Returns:
         `[B, H, W, C]`, the nearest misclassified images that were met; the images if none was.
@@ -471,7 +471,7 @@ def carlini_wagner(
         return low + (high - low) * (jnp.tanh(w) + 1) / 2
 
     # At the bounds themselves the inverse is infinite.
-    centre = jnp.arctanh(0.999999 * (2 * (images - low) / (high - low) - 1))
+    centre = jnp.arctanh(0.999999 * jnp.clip(2 * (images - low) / (high - low) - 1, -1, 1))
     anchor = to_pixels(centre)
 
     def loss(delta, const):
@@ -480,19 +480,18 @@ def carlini_wagner(
         distance = jnp.sum((x - anchor) ** 2, axis=(1, 2, 3))
         return jnp.sum(distance + const * jnp.maximum(lead, 0)), (x, lead < 0)
 
-    descend = functools.partial(_descend, loss, images, optax.adam(learning_rate), steps)
-
     def search(state, _):
         const, below, above, nearest = state
-        nearest, is_found = descend(const, nearest)
+        nearest, is_found = _descend(loss, images, optax.adam(learning_rate), steps, const, nearest)
         below, above = jnp.where(is_found, below, const), jnp.where(is_found, const, above)
         const = jnp.where(jnp.isinf(above), const * 10, (below + above) / 2)
         return (const, below, above, nearest), None
 
-    one, is_wrong = jnp.ones(len(images), images.dtype), _margin(logits_fn, images, labels) < 0
+    is_wrong = _margin(logits_fn, images, labels) <= -1 - confidence  # The lead is one higher.
+    one = jnp.ones(len(images), images.dtype)
     nearest = images, jnp.where(is_wrong, 0, jnp.inf).astype(images.dtype)
     state = initial_const * one, 0 * one, jnp.inf * one, nearest
-    return jax.lax.scan(search, state, length=searches)[0][3][0]
+    return jax.lax.scan(search, state, length=binary_search_steps)[0][3][0]
 
 
 def _descend(loss, images, optimizer, steps, const, nearest):
@@ -715,10 +714,11 @@ def project(
 
     Args:
         images, centre: `[B, H, W, C]`.
-        epsilon: the ball's radius.
+        epsilon: the ball's radius, or one for each image.
         bounds: valid pixel range, or None.
         order: of the ball's norm, infinity or 2.
     """
+    epsilon = _per_image(epsilon, images)
     if order == 2:
         step = images - centre
         norm = jnp.linalg.norm(step.reshape(len(step), -1), axis=-1).reshape(-1, 1, 1, 1)

@@ -16,7 +16,7 @@ import numpy as np
 
 from occjax import checks, convolution, fills, occlusion
 from occjax.fills import Fill
-from occjax.occlusion import Progress, Sides
+from occjax.occlusion import ProgressFn, Sides
 from occjax.types import Array, LogitsFn
 
 
@@ -38,7 +38,7 @@ def rise(
     keep: float = 0.5,
     fill: Fill = 0.0,
     chunk_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> Array:
     """Returns the mean probability of each image's class over random masks that show a pixel.
 
@@ -126,7 +126,7 @@ def deletion(
     steps: int = 224,
     fill: Fill = 0.0,
     chunk_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> Curve:
     """Scores saliencies by how soon the class is lost as pixels are removed: lower is better.
 
@@ -170,7 +170,7 @@ def insertion(
     steps: int = 224,
     fill: Fill = 'blur',
     chunk_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> Curve:
     """Scores saliencies by how soon the class is found as pixels are inserted: higher is better.
 

@@ -136,7 +136,7 @@ def fit_autoencoder(
     Args:
         key: JAX random key.
         variables: from `init_autoencoder`.
-        images: `u8[N, H, W, C]`.
+        images: `[N, H, W, C]` in [0, 1], or bytes.
         steps, batch_size, learning_rate: of Adam; the rate falls to zero along a cosine.
         side: of the patches, cut at random, in pixels; at most that of the images.
         noise: deviation of what is added to the inputs.
@@ -156,7 +156,7 @@ def fit_autoencoder(
             )
         )
         found = jax.lax.dynamic_slice(images, (which, row, column, 0), (1, side, side, channels))
-        return found[0] / 255
+        return found[0] / 255 if images.dtype == jnp.uint8 else found[0]
 
     def loss(variables, clean, noisy):
         return jnp.mean((Autoencoder().apply(variables, noisy) - clean) ** 2)

@@ -21,6 +21,7 @@ from occjax.types import UsageError
 
 _MANY = 10**9  # More images than there are.
 _NOUNS = {
+    str: 'a text',
     bool: 'True or False',
     int: 'a whole number',
     int | None: 'None or a whole number',
@@ -152,7 +153,7 @@ class Attack:
 class Occlusion:
     """The grey square (§III-C), and how many images of each split are mapped.
 
-    `threshold` and `every` make approximate maps, see `approximate`; at 1 they are exact. Maps hold
+    `threshold` and `every` make approximate maps, see `engine`; at 1 they are exact. Maps hold
     the logits of all classes, or of the `top_classes` that an image ranks highest and of the others
     together, see `types.condense`: so a thousand classes take the room of a few.
     """
@@ -186,7 +187,7 @@ class Detector:
     steps: int = number(1, 10**6, 1000)
     batch_size: int = number(1, 2**16, 128)
     learning_rate: float = number(0, 1, 1e-3, ends='(]')
-    balance: str = one_of('undersample', 'weights', 'none')
+    balance: str = one_of(*names.BALANCES)
     paper_fit_fraction: float = number(0, 1, 0.8, ends='()')
     held_out_fit_fraction: float = number(0, 1, 0.5, ends='()')
     held_out_threshold_fraction: float = number(0, 1, 0.0, ends='[)')
@@ -311,7 +312,7 @@ class Config:
         yield 'occlusion.fill', fits, 'one value, three, or () for the mean of training'
         yield 'detector.methods', 'detector' in self.detector.methods, "'detector' and others"
         left = 1 - self.detector.held_out_fit_fraction
-        fits = self.detector.held_out_threshold_fraction < left
+        fits = self.detector.held_out_threshold_fraction < left - 1e-9  # 1 - 0.7 is above 0.3.
         expected = f'less than the {left:g} that held_out_fit_fraction leaves'
         yield 'detector.held_out_threshold_fraction', fits, expected
         fits = all(
@@ -320,8 +321,13 @@ class Config:
         yield 'sweep.occluders', fits, f'sizes below {side}, strides from 1, fills from 0 to 1'
         fits = set(self.sweep.mixture) <= {'fgsm', *self.sweep.attacks}
         yield 'sweep.mixture', fits, "'fgsm' and some of sweep.attacks"
-        fits = self.sweep.views != () or not set(names.VIEWING) & set(self.sweep.methods)
+        sees = {*self.sweep.methods, *self.adaptive.methods}
+        fits = self.sweep.views != () or not {*names.VIEWING} & sees
         yield 'sweep.views', fits, f'at least one, for {" and ".join(names.VIEWING)}'
+        fits = len({*self.sweep.views}) == len(self.sweep.views)
+        yield 'sweep.views', fits, 'each of them once'
+        fits = 'all_views' not in self.adaptive.methods or 'all_views' in self.sweep.methods
+        yield 'adaptive.methods', fits, 'all_views only if sweep.methods has it, which maps windows'
         fits = self.sweep.twin != '' or not set(names.TWINNED) & set(self.sweep.methods)
         expected = f'the work directory of another classifier, for {" and ".join(names.TWINNED)}'
         yield 'sweep.twin', fits, expected
@@ -392,11 +398,10 @@ def digest(config: Config, stage: str | None = None) -> str:
 
 def _chosen(section):
     """Returns the fields that are not at their defaults, so that a later one changes no digest."""
-    tree = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
     return {
         field.name: _chosen(value) if dataclasses.is_dataclass(value) else value
-        for field, value in zip(dataclasses.fields(section), tree.values(), strict=True)
-        if value != field.default
+        for field in dataclasses.fields(section)
+        if (value := getattr(section, field.name)) != field.default
     }
 
 

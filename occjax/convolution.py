@@ -41,13 +41,14 @@ _TILE_BYTES = 32 * 2**20
 _MIN_CHANNELS = 32
 
 
-def conv3x3(images: Array, kernel: Array, *, padding: str = 'SAME') -> Array:
+def conv3x3(images: Array, kernel: Array, *, padding: str = 'SAME', precision: Any = None) -> Array:
     """Correlates images with a 3x3 kernel, without bias.
 
     Args:
         images: `[N, H, W, C]`.
         kernel: `[3, 3, C, O]`.
         padding: 'SAME' (zeros) or 'VALID'.
+        precision: see `jax.lax.conv_general_dilated`; on CPU it is float32's.
 
     Returns:
         `[N, H, W, O]`, or `[N, H - 2, W - 2, O]` for 'VALID'.
@@ -66,7 +67,9 @@ def conv3x3(images: Array, kernel: Array, *, padding: str = 'SAME') -> Array:
     if min(images.shape[1:3]) + 2 * pad < 3:
         raise ValueError(f"Expected images of at least 3x3 for 'VALID', got {images.shape}.")
     dtype = jnp.result_type(images, kernel)
-    return _bilinear(images.astype(dtype), kernel.astype(dtype), form='forward', pad=pad)
+    return _bilinear(
+        images.astype(dtype), kernel.astype(dtype), form='forward', pad=pad, precision=precision
+    )
 
 
 # The convolution and its two gradients are bilinear, and each one's transposes are the other two.
@@ -74,8 +77,8 @@ def conv3x3(images: Array, kernel: Array, *, padding: str = 'SAME') -> Array:
 _bilinear_p = Primitive('conv3x3')
 
 
-def _bilinear(x, y, *, form, pad):
-    return _bilinear_p.bind(x, y, form=form, pad=pad)
+def _bilinear(x, y, **settings):
+    return _bilinear_p.bind(x, y, **settings)
 
 
 def _evaluate(x, y, *, form, pad, forms):
@@ -88,16 +91,17 @@ def _evaluate(x, y, *, form, pad, forms):
     return function(x, y)
 
 
-def _on_cpu(x, y, **settings):
+def _on_cpu(x, y, *, precision, **settings):
     # Sums of bfloat16 tiles would lose digits, and no CPU path is faster for it.
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return _evaluate(x.astype(wide), y.astype(wide), forms=_CPU_FORMS, **settings).astype(x.dtype)
 
 
-def _elsewhere(x, y, **settings):
+def _elsewhere(x, y, *, precision, **settings):
     # Units accumulate bfloat16 in float32 by themselves. `preferred_element_type` would make XLA's
     # GPU compiler, which has no mixed convolution, widen the operands instead.
-    return _evaluate(x, y, forms=_XLA_FORMS, **settings)
+    forms = {name: functools.partial(fn, precision=precision) for name, fn in _XLA_FORMS.items()}
+    return _evaluate(x, y, forms=forms, **settings)
 
 
 def _shape(x, y, form, pad):
@@ -109,12 +113,12 @@ def _shape(x, y, form, pad):
     return (*lead, n, h + grow, w + grow, y.shape[-1 if form == 'forward' else -2])
 
 
-def _batched(operands, axes, *, form, pad):
+def _batched(operands, axes, *, form, **settings):
     """Maps one operand by merging the mapped axis with another, both by axes that lead."""
     lead = operands[0].ndim - 4 - (axes[0] is not None)
     if None not in axes:
         x, y = (jnp.moveaxis(z, axis, 0) for z, axis in zip(operands, axes, strict=True))
-        return _bilinear(x, y, form=form, pad=pad), 0
+        return _bilinear(x, y, form=form, **settings), 0
     mapped = int(axes[0] is None)
     into, out_of = (lead + axis for axis in _MERGED[form][mapped])
     operands = list(operands)
@@ -122,14 +126,14 @@ def _batched(operands, axes, *, form, pad):
     size, last = operand.shape[into : into + 2]
     shape = (*operand.shape[:into], size * last, *operand.shape[into + 2 :])
     operands[mapped] = operand.reshape(shape)
-    out = _bilinear(*operands, form=form, pad=pad)
+    out = _bilinear(*operands, form=form, **settings)
     return out.reshape(*out.shape[:out_of], size, last, *out.shape[out_of + 1 :]), out_of
 
 
-def _transposed(ct, x, y, *, form, pad, of):
+def _transposed(ct, x, y, *, form, of, **settings):
     other, order = _TRANSPOSES[form][of]
     known = {'ct': ct, 'x': x, 'y': y}
-    return _bilinear(*(known[name] for name in order), form=other, pad=pad)
+    return _bilinear(*(known[name] for name in order), form=other, **settings)
 
 
 # Which axis of an operand takes what vmap maps of it alone, and where that is in the result.
@@ -144,9 +148,9 @@ _TRANSPOSES = {
     'image_grad': (('forward', ('ct', 'y')), ('kernel_grad', ('ct', 'x'))),
     'kernel_grad': (('image_grad', ('y', 'ct')), ('forward', ('x', 'ct'))),
 }
-_bilinear_p.def_impl(jax.jit(_bilinear, static_argnames=('form', 'pad')))
+_bilinear_p.def_impl(jax.jit(_bilinear, static_argnames=('form', 'pad', 'precision')))
 _bilinear_p.def_abstract_eval(
-    lambda x, y, *, form, pad: jax.core.ShapedArray(_shape(x, y, form, pad), x.dtype)
+    lambda x, y, *, form, pad, precision: jax.core.ShapedArray(_shape(x, y, form, pad), x.dtype)
 )
 ad.defbilinear(
     _bilinear_p, functools.partial(_transposed, of=0), functools.partial(_transposed, of=1)
@@ -187,22 +191,22 @@ def _kernel_grad(images, grads, pad):
 _CPU_FORMS = {'forward': _forward, 'image_grad': _image_grad, 'kernel_grad': _kernel_grad}
 
 
-def _direct(images, kernel, pad):
-    pads = [(pad, pad)] * 2
+def _direct(images, kernel, pad, precision=None):
+    pads, numbers = [(pad, pad)] * 2, ('NHWC', 'HWIO', 'NHWC')
     return lax.conv_general_dilated(
-        images, kernel, (1, 1), pads, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        images, kernel, (1, 1), pads, dimension_numbers=numbers, precision=precision
     )
 
 
-def _direct_image_grad(grads, kernel, pad):
+def _direct_image_grad(grads, kernel, pad, precision):
     n, h, w, _ = grads.shape
     images = jnp.zeros((n, h + 2 - 2 * pad, w + 2 - 2 * pad, kernel.shape[2]), grads.dtype)
-    return jax.vjp(lambda x: _direct(x, kernel, pad), images)[1](grads)[0]
+    return jax.vjp(lambda x: _direct(x, kernel, pad, precision), images)[1](grads)[0]
 
 
-def _direct_kernel_grad(images, grads, pad):
+def _direct_kernel_grad(images, grads, pad, precision):
     kernel = jnp.zeros((3, 3, images.shape[-1], grads.shape[-1]), images.dtype)
-    return jax.vjp(lambda y: _direct(images, y, pad), kernel)[1](grads)[0]
+    return jax.vjp(lambda y: _direct(images, y, pad, precision), kernel)[1](grads)[0]
 
 
 _XLA_FORMS = {
@@ -355,10 +359,14 @@ def _chunks(images, size):
 def accelerate(fn: Callable) -> Callable:
     """Returns the same function with convolutions and pools in the forms that run best.
 
+    What has no part in the results, such as a `jax.debug.print`, is left out. Heat maps of the
+    function cost as little as those of `fn`, but for one that wraps it again.
+
     Args:
         fn: maps arrays, or pytrees of them, to such. It is traced, as by `jax.jit`, and arrays that
             it closes over may be tracers.
     """
+    fn = tracing.plain(fn)
 
     @functools.wraps(fn)
     def accelerated(*args):
@@ -366,6 +374,7 @@ def accelerate(fn: Callable) -> Callable:
         outputs = tracing.evaluate(program, *jax.tree.leaves(args), bind_fn=bind)
         return jax.tree.unflatten(program.tree, outputs)
 
+    accelerated.plain_fn = fn
     return accelerated
 
 
@@ -374,8 +383,8 @@ def bind(primitive: Any, params: dict, operands: Sequence[Array]) -> tuple[Array
     found = _form(primitive.name, params, operands)
     if found is None:
         return tracing.bind(primitive, params, operands)
-    form = found[1]
-    if form.keywords.get('products') is _products_3x3:
+    name, form = found
+    if name == _WINOGRAD:
         return (form(*operands),)  # It knows of platforms itself.
 
     def plain(*operands):
@@ -401,6 +410,9 @@ def _form(name, params, operands):
     return find(params, *shapes) if find else None
 
 
+_WINOGRAD = '3x3, Winograd where wide'
+
+
 def _convolution(params, images, kernel):
     """Returns a form for a convolution of [N, H, W, C]; None for what XLA does as well."""
     numbers, strides, pads = (
@@ -408,11 +420,13 @@ def _convolution(params, images, kernel):
     )
     groups, sides = params['feature_group_count'], [kernel.shape[i] for i in numbers.rhs_spec[2:]]
     dilations = {*params['lhs_dilation'], *params['rhs_dilation'], params['batch_group_count']}
-    if images.ndim != 4 or dilations != {1}:
+    out = params['preferred_element_type']
+    if images.ndim != 4 or dilations != {1} or out not in (None, images.dtype):
         return None
     c, o = kernel.shape[numbers.rhs_spec[1]], kernel.shape[numbers.rhs_spec[0]]
     if groups == 1 and sides == [3, 3] and strides == (1, 1):
-        name, products = '3x3, Winograd where wide', _products_3x3
+        products = functools.partial(_products_3x3, precision=params['precision'])
+        name = _WINOGRAD
     elif groups == 1 and sides == [1, 1]:
         name, products = '1x1, a matrix product', _products_1x1
     elif c == 1 and groups == o:
@@ -436,10 +450,10 @@ def _laid_out(images, kernel, *, products, numbers, strides, pads):
     return out.transpose(np.argsort([to[0], *to[2:], to[1]]))
 
 
-def _products_3x3(images, kernel, strides, pads):
+def _products_3x3(images, kernel, strides, pads, *, precision):
     if tuple(pads) == ((1, 1), (1, 1)):
-        return conv3x3(images, kernel)
-    return conv3x3(_padded(images, pads), kernel, padding='VALID')
+        return conv3x3(images, kernel, precision=precision)
+    return conv3x3(_padded(images, pads), kernel, padding='VALID', precision=precision)
 
 
 def _products_1x1(images, kernel, strides, pads):

@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from occjax import checks
+from occjax import checks, names
 from occjax.convolution import conv3x3
 from occjax.types import Array, promoting
 
 Bank = Any  # The variables of `MLP`, each leaf with a leading axis of K.
 
 
-BALANCES = ('undersample', 'weights', 'none')
 _ZEROS = nn.initializers.zeros  # of kernels, until `draw_kernels`
 
 
@@ -106,8 +105,8 @@ def group_by_class(
     Raises:
         ValueError: if `balance` is unknown.
     """
-    if balance not in BALANCES:
-        raise ValueError(f'Expected balance to be one of {BALANCES}, got {balance!r}.')
+    if balance not in names.BALANCES:
+        raise ValueError(f'Expected balance to be one of {names.BALANCES}, got {balance!r}.')
     groups = []
     for k in range(num_classes):
         kinds = [np.flatnonzero((predicted == k) & (is_adversarial == kind)) for kind in (0, 1)]
@@ -272,7 +271,8 @@ def _checked(maps, is_adversarial, weight):
         )
     if known[2] is not None and not (known[2] >= 0).all():
         raise ValueError('Expected weights of 0 and more, got negative ones or NaN.')
-    return maps, is_adversarial.astype(maps.dtype), weight.astype(maps.dtype)
+    dtype = jnp.result_type(maps, jnp.bfloat16)  # Of integers too a float.
+    return maps.astype(dtype), is_adversarial.astype(dtype), weight.astype(dtype)
 
 
 def _cells(maps, weight):
@@ -365,7 +365,8 @@ def score(bank: Bank, maps: Array, predicted: Array) -> Array:
     maps, num_classes = jnp.asarray(maps), len(jax.tree.leaves(bank)[0])
     predicted = checks.classes(predicted, maps, num_classes, name='predicted classes')
     by_detector = jax.vmap(apply, in_axes=(0, None))(bank, maps)  # [K, M]
-    return jnp.take_along_axis(by_detector, predicted[None], axis=0)[0]
+    scores = jnp.take_along_axis(by_detector, predicted[None], axis=0)[0]
+    return jnp.where(predicted < 0, jnp.nan, scores)  # JAX counts these from the end.
 
 
 def detector_for(bank: Bank, k: int) -> Any:

@@ -14,7 +14,7 @@ import jax
 from occjax import checks, convolution, incremental, names, occlusion
 from occjax.fills import Fill
 from occjax.incremental import Plan
-from occjax.occlusion import Progress, Sides
+from occjax.occlusion import ProgressFn, Sides
 from occjax.types import Array, LogitsFn
 
 # Times fewer multiplications from which `incremental` pays. Cutting out and pasting is not among
@@ -44,7 +44,7 @@ def occluded_logits(
     fill: Fill = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
     engine: str = 'auto',
     threshold: float = 1.0,
     every: int = 1,
@@ -57,16 +57,22 @@ def occluded_logits(
         images, size, stride, fill, grid, chunk_size, progress: see `occlusion.occluded_logits`.
         engine: 'full', 'incremental', 'approximate', or 'auto' for the one with less to do: what
             cannot be looked into, or calls the host, runs in full.
-        threshold, every: of the approximate engine, see `incremental.occluded_logits`.
+        threshold, every: of the approximate engine alone, see `incremental.occluded_logits`.
 
     Returns:
         `[B, h, w, K]`.
 
     Raises:
-        ValueError: as `occlusion.occluded_logits`, and for an unknown engine.
+        ValueError: as `occlusion.occluded_logits`, for an unknown engine, and for a threshold or
+            `every` that an exact one lacks.
     """
     images = checks.images(images, slack=checks.NEAR)
     geometry = dict(size=size, stride=stride, grid=grid)
+    if engine != 'approximate' and (threshold, every) != (1, 1):
+        raise ValueError(
+            f'threshold {threshold} and every {every} make approximate maps: expected '
+            f"engine 'approximate', got {engine!r}."
+        )
     if engine == 'auto':
         engine = _engine_for(logits_fn, images, geometry)
     if engine not in names.ENGINES:
@@ -101,7 +107,7 @@ def heatmaps(
     fill: Fill = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
     engine: str = 'auto',
     threshold: float = 1.0,
     every: int = 1,

@@ -25,6 +25,7 @@ from occjax import attack, checks, detector, metrics, names, verdict
 from occjax import views as views_lib
 from occjax.fills import Fill
 from occjax.methods import METHODS
+from occjax.occlusion import ProgressFn
 from occjax.types import Array, HeatmapSet, LogitsFn
 
 AttackFn = Callable[..., Array]  # called as attack_fn(logits_fn, images, labels, key=key)
@@ -45,7 +46,7 @@ class Guard:
     calibration: metrics.Calibration  # what thresholds come from
     method: str  # one of `methods.METHODS`
     views: tuple[str, ...]  # some of `names.VIEWS`
-    windows: tuple[tuple[str, Any], ...]  # size, stride and grid
+    windows: tuple[tuple[str, Any], ...]  # what `verdict.margins` takes of them: size, stride, …
     class_names: tuple[str, ...]
     autoencoder: Any = None  # of the view `reconstruction`, see `comparators`
 
@@ -97,7 +98,7 @@ def make(
     fpr: float = 0.05,
     steps: int = 1000,
     batch_size: int = 64,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: ProgressFn | None = None,
     **windows: Any,
 ) -> Guard:
     """Attacks images, fits detectors on what that does to the classifier, and sets thresholds.
@@ -110,11 +111,10 @@ def make(
         key: JAX random key.
         logits_fn: maps `[B, H, W, C]` images in [0, 1] to `[B, K]` logits, each on its own.
         images: `[N, H, W, C]` in [0, 1], or bytes; best ones that it was not trained on.
-        labels: `[N]` classes; None takes the predicted ones.
-        class_names: K names.
+        labels, class_names: `[N]` classes, None takes the predicted ones; K names.
         method, views: what detectors see, of `methods.METHODS` and `names.VIEWS`.
         autoencoder: fitted, see `comparators.fit_autoencoder`; the view `reconstruction` needs it.
-        fill, **windows: of `occlusion.occluded_logits`: size, stride and grid.
+        fill, **windows: of `engine.occluded_logits`, and `top_classes` of `types.condense`.
         attacks: to fit on, each called as `attack_fn(logits_fn, images, labels, key=key)`.
         noise: sizes of random signs under which images are clean nevertheless.
         fpr: from 0 to 1.
@@ -122,8 +122,9 @@ def make(
         progress: called with how many images are attacked, and how many there are.
 
     Raises:
-        ValueError: if images, labels or names do not fit, or nothing is left to fit on.
+        ValueError: if images, labels, names or settings do not fit, or nothing is left to fit on.
     """
+    metrics.threshold_at_fpr(np.zeros(1), fpr)  # Refuses what is none, before all else.
     sees = dict(fill=fill, autoencoder=autoencoder) | _seen(method, views, windows, autoencoder)
     attack_key, order_key, init_key, fit_key = jax.random.split(key, 4)
     see_fn = functools.partial(_see, logits_fn, **sees)
@@ -155,7 +156,16 @@ def of_bank(
     autoencoder: Any = None,
     **windows: Any,
 ) -> Guard:
-    """Returns a guard of detectors that are fitted already; the arguments are `make`'s."""
+    """Returns a guard of detectors that are fitted already.
+
+    Args:
+        bank: K detectors, or one if the method is pooled.
+        calibration: scores of clean images on which nothing was fitted; they set thresholds.
+        fpr, fill, class_names, method, views, autoencoder, **windows: see `make`.
+
+    Raises:
+        ValueError: if settings do not fit.
+    """
     if isinstance(fill, str):
         windows, fill = windows | dict(fill=fill), 0.0
     fixed = _seen(method, views, windows, autoencoder) | dict(class_names=tuple(class_names))
@@ -265,6 +275,12 @@ def load(path: str | os.PathLike) -> Guard:
         raise ValueError(f'{path} holds no guard: {error}') from None
 
 
+_WINDOWS = (
+    *('size', 'stride', 'grid', 'fill', 'top_classes'),
+    *('engine', 'threshold', 'every', 'chunk_size'),
+)
+
+
 def _seen(method, views, windows, autoencoder):
     """Returns what detectors see, as a guard has it."""
     if autoencoder is None and 'reconstruction' in views:
@@ -272,6 +288,9 @@ def _seen(method, views, windows, autoencoder):
     unknown = {*views} - {*names.VIEWS} or {method} & {*names.RIVALS} or {method} - {*METHODS}
     if unknown:
         raise ValueError(f'{sorted(unknown)} is no view, or no method, that a guard can have.')
+    other = {*windows} - {*_WINDOWS}
+    if other:
+        raise ValueError(f'{sorted(other)} is no argument of a guard, nor of its windows.')
     windows = tuple((name, _hashable(value)) for name, value in windows.items())
     return dict(method=method, views=tuple(views), windows=windows)
 
@@ -329,7 +348,8 @@ def _gather(key, attempt_fn, images, labels, batch_size, progress):
         for kind, (arrays, chosen) in attempt_fn(jax.random.fold_in(key, start), images[ids], here):
             parts.append(_maps(arrays, np.asarray(chosen) & is_real, ids, kind == _ATTACKED))
             kinds.append(np.full(len(parts[-1]), kind))
-        progress(start + int(is_real.sum()), len(images))
+        if progress is not None:
+            progress(start + int(is_real.sum()), len(images))
     return HeatmapSet.concatenate(parts), np.concatenate(kinds)
 
 

@@ -33,7 +33,7 @@ from jax import lax
 
 from occjax import checks, convolution, fills, occlusion, tracing
 from occjax.fills import Fill
-from occjax.occlusion import Progress, Sides
+from occjax.occlusion import ProgressFn, Sides
 from occjax.rules import RULES, Rule
 from occjax.tracing import Operation, Program, Value
 from occjax.types import Array, LogitsFn
@@ -146,7 +146,7 @@ def plan(
     knots = tuple(sorted({*range(0, count, every), count - 1}) for count in shape)
     origins = origins.reshape(*shape, 2)[np.ix_(*knots)].reshape(-1, 2)
     image = jax.ShapeDtypeStruct((1, *image_shape), dtype)
-    program = tracing.trace(checks.logits_fn(logits_fn), image)
+    program = tracing.trace(checks.logits_fn(tracing.plain(logits_fn)), image)
     low = np.pad(origins.astype(np.int64), ((0, 0), (1, 1)))
     stop = low + [1, *checks.sides('size', size), image_shape[-1]]
     regions, steps = {program.arguments[0]: _region(low, stop, image.shape)}, []
@@ -302,7 +302,7 @@ def planned(
     found = []
 
     def look(*weights):
-        found.append(plan(functools.partial(fn, *weights), image_shape, **settings))
+        found.append(plan(functools.partial(tracing.plain(fn), *weights), image_shape, **settings))
 
     jax.eval_shape(look, *weights)
     return found[0]
@@ -320,7 +320,7 @@ def occluded_logits(
     fill: Fill = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
     threshold: float = 1.0,
     every: int = 1,
 ) -> Array:
@@ -476,7 +476,7 @@ def heatmaps(
     fill: Fill = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
     threshold: float = 1.0,
     every: int = 1,
 ) -> Array:

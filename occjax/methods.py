@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from occjax import names
 from occjax.detector import MLP
 from occjax.types import HeatmapSet, condense
 
@@ -87,19 +86,19 @@ def _logit_differences(maps):
 
 
 def _logit_maps(maps):
-    """The same as an image of the windows, `[M, h, w, 2K]`: the unoccluded logits in every cell."""
+    """All logits as an image of the windows, `[M, h, w, 2K]`: the unoccluded ones in every cell."""
     xp = maps.array_module
     everywhere = xp.broadcast_to(maps.columns[:, None, None], maps.logits.shape)
     return xp.concatenate([maps.logits, everywhere], axis=-1) / 4
 
 
 def _views_alone(maps):
-    """The same of every other view, and what it leaves of the predicted class."""
+    """What every other view changes of all logits, and what it leaves of the predicted class."""
     return _and_confidence(maps, maps.views)
 
 
 def _all_views(maps):
-    """The same of windows and other views."""
+    """What `_views_alone` has, of windows and other views."""
     return _and_confidence(maps, maps.logits, maps.views)
 
 
@@ -126,42 +125,36 @@ def _both_logits(maps):
 
 
 def _unoccluded_logits(maps):
-    """The same without the windows: one forward pass."""
+    """All classes' logits of the unoccluded image alone: one forward pass."""
     return maps.columns / 4
 
 
 _ONE_PASS, _TWO_PASSES = dict(passes=1, windows=False), dict(passes=2, windows=False)
 
-METHODS = dict(
-    zip(
-        names.METHODS,
-        (
-            Method(_map),  # §III-D, the paper's
-            Method(_map, pooled=True),
-            Method(_map, features=()),
-            Method(_relative_map),
-            Method(_shuffled_cells),
-            Method(_log_map),
-            Method(_unoccluded_logits, pooled=True, **_ONE_PASS),
-            Method(_logits, pooled=True),
-            Method(_logit_differences, features=(512, 128), standardize=True, pooled=True),
-            Method(_logit_maps, features=(128,), convolutions=(64, 64), pooled=True),
-        ),
-        strict=True,
-    )
-) | dict(
-    zip(
-        (*names.VIEWING, *names.RIVALS),
-        (
-            Method(_all_views, features=(512, 128), standardize=True, pooled=True),
-            Method(_views_alone, (512, 128), standardize=True, pooled=True, windows=False),
-            # InputMFS, https://arxiv.org/abs/2103.03000
-            Method(_log_spectrum, (), standardize=True, pooled=True, passes=0, windows=False),
-            # multiLID, https://arxiv.org/abs/2212.06776
-            Method(lambda maps: maps.neighbours, standardize=True, pooled=True, **_ONE_PASS),
-            # SID, https://arxiv.org/abs/2103.04302
-            Method(_both_logits, (512, 128), standardize=True, pooled=True, **_TWO_PASSES),
-        ),
-        strict=True,
-    )
-)
+# Those of `names.METHODS`, of `names.VIEWING` and of `names.RIVALS`, in this order.
+METHODS = {
+    'detector': Method(_map),  # §III-D, the paper's
+    'pooled': Method(_map, pooled=True),
+    'linear_probe': Method(_map, features=()),
+    'relative_map': Method(_relative_map),
+    'shuffled_cells': Method(_shuffled_cells),
+    'log_map': Method(_log_map),
+    'unoccluded_logits': Method(_unoccluded_logits, pooled=True, **_ONE_PASS),
+    'all_logits': Method(_logits, pooled=True),
+    'logit_differences': Method(
+        _logit_differences, features=(512, 128), standardize=True, pooled=True
+    ),
+    'conv_logits': Method(_logit_maps, features=(128,), convolutions=(64, 64), pooled=True),
+    'all_views': Method(_all_views, features=(512, 128), standardize=True, pooled=True),
+    'views_alone': Method(
+        _views_alone, features=(512, 128), standardize=True, pooled=True, windows=False
+    ),
+    # InputMFS, https://arxiv.org/abs/2103.03000
+    'input_mfs': Method(
+        _log_spectrum, features=(), standardize=True, pooled=True, passes=0, windows=False
+    ),
+    # multiLID, https://arxiv.org/abs/2212.06776
+    'multi_lid': Method(lambda maps: maps.neighbours, standardize=True, pooled=True, **_ONE_PASS),
+    # SID, https://arxiv.org/abs/2103.04302
+    'sid': Method(_both_logits, features=(512, 128), standardize=True, pooled=True, **_TWO_PASSES),
+}

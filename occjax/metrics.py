@@ -98,13 +98,13 @@ def threshold_at_fpr(clean_scores: np.ndarray, fpr: float) -> float:
     return float(np.concatenate([[np.inf], ordered, [-np.inf]])[k])
 
 
-def fewest(fpr: float) -> int:
+def fewest(fpr: float) -> float:
     """Returns how many clean scores it takes until `threshold_at_fpr` is finite.
 
-    >>> fewest(0.05), fewest(0.01)
-    (19, 99)
+    >>> fewest(0.05), fewest(0.01), fewest(0)
+    (19, 99, inf)
     """
-    return math.ceil(1 / fpr - 1 - 1e-9)
+    return math.ceil(1 / fpr - 1 - 1e-9) if fpr else math.inf
 
 
 def class_thresholds(
@@ -395,9 +395,10 @@ def interval(values: Sequence[float], *, judged_over_fitted: float) -> tuple[flo
 
 
 def rank_agreement(first: Sequence[float], second: Sequence[float]) -> dict | None:
-    """Returns Spearman's `rho` of two rankings and its 95 % `interval`; None for fewer than four.
+    """Returns Spearman's `rho` of two rankings and its 95 % `interval`.
 
-    The interval is Fisher's, with the variance that Bonett and Wright found for ranks.
+    None for fewer than four values, or if all of one side are equal. The interval is Fisher's, with
+    the variance that Bonett and Wright found for ranks.
 
     References:
         Bonett & Wright, https://doi.org/10.1007/BF02294183
@@ -406,7 +407,7 @@ def rank_agreement(first: Sequence[float], second: Sequence[float]) -> dict | No
     >>> round(found['rho'], 3), [round(end, 2) for end in found['interval']]
     (0.9, [-0.17, 1.0])
     """
-    if len(first) < 4:
+    if len(first) < 4 or min(np.ptp(first), np.ptp(second)) == 0:
         return None
     rho = float(stats.spearmanr(first, second).statistic)
     reach = 1.96 * math.sqrt((1 + rho**2 / 2) / (len(first) - 3))
@@ -476,10 +477,9 @@ def ssim(first: np.ndarray, second: np.ndarray, *, window: int = 7) -> np.ndarra
 
 def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Returns `[M]`, the rank correlation of each pair of `[M, h, w]` maps; nan for a constant."""
-    from scipy.stats import rankdata  # comes with scikit-learn, which not every machine has
-
     ranks = [
-        rankdata(maps.reshape(len(maps), -1), axis=1) for maps in map(np.asarray, (first, second))
+        stats.rankdata(maps.reshape(len(maps), -1), axis=1)
+        for maps in map(np.asarray, (first, second))
     ]
     a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
     norms = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))

@@ -12,6 +12,7 @@ PLANS = ('vgg11', 'vgg13', 'vgg16', 'vgg19')
 GRIDS = ('paper', 'floor', 'cover')
 SPLITS = ('train', 'test')
 PROTOCOLS = ('paper', 'held_out')
+BALANCES = ('undersample', 'weights', 'none')
 
 # Attacks of `--mode=sweep` beside FGSM, and those of `--mode=adaptive`, which know the detector.
 ATTACKS = (

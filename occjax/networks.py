@@ -9,10 +9,12 @@ import hashlib
 import importlib.util
 import pathlib
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from occjax import convolution, resnet, vgg
@@ -134,6 +136,7 @@ def _own(file, function, digest):
     if spec is None:
         raise UsageError(f'{where}: expected a Python file.')
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Where dataclasses look their module up.
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise UsageError(f'{where}: the file has no such function.')
@@ -146,5 +149,7 @@ def _own(file, function, digest):
     fn, variables, class_names, image_size = found
     total = hashlib.sha256(digest.encode())
     for leaf in jax.tree.leaves(variables):
-        total.update(np.ascontiguousarray(leaf))
-    return Trained(Network(fn), variables, tuple(class_names), image_size, total.hexdigest())
+        is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+        total.update(np.ascontiguousarray(jax.random.key_data(leaf) if is_key else leaf))
+    class_names = class_names and tuple(class_names)
+    return Trained(Network(fn), variables, class_names, image_size, total.hexdigest())

@@ -20,7 +20,7 @@ from occjax.fills import Fill
 from occjax.types import Array, LogitsFn, promoting
 
 Sides = int | tuple[int, int]  # of rows and columns alike, or (rows, columns)
-Progress = Callable[[int, int], None]  # called with how many are done, and how many there are
+ProgressFn = Callable[[int, int], None]  # called with how many are done, and how many there are
 
 
 def _starts(
@@ -137,7 +137,7 @@ def occluded_logits(
     fill: Fill = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> Array:
     """Returns the classifier's logits under every window of every image.
 
@@ -194,7 +194,7 @@ def map_pairs(
     *,
     chunk_size: int | None,
     is_traced: bool,
-    progress: Progress | None,
+    progress: ProgressFn | None,
 ) -> Array:
     """Returns `fn(image, number)`, `[B, count, ...]`, of every image with every number.
 
@@ -224,7 +224,7 @@ def map_chunks(
     chunk_size: int,
     is_exact: bool = False,
     is_traced: bool = True,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> Any:
     """Returns `fn(arange(count))`, computed for at most `chunk_size` numbers at once.
 
@@ -287,7 +287,7 @@ def heatmaps(
     fill: Fill = 0.5,
     grid: str = 'paper',
     chunk_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> Array:
     """Returns the probability of each image's class while each window is covered.
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from occjax.progress import say
 from occjax.types import UsageError
 
 TRAIN = ('train', 'training')  # What the splits of a folder may be called, the first found first.
@@ -180,7 +181,7 @@ def folder(root: Path | None, *, resplit: bool = False) -> Source:
             f'the classes of {train} with images in them, only {_names(root)}; {alone}.'
         )
     if held_out and held_out != tests[0]:
-        _say(f'{tests[0]} has no image of a known class: the test split is {held_out}.')
+        say(f'{tests[0]} has no image of a known class: the test split is {held_out}.')
     for label in sorted(classes ^ _classes(held_out) if held_out else ()):
         raise UsageError(f'Class {label} is in only one of {train} and {held_out}.')
     splits = [path for path in (train or root, held_out) if path]
@@ -240,7 +241,7 @@ def tell_skipped(root: Path, skipped: collections.Counter):
     """Says on stderr what `images_in` has counted."""
     if skipped:
         kinds = ', '.join(f'{kind} ({count})' for kind, count in skipped.most_common(10))
-        _say(f'Skipped in {root} {skipped.total()} that are no image files: {kinds}.')
+        say(f'Skipped in {root} {skipped.total()} that are no image files: {kinds}.')
 
 
 @functools.cache
@@ -284,11 +285,6 @@ def _names(root):
 def _natural(name):
     """Returns a key by which 2 comes before 10."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', name))], name
-
-
-def _say(line):
-    """Prints what was done otherwise than may have been expected."""
-    print(line, file=sys.stderr, flush=True)
 
 
 _OF_SYSTEMS = ('.', '__MACOSX', '@eaDir')  # What systems leave behind in folders begins so.

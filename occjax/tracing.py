@@ -68,10 +68,16 @@ def bind(primitive: Any, params: dict, operands: Sequence) -> tuple:
     return tuple(found) if primitive.multiple_results else (found,)
 
 
+def plain(fn: Callable) -> Callable:
+    """Returns what `convolution.accelerate` was given to make a function; others as they are."""
+    return getattr(fn, 'plain_fn', fn)
+
+
 def trace(fn: Callable, *args: Any) -> Program:
     """Returns the program of `fn` at arguments like the given arrays or shapes.
 
-    Arrays that `fn` closes over may be tracers: under `jit` weights stay its arguments.
+    Arrays that `fn` closes over may be tracers: under `jit` weights stay its arguments. What has no
+    part in the outputs, such as a print, is left out.
     """
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
     operations = []

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from occjax import checks, comparators, names
+from occjax import checks, comparators
 from occjax.fills import blur
 from occjax.types import Array, LogitsFn
 
@@ -85,27 +85,22 @@ def noise(images: Array, *, seed: int, epsilon: float) -> Array:
     return jnp.clip(images + epsilon * signs, 0, 1)
 
 
-# Each costs a pass. MagNet's is beside them: it has weights, see `reconstruction`.
-VIEWS: dict[str, View] = dict(
-    zip(
-        names.VIEWS[1:],
-        (
-            functools.partial(shift, rows=1, columns=1),
-            functools.partial(shift, rows=-1, columns=-1),
-            flip,
-            functools.partial(blur, sigma=0.5),
-            functools.partial(blur, sigma=1.0),
-            functools.partial(sharpen, sigma=0.8),
-            functools.partial(shrink, factor=2),
-            functools.partial(comparators.squeeze_median, size=2),
-            functools.partial(round_bits, bits=2),
-            grey,
-            functools.partial(noise, seed=0, epsilon=8 / 255),
-            functools.partial(noise, seed=1, epsilon=0.1),
-        ),
-        strict=True,
-    )
-)
+# Those of `names.VIEWS` but for the first, MagNet's, which has weights: see `reconstruction`. Each
+# costs a pass.
+VIEWS: dict[str, View] = {
+    'shift': functools.partial(shift, rows=1, columns=1),
+    'shift_back': functools.partial(shift, rows=-1, columns=-1),
+    'flip': flip,
+    'blur': functools.partial(blur, sigma=0.5),
+    'blur_more': functools.partial(blur, sigma=1.0),
+    'sharpen': functools.partial(sharpen, sigma=0.8),
+    'shrink': functools.partial(shrink, factor=2),
+    'median': functools.partial(comparators.squeeze_median, size=2),
+    'bits': functools.partial(round_bits, bits=2),
+    'grey': grey,
+    'noise': functools.partial(noise, seed=0, epsilon=8 / 255),
+    'noise_more': functools.partial(noise, seed=1, epsilon=0.1),
+}
 
 
 def of_names(wanted: Sequence[str], autoencoder: Any = None) -> list[View]:

@@ -48,6 +48,19 @@ def test_images_stay_in_the_ball_and_in_bounds(attack_fn, bounds):
 
 
 @pytest.mark.parametrize('attack_fn', ATTACKS)
+def test_each_image_has_its_own_ball_and_step(attack_fn):
+    epsilon = np.linspace(0, 0.3, len(IMAGES)).astype(np.float32)
+    settings = dict(steps=3, bounds=None)
+    together = attack_fn(LOGITS_FN, margin_fn, IMAGES, LABELS, epsilon=epsilon, **settings).images
+    for i, own in enumerate(epsilon):
+        here = slice(i, i + 1)
+        alone = attack_fn(
+            LOGITS_FN, margin_fn, IMAGES[here], LABELS[here], epsilon=float(own), **settings
+        ).images
+        np.testing.assert_allclose(together[here], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize('attack_fn', ATTACKS)
 def test_no_ball_no_change(attack_fn):
     found = attack_fn(LOGITS_FN, margin_fn, IMAGES, LABELS, epsilon=0.0, steps=5)
     np.testing.assert_array_equal(found.images, IMAGES)

@@ -255,7 +255,7 @@ class EveryAttackTest(parameterized.TestCase):
     def test_climbs_the_loss_that_it_is_given(self, name):
         """Here that of another label; and of two classes' lead, whose gradient is another one."""
         others = (self.labels + 1) % 4
-        actual = self.attack(name, loss_fn=lambda z, labels: attack.odds(z, others))
+        actual = self.attack(name, loss_fn=lambda z, labels: attack.log_odds(z, others))
         expected = self.attack(name, labels=others)
         if name != 'apgd':  # What is misclassified, which it prefers, depends on the label.
             np.testing.assert_array_equal(actual, expected)
@@ -381,7 +381,9 @@ class ClosedFormTest(parameterized.TestCase):
         logits = jnp.array([[3.0, 1.0, 0.5, -1.0], [0.0, 2.0, 5.0, 1.0]])
         labels = jnp.array([0, 1])
         expected = jnp.log(jnp.exp(logits).sum(-1) - jnp.exp(jnp.array([3.0, 2.0])))
-        np.testing.assert_allclose(attack.odds(logits, labels), expected - jnp.array([3, 2]), 1e-6)
+        np.testing.assert_allclose(
+            attack.log_odds(logits, labels), expected - jnp.array([3, 2]), 1e-6
+        )
         np.testing.assert_allclose(attack.dlr(logits, labels), [-2 / 2.5, 3 / 4], rtol=1e-6)
         np.testing.assert_allclose(
             attack.dlr(logits * 100 + 7, labels), attack.dlr(logits, labels), rtol=1e-5
@@ -408,7 +410,7 @@ class ClosedFormTest(parameterized.TestCase):
         actual = attack.pgd_l2(*self.args, epsilon=0.5, bounds=None, **more)
         np.testing.assert_allclose(actual, expected, atol=1e-3)
 
-    @parameterized.parameters('odds', 'dlr')
+    @parameterized.parameters('log_odds', 'dlr')
     def test_on_a_linear_classifier_apgd_ends_in_the_corner_of_fgsm(self, loss):
         far = jnp.array([[0.0, 0.0, -1e4]])  # The logit that `dlr` takes for its unit.
 
@@ -485,6 +487,36 @@ class NearestTest(parameterized.TestCase):
         )
         np.testing.assert_array_equal(success, expected <= np.median(expected))
         np.testing.assert_array_equal(np.isinf(short), ~success)
+
+    def test_a_pixel_that_rounding_brought_out_of_bounds_does_no_harm(self):
+        labels = self.logits_fn(self.images.at[:, 0, 0, 0].set(1)).argmax(-1)
+        for pixel in (1, 1 + 5e-6):
+            images = self.images.at[:, 0, 0, 0].set(pixel)
+            found = attack.carlini_wagner(self.logits_fn, images, labels, steps=100)
+            self.assertTrue((self.logits_fn(found).argmax(-1) != labels).all())
+
+    def test_what_is_wrong_before_by_less_than_wanted_is_attacked(self):
+        labels, confidence = self.logits_fn(self.images).argsort(-1)[:, -2], 4.0
+
+        def lead(images):
+            logits, rows = self.logits_fn(images), jnp.arange(len(images))
+            return (logits.at[rows, labels].set(-jnp.inf).max(-1) - logits[rows, labels]).min()
+
+        self.assertBetween(float(lead(self.images)), 0, confidence)
+        found = attack.carlini_wagner(
+            self.logits_fn, self.images, labels, steps=100, confidence=confidence
+        )
+        self.assertGreater(float(lead(found)), confidence)
+
+    def test_a_ball_for_each_image(self):
+        images = jnp.full((3, 2, 2, 3), 0.5)  # As many as channels.
+        epsilon = jnp.array([0.0, 0.1, 0.4])
+        for order, reach in ((jnp.inf, epsilon), (2, epsilon / np.sqrt(12))):
+            found = attack.project(
+                jnp.ones_like(images), images, epsilon=epsilon, bounds=None, order=order
+            )
+            expected = jnp.broadcast_to(0.5 + reach[:, None, None, None], images.shape)
+            np.testing.assert_allclose(found, expected, atol=1e-6)
 
     @parameterized.parameters('carlini_wagner', 'deepfool', 'minimal_epsilon')
     def test_what_is_wrong_before_stays(self, name):
@@ -621,14 +653,15 @@ class PeerTest(parameterized.TestCase):
     def test_carlini_wagner_is_foolbox(self):
         self.labels = self.logits_fn(self.images).argmax(-1)
         settings = {'steps': 40, 'initial_const': 0.1, 'confidence': 0.2}
-        more = {'stepsize': 0.02, 'binary_search_steps': 4, 'abort_early': False}
+        settings['binary_search_steps'] = 4
+        more = {'stepsize': 0.02, 'abort_early': False}
         expected = self.foolbox('L2CarliniWagnerAttack', **settings, **more)
-        actual = self.run_ours('carlini_wagner', learning_rate=0.02, searches=4, **settings)
+        actual = self.run_ours('carlini_wagner', learning_rate=0.02, **settings)
         change = np.linalg.norm((actual - self.images).reshape(6, -1), axis=-1)
         self.assertGreater(change.min(), 0.01)
         np.testing.assert_allclose(actual, expected, atol=2e-4)
 
-    @parameterized.product(loss=('odds', 'dlr'), steps=(1, 7, 40, 100))
+    @parameterized.product(loss=('log_odds', 'dlr'), steps=(1, 7, 40, 100))
     def test_apgd_is_a_loop_in_pytorch(self, loss, steps):
         """As §3 of its paper says it, from our start.
 

@@ -156,7 +156,7 @@ def test_the_direction_is_the_cross_entropy_s():
         def cross_entropy(z):
             return -jnp.take_along_axis(jax.nn.log_softmax(z), labels[:, None], 1).sum()
 
-        ours = jax.grad(lambda z: attack.odds(z, labels).sum())(logits)
+        ours = jax.grad(lambda z: attack.log_odds(z, labels).sum())(logits)
         theirs = jax.grad(cross_entropy)(logits)
         factor = 1 - jnp.take_along_axis(jax.nn.softmax(logits), labels[:, None], 1)
         np.testing.assert_allclose(ours * factor, theirs, rtol=1e-10)

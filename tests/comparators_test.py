@@ -1,5 +1,7 @@
 """Laws of the detectors that need no heatmap."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,16 @@ def test_an_autoencoder_learns_its_images_and_not_others():
     ]
     assert errors[1] < 0.5 * errors[0]
     assert errors[1] < 0.5 * errors[2]
+
+
+def test_an_autoencoder_takes_bytes_and_floats():
+    images = np.random.default_rng(3).integers(0, 256, (4, 9, 9, 3)).astype(np.uint8)
+    fresh = comparators.init_autoencoder(jax.random.key(0), channels=3)
+    one, other = (
+        comparators.fit_autoencoder(jax.random.key(1), fresh, x, steps=3, batch_size=2, side=5)
+        for x in (images, images.astype(np.float32) / 255)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), one, other)
 
 
 def test_magnet_s_numbers_are_scipy_s():

@@ -94,6 +94,8 @@ def refuses(field, value, expected=''):
         ('detector.methods', 'detector', 'some of detector, pooled'),
         ('detector.held_out_fit_fraction', 1.0, 'above 0 to below 1'),
         ('detector.held_out_threshold_fraction', 0.6, 'held_out_fit_fraction leaves'),
+        ('data.name', 5, 'a text'),
+        ('sweep.views', ('flip', 'flip'), 'each of them once'),
         ('sweep.epsilons', (0.0,), 'above 0'),
         ('sweep.epsilons', (), 'at least one'),
         ('sweep.attacks', ('fgsm',), 'some of targeted_fgsm'),
@@ -182,6 +184,26 @@ def test_a_field_that_comes_later_changes_no_digest_at_its_default():
     assert config.digest(later) == config.digest(now)
     later.attack.restarts = 2
     assert config.digest(later) != config.digest(now)
+
+
+def test_some_images_are_left_to_judge():
+    wanted = changed('detector.held_out_fit_fraction', 0.7)
+    wanted.detector.held_out_threshold_fraction = 0.3
+    with pytest.raises(UsageError, match='less than the 0.3 that'):
+        wanted.validate()
+
+
+def test_detectors_of_views_that_are_attacked_want_what_they_see():
+    wanted = changed('adaptive.methods', ('views_alone',))
+    with pytest.raises(UsageError, match='sweep.views is .*: expected at least one'):
+        wanted.validate()
+    wanted.sweep.views = ('flip',)
+    wanted.validate()
+    wanted.adaptive.methods = ('all_views',)
+    with pytest.raises(UsageError, match='adaptive.methods is .*: expected all_views only if'):
+        wanted.validate()
+    wanted.sweep.methods = ('all_views',)
+    wanted.validate()
 
 
 def test_methods_that_ask_a_twin_want_one():

@@ -1,5 +1,7 @@
 """Laws of the detectors: one bank is K separate fits, and padding is nothing."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -242,6 +244,23 @@ def test_labels_of_numbers_are_those_of_booleans():
     ]
     for fit in fits[1:]:
         jax.tree.map(np.testing.assert_array_equal, fit, fits[0])
+
+
+def test_maps_of_integers_keep_the_weights():
+    maps = (MAPS > 0.5).astype(int)
+    bank = detector.init_bank(jax.random.key(0), num_classes=2, grid=(2, 2), features=(3,))
+    fits = [
+        detector.fit_bank(jax.random.key(1), bank, x, KINDS, 0.6 * WEIGHTS, steps=3)
+        for x in (maps, maps.astype(np.float32))
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *fits)
+    assert not np.allclose(*(jax.tree.leaves(tree)[-1] for tree in (bank, fits[0])))
+
+
+def test_a_class_that_is_found_out_late_to_have_no_detector_scores_nan():
+    bank = detector.init_bank(jax.random.key(0), num_classes=2, grid=(2, 2), features=(3,))
+    scores = jax.jit(detector.score)(bank, MAPS[0, [0, 0, 0, 0]], np.array([-1, 0, 1, 2]))
+    np.testing.assert_array_equal(np.isnan(scores), [True, False, False, True])
 
 
 @pytest.mark.parametrize('predicted', [[0, 2], [-1, 0], [0.0, 1.0], [0]])

@@ -156,6 +156,10 @@ def test_what_cannot_be_guarded_is_said():
         guard.make(key, logits_fn, IMAGES[:64], **few | {'views': ('reconstruction',)})
     with pytest.raises(ValueError, match="'input_mfs'"):
         guard.make(key, logits_fn, IMAGES[:64], method='input_mfs', **few)
+    with pytest.raises(ValueError, match=r"\['learning_rate', 'step'\] is no argument"):
+        guard.make(key, logits_fn, IMAGES[:64], step=3, learning_rate=0.1, **few)
+    with pytest.raises(ValueError, match='fpr is 5'):
+        guard.make(key, None, IMAGES[:64], fpr=5, **few)  # Before anything is computed.
     with pytest.raises(ValueError, match='names, 3, got logits of 2'):
         guard.judge(made(), lambda x: logits_fn(x)[:, :2], IMAGES[:2])
 

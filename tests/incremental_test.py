@@ -462,6 +462,69 @@ def test_forms_are_counted():
     assert found == {'3x3, Winograd where wide': 2, 'a pool of slices': 2}
 
 
+@pytest.mark.parametrize('side', [1, 3, 5])
+def test_sums_in_a_wider_type_stay_in_it(side):
+    """A convolution of bfloat16 that is asked for float32, as Flax NNX can."""
+    kernel = jnp.asarray(random_images(side, (side, 40)).reshape(side, side, 3, 40), jnp.bfloat16)
+
+    def logits_fn(images):
+        x = jax.lax.conv_general_dilated(
+            images.astype(jnp.bfloat16),
+            kernel,
+            (1, 1),
+            'SAME',
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            preferred_element_type=jnp.float32,
+        )
+        return jnp.tanh(x / 3.0).mean((1, 2))
+
+    images = random_images(2, (12, 12))
+    assert convolution.accelerate(logits_fn)(images).dtype == jnp.float32
+    settings = dict(size=4, stride=4)
+    expected = occlusion.occluded_logits(logits_fn, images, **settings)
+    for name in ('full', 'incremental'):
+        found = engine.occluded_logits(logits_fn, images, engine=name, **settings)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('side', [1, 3, 5])
+def test_a_precision_that_is_asked_for_is_kept_where_there_are_several(side):
+    kernel = jnp.ones((side, side, 3, 40))
+
+    def loss(precision, images):
+        numbers = ('NHWC', 'HWIO', 'NHWC')
+        return jax.lax.conv_general_dilated(
+            images, kernel, (1, 1), 'SAME', dimension_numbers=numbers, precision=precision
+        ).sum()
+
+    def asked(precision):
+        fn = convolution.accelerate(functools.partial(loss, precision))
+        program = jax.jit(jax.grad(fn)).trace(jnp.ones((1, 8, 8, 3)))
+        text = program.lower(lowering_platforms=('tpu',)).as_text()
+        return [line for line in text.splitlines() if 'stablehlo.convolution' in line]
+
+    assert asked('highest') and all('HIGHEST' in line for line in asked('highest'))
+    assert asked(None) and not any('HIGHEST' in line for line in asked(None))
+
+
+def test_an_accelerated_function_is_looked_into_too():
+    fn, shape = any_network.bound('wide vgg'), (32, 32, 3)
+    ratios = [
+        incremental.flop_ratio(each, shape, size=8, stride=8)
+        for each in (fn, convolution.accelerate(fn), convolution.accelerate(jax.jit(fn)))
+    ]
+    assert ratios[0] > 1.2
+    assert ratios[1:] == ratios[:1] * 2
+
+
+@pytest.mark.parametrize('name', ['auto', 'full', 'incremental'])
+def test_exact_engines_refuse_what_makes_maps_approximate(name):
+    fn, images = any_network.bound('vgg'), random_images(1, (20, 20))
+    for knob in (dict(threshold=0.5), dict(every=2)):
+        with pytest.raises(ValueError, match=f"expected engine 'approximate', got '{name}'"):
+            engine.occluded_logits(fn, images, **SMALL, engine=name, **knob)
+
+
 def test_accelerate_keeps_the_tree():
     found = convolution.accelerate(lambda a, b: {'x': (a + 1, 2.0), 'y': b['z']})(
         jnp.ones(2), {'z': jnp.zeros(3)}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from occjax import names
 from occjax.methods import METHODS
 from tests.detector_test import toy_maps
 
@@ -26,6 +27,10 @@ MANY = dataclasses.replace(
 )
 SETS = {'all classes': MAPS, 'two of seven': MANY.condensed(2)}
 of_each_set = pytest.mark.parametrize('maps', SETS.values(), ids=SETS)
+
+
+def test_every_name_is_a_method_in_its_order():
+    assert tuple(METHODS) == (*names.METHODS, *names.VIEWING, *names.RIVALS)
 
 
 @of_each_set

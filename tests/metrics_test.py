@@ -379,6 +379,12 @@ class MeasureTest(parameterized.TestCase):
         self.assertTrue(np.isnan(metrics.spearman(maps, np.ones_like(maps))).all())
 
 
+def test_ranks_of_equal_values_agree_with_none():
+    assert metrics.rank_agreement([1, 1, 1, 1], [1, 2, 3, 4]) is None
+    assert metrics.rank_agreement([1, 2, 3, 4], [2, 2, 2, 2]) is None
+    assert metrics.rank_agreement([1, 2, 3], [1, 2, 3]) is None
+
+
 def test_a_histogram_counts_every_score_once():
     rng = np.random.default_rng(0)
     kinds = {'clean': rng.normal(size=500), 'attacked': rng.normal(size=30) + 9, 'noise': []}

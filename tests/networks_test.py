@@ -188,6 +188,32 @@ def test_other_weights_of_one_s_own_are_another_classifier(tmp_path):
     assert len(digests) == 2
 
 
+DATACLASS = """
+from __future__ import annotations
+import dataclasses
+import jax
+import jax.numpy as jnp
+
+@dataclasses.dataclass
+class Part:
+    width: int
+
+def network():
+    variables = {'key': jax.random.key(0), 'kernel': jnp.ones((3, Part(2).width))}
+    return lambda variables, images: images.mean((1, 2)) @ variables['kernel'], variables, None, 8
+"""
+
+
+def test_a_file_may_hold_dataclasses_random_keys_and_no_names(tmp_path):
+    """As Flax modules and an NNX model with dropout are, of which `nnx.split` keeps the keys."""
+    (tmp_path / 'own.py').write_text(DATACLASS)
+    found = networks.load(f'{tmp_path}/own.py:network')
+    assert found.class_names is None
+    assert found.network.fn(found.variables, np.ones((1, 8, 8, 3))).shape == (1, 2)
+    (tmp_path / 'own.py').write_text(DATACLASS.replace('key(0)', 'key(1)'))
+    assert networks.load(f'{tmp_path}/own.py:network').digest != found.digest
+
+
 def own_run(tmp_path, source, **data_fields):
     run = make_run(tmp_path / 'run')
     run.config.classifier.source = source

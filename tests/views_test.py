@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from occjax import views
+from occjax import names, views
 from occjax.views import VIEWS
 
 IMAGES = np.random.default_rng(0).uniform(size=(3, 9, 7, 3)).astype(np.float32)
@@ -14,6 +14,10 @@ WEIGHTS = jax.random.normal(jax.random.key(0), (9 * 7 * 3, 4))
 
 def logits_fn(images):
     return images.reshape(len(images), -1) @ WEIGHTS
+
+
+def test_every_name_is_a_view_in_its_order():
+    assert ('reconstruction', *views.VIEWS) == names.VIEWS
 
 
 def test_a_view_of_no_change_gives_the_image_s_own_logits():

@@ -163,7 +163,7 @@ def fail(line: str, code: int):
     """Tells the other hosts, if there are any, why this one ends, and ends without them."""
     if _client() is None:
         return
-    if _GONE in line:  # That they find out by themselves.
+    if _listener is None or _GONE in line:  # They haven't met, or find out by themselves.
         dismiss()
         os._exit(code)
     with contextlib.suppress(Exception):  # Another one may have failed before.

@@ -1,4 +1,4 @@
-"""From stored maps to results: no classifier, no images, so that every number can be made again.
+"""From stored maps to results: no image is classified, so that every number can be made again.
 
 Dimensions: M maps, K classes.
 """
@@ -168,7 +168,7 @@ def cost(run: Run, shards: list[dict]) -> dict:
 
 
 def make_report(run: Run) -> str:
-    """Writes the report from what is stored, without classifier or images; returns its tables.
+    """Writes the report from what is stored, and classifies no image; returns its tables.
 
     They are what fits on a screen: of many classes some, the others are in `tables.md`.
     """

@@ -153,7 +153,7 @@ def _trained(run, directory, split, number, images_fn=None):
         )
         if not np.isfinite(values['loss']):
             raise UsageError(
-                f'Training diverged in epoch {epoch + 1}: try a lower '
+                f'Training diverged in epoch {epoch + 1}: try, in another --workdir, a lower '
                 f'--config.classifier.learning_rate than {settings.learning_rate:g}.'
             )
         storage.save_checkpoint(directory, epoch + 1, state, made_from=origin)
@@ -303,6 +303,8 @@ def detectors(run: Run):
             storage.save_checkpoint(
                 directory, run.config.detector.steps, banks, made_from=made_from
             )
+            if protocol == 'held_out':
+                guard_path(run, name).unlink(missing_ok=True)  # That of banks before these.
             say(f'detectors ({protocol}, {name}): fitted in {time.monotonic() - began:.0f} s')
         if protocol == 'held_out':
             for name in deployed(run):

@@ -71,7 +71,8 @@ def writing(path: pathlib.Path, *, by_any: bool = False) -> Iterator[BinaryIO]:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-        if isinstance(error, OSError):
+        is_own = isinstance(error, OSError) and error.filename in (None, temporary)
+        if is_own and not isinstance(error, BrokenPipeError):  # Which is standard output's.
             error.filename, error.filename2 = str(path), None
         raise
     _sync(path.parent)

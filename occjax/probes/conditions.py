@@ -246,7 +246,7 @@ def _attacked(run, variables, name, epsilon, sights):
     )
     iterated = '' if name in _ONE_STEP else f'-{settings.steps}'
 
-    @functools.lru_cache(maxsize=1)  # All sights are of the same images, part by part.
+    @functools.lru_cache(maxsize=1)  # On one host all sights are of the same images, part by part.
     def attacked(start):
         here = ids[start : start + run.shard_size]
         labels = split.labels[here]

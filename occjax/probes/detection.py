@@ -109,8 +109,9 @@ def _folder(run, path, output):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f'Cannot use --output={output}: {error.strerror}.') from None
-        for leftover in folder.glob(f'.*{storage.PARTIAL}') if hosts.is_first() else ():
-            leftover.unlink()
+        with hosts.first():
+            for leftover in folder.rglob(f'.*{storage.PARTIAL}') if hosts.is_first() else ():
+                leftover.unlink()
         yield folder
     elif os.access(run.workdir, os.W_OK):
         root = Path(path).expanduser().resolve()
@@ -201,8 +202,8 @@ def _judge(run, load_fn, files, guards) -> dict[str, np.ndarray]:
 def _see(run, variables, images) -> HeatmapSet:
     """Returns the maps of images that nothing else is known of."""
     predict_fn = functools.partial(conditions.logits_batch, variables, network=run.network)
-    per_device = -(-len(images) // jax.device_count())
-    batch_size = min(run.batch_size, per_device * jax.device_count())
+    devices_here = jax.local_device_count()
+    batch_size = min(run.batch_size, -(-len(images) // devices_here) * devices_here)
     unknown = jnp.zeros(len(images), int)
     unoccluded = devices.in_batches(predict_fn, images, batch_size=batch_size)
     return HeatmapSet(

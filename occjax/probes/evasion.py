@@ -1,7 +1,6 @@
 """How well the detectors stand up to an attacker who knows them (`--mode=adaptive`).
 
-The detectors are those that `detection` deploys, the attacked images are correctly classified test
-images that they were not fitted on.
+The attacked images are correctly classified test images that the detectors were not fitted on.
 
 Dimensions: B batch, N images, K classes.
 """
@@ -9,6 +8,7 @@ Dimensions: B batch, N images, K classes.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from occjax import adaptive, attack, data, detector, guard, names, verdict
 from occjax import views as views_lib
 from occjax.experiment import devices, judging, shard, stages, storage, store
 from occjax.experiment import results as results_lib
-from occjax.experiment.run import Run
+from occjax.experiment.run import Run, parts
 from occjax.methods import METHODS
 from occjax.probes import sweep
 from occjax.progress import say
@@ -93,8 +93,7 @@ def _attacked(
     logits_fn = network.classifier(variables)
     views = views_lib.of_names(views, autoencoder)
     settings = dict(method=METHODS[method], views=views, fill=fill, **settings)
-    plain_fn = functools.partial(network.fn, variables)  # Engines accelerate by themselves.
-    margin_fn = functools.partial(verdict.margins, plain_fn, bank, thresholds, **settings)
+    margin_fn = functools.partial(verdict.margins, logits_fn, bank, thresholds, **settings)
     ball = dict(epsilon=epsilon, bounds=attack.PIXELS if clip else None)
     if name in ATTACKS:
         ball |= {'weight': weight} if name == 'joint' else {}
@@ -123,24 +122,24 @@ def evade(run: Run) -> str:
             'take them out of the one, or add them to the other and run --mode=detectors.'
         )
     made_from, rows, alarms, kept = store.heatmaps_origin(run), [], {}, {}
-    for method in dict.fromkeys(wanted.methods):
-        target = _target(run, variables, method)
-        if not len(target.ids):
-            raise UsageError(
-                'No test image is left that no detector was fitted on: map more of them.'
-            )
-        found, alarms[method] = _resisted(run, variables, target)
+    targets = [_target(run, variables, method) for method in dict.fromkeys(wanted.methods)]
+    count = min(len(target.ids) for target in targets)
+    if not count:
+        raise UsageError('No test image is left that no detector was fitted on: map more of them.')
+    for target in targets:
+        target = target._replace(ids=target.ids[:count])
+        found, alarms[target.method] = _resisted(run, variables, target)
         rows += found
-        if wanted.rounds and method in names.VIEWING:
+        if wanted.rounds and target.method in names.VIEWING:
             for later, auroc in _hardened(run, variables, target):
-                kept[f'{method}, round {later.round}'] = auroc
+                kept[f'{target.method}, round {later.round}'] = auroc
                 if later.round:
                     found, alarms[later.label] = _resisted(run, variables, later)
                     rows += found
     result = {
         'manifest': results_lib.manifest(run),
         'made_from': made_from,
-        'images': len(target.ids),
+        'images': count,
         'settings': dataclasses.asdict(wanted),
         'false_alarms': alarms,
         'auroc_of_the_mixture': kept,
@@ -172,17 +171,17 @@ class _Target(NamedTuple):
 
 def _target(run, variables, method):
     """Returns the first seed's detector."""
-    count = run.config.adaptive.images
     if method in names.VIEWING:
         found, ids, name = sweep.deployed(run, variables, method)
-        sees = found.bank, found.thresholds, found.autoencoder
-        return _Target(method, *sees, ids[:count], name, store.classifier_origin(run))
-    division = store.divide(run, 'held_out')
-    maps, judged = division.maps, division.is_judged[0]
-    ids = maps.image_id[judged & ~maps.is_adversarial][:count]
-    made_from = store.heatmaps_origin(run)
-    found = guard.at_fpr(stages.load_guard(run, method, division), 0.05)
-    return _Target(method, found.bank, found.thresholds, None, ids, method, made_from)
+        made_from = store.classifier_origin(run)
+    else:
+        division, name = store.divide(run, 'held_out'), method
+        maps, made_from = division.maps, store.heatmaps_origin(run)
+        ids = maps.image_id[division.is_judged[0] & ~maps.is_adversarial]
+        found = guard.at_fpr(stages.load_guard(run, method, division), 0.05)
+    sees, ids = (found.bank, found.thresholds, found.autoencoder), ids[: run.config.adaptive.images]
+    name = f'{name}-{storage.digest_of(guard.to_arrays(found))[:8]}'  # Fitted anew it is another.
+    return _Target(method, *sees, ids, name, made_from)
 
 
 def _settings(run, variables, target):
@@ -220,7 +219,7 @@ def _attack(run, variables, target, name, epsilon, ids):
         **_settings(run, variables, target),
     )
     # Not more images at once: those that evade wait for the slowest of their batch.
-    batch_size = min(run.mapping(variables).batch_size, 32 * jax.device_count())
+    batch_size = min(run.mapping(variables).batch_size, 32 * jax.local_device_count())
     images, labels = data.take(run.dataset.test, ids), run.dataset.test.labels[ids]
     found = devices.in_batches(attack_fn, images, labels, batch_size=batch_size)
     return dict(zip(('wrong', 'evades', 'steps', 'images'), found, strict=True))
@@ -233,26 +232,35 @@ def _path(run, target, name, epsilon, count):
     return run.workdir / 'adaptive' / f'{target.name}-{name}-{settings}.npz'
 
 
+def _kept(run, target, attacks, count, attack_fn, stem=''):
+    """Yields what each `(name, epsilon)` makes of `count` images, from its file or made anew."""
+    wanted = [
+        (_path(run, target, stem + at[0], at[1], count), count, functools.partial(attack_fn, *at))
+        for at in attacks
+    ]
+    what = f'adaptive, {target.label}: images'
+    return parts(run, what, wanted, mode='adaptive', made_from=target.made_from)
+
+
 def _resisted(run, variables, target):
     """Returns what every attack does to a detector, and how often it calls untouched images."""
-    wanted, measure = run.config.adaptive, functools.partial(_measured, run, variables, target)
-    rows = [
-        measure(name, epsilon)
-        for name in dict.fromkeys(('fgsm', *wanted.attacks))
-        for epsilon in dict.fromkeys(wanted.epsilons)
-    ]
-    return rows, 1 - measure('none', 0.0)['evasion']
+    wanted = run.config.adaptive
+    attacks = [*itertools.product(('fgsm', *wanted.attacks), wanted.epsilons), ('none', 0.0)]
+    attacks = list(dict.fromkeys(attacks))
 
-
-def _measured(run, variables, target, name, epsilon):
-    """Returns what one attack at one epsilon does to one detector, from the store if it's there."""
-
-    def part():
+    def attack_fn(name, epsilon):
         found = _attack(run, variables, target, name, epsilon, target.ids)
         return {key: found[key] for key in ('wrong', 'evades', 'steps')}
 
-    path = _path(run, target, name, epsilon, len(target.ids))
-    found = storage.cached(path, part, mode='adaptive', made_from=target.made_from)
+    found = _kept(run, target, attacks, len(target.ids), attack_fn)
+    *rows, untouched = (
+        _row(run, target, *at, arrays) for at, arrays in zip(attacks, found, strict=True)
+    )
+    return rows, 1 - untouched['evasion']
+
+
+def _row(run, target, name, epsilon, found):
+    """Returns what one attack at one epsilon does to one detector."""
     evades, taken = found['evades'], found['steps']
     ends = stats.binomtest(int(evades.sum()), len(evades)).proportion_ci(method='wilson')
     steps = range(run.config.adaptive.steps + 1)
@@ -289,12 +297,11 @@ def _hardened(run, variables, target):
     fitted = [wanted.attacks, wanted.epsilons, len(ids), wanted.steps, wanted.weight]
     stem = f'{target.name}-{hashlib.sha256(json.dumps(fitted).encode()).hexdigest()[:8]}'
     yield target, _auroc(division, target)
+    attacks = list(dict.fromkeys(itertools.product(wanted.attacks, wanted.epsilons)))
     for number in range(1, wanted.rounds + 1):
-        for name in dict.fromkeys(wanted.attacks):
-            extra += [
-                _attacked_maps(run, variables, target, name, epsilon, ids)
-                for epsilon in dict.fromkeys(wanted.epsilons)
-            ]
+        attack_fn = functools.partial(_attacked_maps, run, variables, target, ids)
+        made = _kept(run, target, attacks, len(ids), attack_fn, stem='fit-')
+        extra += [HeatmapSet(**arrays) for arrays in made]
         grown = _grown(division, extra)
         banks = store.fit_banks(run, grown, target.method, noise)
         bank, known = judging.first(banks, grown, METHODS[target.method])
@@ -324,23 +331,18 @@ def _grown(division, extra):
     return judging.Division(maps, is_fitted, np.pad(division.is_reserved, ((0, 0), (0, more))))
 
 
-def _attacked_maps(run, variables, target, name, epsilon, ids):
-    """Returns what a detector sees of fitting images that an attack on it made wrong."""
+def _attacked_maps(run, variables, target, ids, name, epsilon):
+    """Returns what a detector sees of fitting images that an attack on it made wrong, as arrays."""
     settings = _settings(run, variables, target)
     see_fn = functools.partial(
         see_batch, variables, target.autoencoder, shard.fill_of(run, variables), **settings
     )
-
-    def part():
-        found = _attack(run, variables, target, name, epsilon, ids)
-        batch_size = run.mapping(variables).batch_size
-        seen = devices.in_batches(see_fn, found['images'], batch_size=batch_size)
-        labels = run.dataset.test.labels[ids]
-        known = {'label': labels, 'image_id': ids, 'is_adversarial': np.ones(len(ids), bool)}
-        return {key: array[found['wrong']] for key, array in (seen | known).items()}
-
-    path = _path(run, target, f'fit-{name}', epsilon, len(ids))
-    return HeatmapSet(**storage.cached(path, part, mode='adaptive', made_from=target.made_from))
+    found = _attack(run, variables, target, name, epsilon, ids)
+    batch_size = run.mapping(variables).batch_size
+    seen = devices.in_batches(see_fn, found['images'], batch_size=batch_size)
+    labels = run.dataset.test.labels[ids]
+    known = {'label': labels, 'image_id': ids, 'is_adversarial': np.ones(len(ids), bool)}
+    return {key: array[found['wrong']] for key, array in (seen | known).items()}
 
 
 @functools.partial(jax.jit, static_argnames=_SEEN)

@@ -188,6 +188,21 @@ def test_a_job_that_does_not_begin_ends_in_one_line(tmp_path, cache):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('index', [0, 1])
+def test_a_host_that_waits_for_others_ends_in_one_line(tmp_path, cache, index):
+    flags = ('--coordinator_address=localhost:1', '--num_processes=2', f'--process_id={index}')
+    if index == 0:
+        with socket.socket() as free:
+            free.bind(('localhost', 0))
+            flags = (f'--coordinator_address=localhost:{free.getsockname()[1]}', *flags[1:])
+    process = start(tmp_path / 'run', cache, *flags, num_devices=1)
+    time.sleep(8)  # By then it waits.
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert len(errors.splitlines()) == 1, errors
+
+
 def weights(workdir):
     """Returns the trained parameters but those without effect, by name.
 
@@ -284,6 +299,29 @@ def test_two_hosts_lose_one_in_each_stage_and_end_where_one_does(tmp_path, cache
     alone = taken_along(workdir, tmp_path / 'alone')
     one_host(alone, cache)
     same_results([alone, workdir])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('mode', 'flags'),
+    [
+        ('fidelity', ('--fidelity_thresholds=0.5', '--benchmark_repeats=1')),
+        ('adaptive', ('--config.adaptive.epsilons=(0.1,)', '--config.adaptive.images=8')),
+    ],
+)
+def test_two_hosts_find_what_one_does(tmp_path, cache, mode, flags):
+    workdirs = [tmp_path / 'two', tmp_path / 'one']
+    one_host(workdirs[0], cache)
+    shutil.copytree(*workdirs)
+    for code, _, errors, _ in two_hosts(workdirs[0], cache, f'--mode={mode}', *flags):
+        assert code == 0, errors
+    one_host(workdirs[1], cache, f'--mode={mode}', *flags)
+    found = [json.loads((path / f'{mode}.json').read_text()) for path in workdirs]
+    if mode == 'adaptive':
+        assert_close(*(result['rows'] for result in found))
+    else:
+        kept = [[[row[key] for key in ('ssim', 'judges')] for row in r['settings']] for r in found]
+        assert_close(*kept)
 
 
 @pytest.mark.slow

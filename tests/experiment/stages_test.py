@@ -266,6 +266,20 @@ def test_the_paper_s_split_is_80_to_20_of_all_maps(finished):
     assert set(division.is_fitted.sum(axis=1)) == {round(0.8 * count)}
 
 
+def test_detectors_that_are_fitted_anew_are_those_in_use(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0].workdir, tmp_path / 'run')
+    run = make_run(tmp_path / 'run')
+    before = stages.load_guard(run, 'detector')
+    shutil.rmtree(run.workdir / 'detectors' / 'held_out' / 'detector')
+    fit_banks = store.fit_banks  # On another machine they would be other ones.
+    monkeypatch.setattr(
+        store, 'fit_banks', lambda *args: jax.tree.map(lambda x: x + 1, fit_banks(*args))
+    )
+    stages.detectors(run)
+    after = stages.load_guard(run, 'detector')
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a + 1, 1e-6), before.bank, after.bank)
+
+
 def test_a_finished_run_computes_nothing_again(finished, monkeypatch):
     run, tables = finished
     for module, name in ((shard, 'attack_batch'), (shard, 'map_batch'), (stages, 'predict')):

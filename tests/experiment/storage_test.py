@@ -107,6 +107,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert files(tmp_path) == [tmp_path / 'x.json']
 
 
+def test_an_error_names_the_file_that_it_is_of(tmp_path):
+    for raised, named in (
+        (OSError(28, 'No space left on device'), tmp_path / 'out'),
+        (PermissionError(13, 'Permission denied', '/other'), '/other'),
+        (BrokenPipeError(32, 'Broken pipe'), None),
+    ):
+        with pytest.raises(type(raised)) as found, storage.writing(tmp_path / 'out'):
+            raise raised
+        assert found.value.filename == (named and str(named))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_missing_or_damaged_names_the_mode_that_makes_it(tmp_path):
     with pytest.raises(UsageError, match=r'x\.json does not exist: run --mode=train first'):
         storage.read_record(tmp_path / 'x.json', mode='train')
