@@ -132,7 +132,8 @@ def _arrays(file):
 
 def _own(file, function, digest):
     where = f'config.classifier.source is {str(file)!r}:{function!r}'
-    spec = importlib.util.spec_from_file_location(re.sub(r'\W', '_', file.stem), file)
+    name = 'occjax_source_' + re.sub(r'\W', '_', file.stem)  # No module's that is imported.
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None:
         raise UsageError(f'{where}: expected a Python file.')
     module = importlib.util.module_from_spec(spec)
