@@ -22,7 +22,7 @@ from occjax.experiment import judging, shard, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run, parts
 from occjax.progress import say
-from occjax.report import figures, tables
+from occjax.report import canvas, tables
 from occjax.types import UsageError
 
 EVERY = (1, 2)
@@ -182,12 +182,9 @@ def build(result: dict) -> tables.Table:
 
 def plot(result: dict) -> bytes:
     """Returns a PNG: what each setting costs each judge, against how much faster it is."""
-    from matplotlib.figure import Figure  # Half a second of import that other modes need not pay.
-
     rows = result['settings']
     judges, base = list(rows[0]['judges']), rows[0]['seconds_per_map']
-    figure = Figure(figsize=(4.2 * len(judges), 4), layout='constrained', dpi=150)
-    panels = figure.subplots(1, len(judges), squeeze=False)[0]
+    figure, panels = canvas.row(4.2 * len(judges), 4, [1] * len(judges))
     for axes, name in zip(panels, judges, strict=True):
         axes.axhline(0, color='#888', linewidth=0.8)
         for every, marker in zip(EVERY, 'os', strict=True):
@@ -204,7 +201,6 @@ def plot(result: dict) -> bytes:
                 axes.annotate(text, (x, y), textcoords='offset points', xytext=(5, 4), fontsize=8)
         axes.set_title(f'{tables.words(name)}, AUROC {rows[0]["judges"][name]["auroc"]:.3f}')
         axes.set_xlabel('times faster than the exact map')
-        axes.spines[['top', 'right']].set_visible(False)
     panels[0].set_ylabel('AUROC, difference to exact maps')
     panels[0].legend(fontsize=8, frameon=False)
-    return figures.png(figure)
+    return canvas.encode(figure, 'png')

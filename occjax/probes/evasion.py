@@ -26,7 +26,7 @@ from occjax.experiment.run import Run, parts
 from occjax.methods import METHODS
 from occjax.probes import sweep
 from occjax.progress import say
-from occjax.report import figures, tables
+from occjax.report import canvas, figures, tables
 from occjax.types import HeatmapSet, UsageError
 
 ATTACKS = dict(
@@ -146,7 +146,8 @@ def evade(run: Run) -> str:
         'rows': rows,
     }
     storage.write_record(run.workdir / 'adaptive.json', result)
-    storage.write_bytes(run.workdir / 'adaptive.png', figures.png(figures.evasion_figure(result)))
+    picture = canvas.encode(figures.evasion_figure(result), 'png')
+    storage.write_bytes(run.workdir / 'adaptive.png', picture)
     written = f'\nWritten: {run.workdir / "adaptive.json"}, adaptive.png; --mode=report shows it.\n'
     return tables.to_markdown([tables.adaptive_table(result)]) + written
 

@@ -3,7 +3,7 @@
 Heat maps of an engine, and of a peer, have rates a second; see `benchmark` for the rest.
 """
 
-from occjax.report import figures
+from occjax.report import canvas
 
 
 def table(result: dict) -> str:
@@ -71,13 +71,10 @@ def describe(row: dict) -> str:
 
 def plot(result: dict) -> bytes:
     """Returns a PNG: windows a second by engine, and the peer's."""
-    from matplotlib.figure import Figure  # Half a second of import that other modes need not pay.
-
     rates = {name: row['windows_per_second'] for name, row in result['engines'].items()}
     if 'peer' in result:
         rates[result['peer']['name']] = result['peer']['windows_per_second']
-    figure = Figure(figsize=(6.4, 1.2 + 0.5 * len(rates)), layout='constrained', dpi=150)
-    axes = figure.add_subplot()
+    figure, axes = canvas.axes(6.4, 1.2 + 0.5 * len(rates))
     names = list(rates)[::-1]
     bars = axes.barh(names, [rates[name] for name in names], color='#00a3ff', height=0.6)
     axes.bar_label(bars, labels=[f'{rates[name]:.3g}' for name in names], padding=4)
@@ -88,5 +85,4 @@ def plot(result: dict) -> bytes:
         f'at stride {result["stride"]}, {result["device"]}',
         fontsize=10,
     )
-    axes.spines[['top', 'right']].set_visible(False)
-    return figures.png(figure)
+    return canvas.encode(figure, 'png')

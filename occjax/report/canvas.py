@@ -49,13 +49,20 @@ def figure(width, height):
     return figure
 
 
-def axes(width, height):
-    """Returns a figure of that size in inches, and its only panel."""
+def row(width, height, widths):
+    """Returns a figure of that size in inches, and panels side by side, in these proportions."""
     drawn = figure(width, height)
     drawn.set_layout_engine('constrained')
-    panel = drawn.add_subplot()
-    panel.spines[['top', 'right']].set_visible(False)
-    panel.tick_params(labelsize=9, colors=MUTED)
+    panels = drawn.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    for panel in panels:
+        panel.spines[['top', 'right']].set_visible(False)
+        panel.tick_params(labelsize=9, colors=MUTED)
+    return drawn, panels
+
+
+def axes(width, height):
+    """Returns a figure of that size in inches, and its only panel."""
+    drawn, (panel,) = row(width, height, [1])
     return drawn, panel
 
 

@@ -245,11 +245,6 @@ def _telling_cells(heatmap):
     return sorted(list(dict.fromkeys(cells))[:4])
 
 
-def png(figure: 'Figure') -> bytes:
-    """Returns a figure as the bytes of a PNG file."""
-    return canvas.encode(figure, 'png')
-
-
 def _number(panel, row, column, number):
     """Writes a number into a cell, legible on every colour."""
     from matplotlib import patheffects

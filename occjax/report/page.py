@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from occjax import config as config_lib
 from occjax import vgg
-from occjax.report import figures, paper, summary, tables
+from occjax.report import canvas, figures, paper, summary, tables
 from occjax.report.figures import Example
 from occjax.types import HeatmapSet
 
@@ -43,7 +43,7 @@ def build(
     captions = figures.captions(config, results.get('map_mean') or {})
     if len(class_names) > _BARS:
         captions['classes.png'] += f' Of {len(class_names):,} classes the {_BARS} with most maps.'
-    files = {name: figures.png(figure) for name, figure in drawn.items()}
+    files = {name: canvas.encode(figure, 'png') for name, figure in drawn.items()}
     pictures = [(captions[name], content) for name, content in files.items()]
     manifest = tables.Table(
         'Manifest', ('Field', 'Value'), _leaves(results['manifest']), text_columns=2

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from occjax.report import figures, tables
+from occjax.report import canvas, tables
 
 
 def build(result: dict) -> list[tables.Table]:
@@ -177,23 +177,18 @@ def _auroc(found, interval=None):
 
 def plot(result: dict) -> bytes:
     """Returns a PNG: what epsilon does, what forward passes buy, and what transfers."""
-    from matplotlib.figure import Figure  # Half a second of import that other modes need not pay.
-
     methods = result['transfer']
     panels = [_plot_epsilons] + ([_plot_passes] if result['occluders'] else [])
     widths = [1] * len(panels) + [1.3] * len(methods)
-    size = (4.75 * len(panels) + 5.5 * len(methods), 4.8)
-    figure = Figure(figsize=size, layout='constrained', dpi=150)
-    axes = figure.subplots(1, len(widths), gridspec_kw={'width_ratios': widths})
+    figure, axes = canvas.row(4.75 * len(panels) + 5.5 * len(methods), 4.8, widths)
     for panel, draw_fn in zip(axes, panels, strict=False):
         panel.set_xscale('log')
         draw_fn(panel, result)
         panel.axhline(0.5, color='#888', linewidth=0.8)
         panel.legend(fontsize=8, frameon=False)
-        panel.spines[['top', 'right']].set_visible(False)
     for panel, (method, rows) in zip(axes[len(panels) :], methods.items(), strict=True):
         _plot_matrix(panel, method, rows, list(result['attacks']))
-    return figures.png(figure)
+    return canvas.encode(figure, 'png')
 
 
 def _number(value):

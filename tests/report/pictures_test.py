@@ -205,7 +205,7 @@ def test_figure_3_is_a_gallery_of_one_class_with_all_its_maps_counted():
     name = NAMES[figures.figure_class(maps, NAMES)]
     expected = pictures.gallery(few.maps, few.is_adversarial, class_name=name)
     found = figures.maps_figure(maps, class_names=NAMES)
-    assert figures.png(found) == figures.png(expected)
+    assert canvas.encode(found, 'png') == canvas.encode(expected, 'png')
 
 
 def test_the_area_of_a_curve_is_scikit_learn_s():
