@@ -234,6 +234,9 @@ def _plot_passes(axes, result):
             label=f'AUROC, {method}',
         )
     axes.set_xlim(min(passes) / 1.2, 1.2 * max(passes))  # Also where no AUROC could be computed.
+    ticks = sorted({*passes})
+    axes.set_xticks(ticks, map(str, ticks), fontsize=8)
+    axes.minorticks_off()
     axes.set_xlabel('forward passes an image')
 
 
