@@ -430,9 +430,9 @@ if __name__ == '__main__':
         if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
             crash(error)
         fail(
-            f'Out of memory ({" ".join(str(error).split())}): --eval_batch_size and --memory_limit '
-            'take less, and in another --workdir smaller images, config.classifier.batch_size or '
-            'hidden.'
+            f'Out of memory ({" ".join(str(error).split())}): a lower --eval_batch_size or '
+            '--memory_limit takes less, and so do, in another --workdir, smaller images or a lower '
+            'config.classifier.batch_size or hidden.'
         )
     except Exception as error:
         crash(error)

@@ -157,8 +157,7 @@ def _evade(
     labels, epsilon = checks.classes(labels, images), checks.number('epsilon', epsilon)
     steps = checks.count('steps', steps)
     step_size = 2.5 * epsilon / max(steps, 1) if step_size is None else step_size
-    step_size = jnp.asarray(checks.number('step_size', step_size), images.dtype)
-    step_size = step_size.reshape(-1, 1, 1, 1)
+    step_size = attack.per_image(checks.number('step_size', step_size), images)
 
     def step(state):
         t, x, taken = state

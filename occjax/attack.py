@@ -625,7 +625,7 @@ def sign_noise(images: Array, *, key: Array, epsilon: float, bounds: Bounds = PI
         `[B, H, W, C]`.
     """
     images = checks.images(images, bounds)
-    epsilon = _per_image(checks.number('epsilon', epsilon), images)
+    epsilon = per_image(checks.number('epsilon', epsilon), images)
     noise = jax.random.rademacher(key, images.shape, images.dtype)
     return _clip(images + epsilon * noise, images, bounds)
 
@@ -647,7 +647,7 @@ def outcome(clean_logits: Array, adversarial_logits: Array, labels: Array) -> Ou
 def _checked(logits_fn, images, labels, epsilon, bounds):
     """Returns the three as arrays, epsilon as `[B, 1, 1, 1]`, if they are what they should be."""
     images, labels = _labelled(logits_fn, images, labels, bounds)
-    return images, labels, _per_image(checks.number('epsilon', epsilon), images)
+    return images, labels, per_image(checks.number('epsilon', epsilon), images)
 
 
 def _labelled(logits_fn, images, labels, bounds):
@@ -658,7 +658,7 @@ def _labelled(logits_fn, images, labels, bounds):
     return images, checks.classes(labels, images)
 
 
-def _per_image(value, images):
+def per_image(value, images):
     """Returns one number, or one for each image, as `[B, 1, 1, 1]`."""
     value = jnp.asarray(value, images.dtype).reshape(-1, 1, 1, 1)
     return jnp.broadcast_to(value, (len(images), 1, 1, 1))
@@ -718,7 +718,7 @@ def project(
         bounds: valid pixel range, or None.
         order: of the ball's norm, infinity or 2.
     """
-    epsilon = _per_image(epsilon, images)
+    epsilon = per_image(epsilon, images)
     if order == 2:
         step = images - centre
         norm = jnp.linalg.norm(step.reshape(len(step), -1), axis=-1).reshape(-1, 1, 1, 1)
@@ -774,14 +774,14 @@ def _ascend(
     images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
     steps = jnp.broadcast_to(checks.count('steps', steps), len(images))
     if step_size is None:
-        step_size = reach * epsilon / _per_image(jnp.maximum(steps, 1), images)
-    step_size = _per_image(checks.number('step_size', step_size), images)
+        step_size = reach * epsilon / per_image(jnp.maximum(steps, 1), images)
+    step_size = per_image(checks.number('step_size', step_size), images)
 
     def step(_, state):
         adversarial, before = state
         direction = _climb(logits_fn, loss_fn, adversarial, labels).gradient
         if decay is not None:
-            kept = _per_image(checks.number('decay', decay), images) * before
+            kept = per_image(checks.number('decay', decay), images) * before
             direction = kept + unit(direction, order=1)
         along = jnp.sign(direction) if order == jnp.inf else unit(direction, order=order)
         moved = adversarial + step_size * along

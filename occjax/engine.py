@@ -22,6 +22,9 @@ from occjax.types import Array, LogitsFn
 # pixels, windows of 15) it took 1.1 times less time.
 _PAYS = 1.05
 
+# What `occluded_logits` takes that is no array and no function.
+SETTINGS = ('size', 'stride', 'grid', 'chunk_size', 'engine', 'threshold', 'every')
+
 
 def choose(wanted: str, plan: Plan) -> str:
     """Returns the engine that `wanted` names; 'auto' takes the one with less to do.

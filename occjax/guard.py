@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import attack, checks, detector, metrics, names, verdict
+from occjax import attack, checks, detector, engine, metrics, names, verdict
 from occjax import views as views_lib
 from occjax.fills import Fill
 from occjax.methods import METHODS
@@ -275,12 +275,6 @@ def load(path: str | os.PathLike) -> Guard:
         raise ValueError(f'{path} holds no guard: {error}') from None
 
 
-_WINDOWS = (
-    *('size', 'stride', 'grid', 'fill', 'top_classes'),
-    *('engine', 'threshold', 'every', 'chunk_size'),
-)
-
-
 def _seen(method, views, windows, autoencoder):
     """Returns what detectors see, as a guard has it."""
     if autoencoder is None and 'reconstruction' in views:
@@ -288,7 +282,7 @@ def _seen(method, views, windows, autoencoder):
     unknown = {*views} - {*names.VIEWS} or {method} & {*names.RIVALS} or {method} - {*METHODS}
     if unknown:
         raise ValueError(f'{sorted(unknown)} is no view, or no method, that a guard can have.')
-    other = {*windows} - {*_WINDOWS}
+    other = {*windows} - {'fill', 'top_classes', *engine.SETTINGS}
     if other:
         raise ValueError(f'{sorted(other)} is no argument of a guard, nor of its windows.')
     windows = tuple((name, _hashable(value)) for name, value in windows.items())

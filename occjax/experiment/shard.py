@@ -48,10 +48,7 @@ def noise_batch(variables, images, ids, *, key, epsilon, clip, network):
     return noisy, network.classifier(variables)(noisy)
 
 
-WINDOWS = ('size', 'stride', 'grid', 'chunk_size', 'engine', 'threshold', 'every')
-
-
-@functools.partial(jax.jit, static_argnames=('mesh', 'network', *WINDOWS))
+@functools.partial(jax.jit, static_argnames=('mesh', 'network', *engine_lib.SETTINGS))
 def map_batch(variables, images, fill, *, mesh, network, engine='full', **geometry):
     """Returns the `[B, h, w, K]` logits under every window; each device maps its own images."""
 

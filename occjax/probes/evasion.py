@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from occjax import adaptive, attack, data, detector, guard, names, verdict
+from occjax import adaptive, attack, data, detector, engine, guard, names, verdict
 from occjax import views as views_lib
 from occjax.experiment import devices, judging, shard, stages, storage, store
 from occjax.experiment import results as results_lib
@@ -36,7 +36,7 @@ ATTACKS = dict(
         strict=True,
     )
 )
-_SEEN = ('method', 'views', 'top_classes', 'network', *shard.WINDOWS)
+_SEEN = ('method', 'views', 'top_classes', 'network', *engine.SETTINGS)
 _STATIC = ('name', 'steps', 'weight', 'clip', 'mesh', *_SEEN)
 
 
@@ -350,6 +350,6 @@ def _attacked_maps(run, variables, target, ids, name, epsilon):
 def see_batch(variables, autoencoder, fill, images, *, method, views, network, **settings):
     """Returns the arrays of `verdict.observe`'s maps that a detector sees."""
     seen = views_lib.of_names(views, autoencoder)
-    plain_fn, settings = functools.partial(network.fn, variables), settings | dict(fill=fill)
-    maps = verdict.observe(plain_fn, images, method=METHODS[method], views=seen, **settings)
+    settings = dict(method=METHODS[method], views=seen, fill=fill, **settings)
+    maps = verdict.observe(network.classifier(variables), images, **settings)
     return {name: getattr(maps, name) for name in ('logits', 'unoccluded', 'views')}
