@@ -271,7 +271,8 @@ def _checked(maps, is_adversarial, weight):
         )
     if known[2] is not None and not (known[2] >= 0).all():
         raise ValueError('Expected weights of 0 and more, got negative ones or NaN.')
-    dtype = jnp.result_type(maps, jnp.bfloat16)  # Of integers too a float.
+    is_float = jnp.issubdtype(maps.dtype, jnp.floating)
+    dtype = maps.dtype if is_float else jnp.result_type(float)
     return maps.astype(dtype), is_adversarial.astype(dtype), weight.astype(dtype)
 
 
