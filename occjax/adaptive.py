@@ -127,17 +127,12 @@ def orthogonal_pgd(
     def direction_fn(pullback, is_wrong, odds, margins):
         none, all_ = jnp.zeros_like(margins), jnp.ones_like(margins)
         loss, silence = pullback(all_, none), pullback(none, -all_)
-        wanted = _select(is_wrong, silence, loss)
-        return _reject(wanted, _select(is_wrong, loss, silence))
+        wanted = attack.select(is_wrong, silence, loss)
+        return _reject(wanted, attack.select(is_wrong, loss, silence))
 
     return _evade(
         logits_fn, margin_fn, images, labels, epsilon, steps, step_size, bounds, direction_fn
     )
-
-
-def _select(chosen, new, old):
-    """Returns `[B, H, W, C]` images, the new ones where `[B]` says so."""
-    return jnp.where(chosen[:, None, None, None], new, old)
 
 
 def _reject(vectors, others):
@@ -177,7 +172,7 @@ def _evade(
         moved = x + step_size * jnp.sign(direction)
         moved = attack.project(moved, images, epsilon=epsilon, bounds=bounds)
         # The step after the last is there to look at what the last one reached.
-        return t + 1, _select((taken < 0) & (t < steps), moved, x), taken
+        return t + 1, attack.select((taken < 0) & (t < steps), moved, x), taken
 
     def is_going(state):
         t, _, taken = state

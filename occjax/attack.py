@@ -328,7 +328,7 @@ def apgd(
 
     step = functools.partial(_apgd_step, look, project_fn, less, least)
     state = _iterate(step, state, steps)
-    return _select(state.is_found, state.found, state.best.images)
+    return select(state.is_found, state.found, state.best.images)
 
 
 def _apgd_step(look, project_fn, less, least, t, at):
@@ -337,19 +337,19 @@ def _apgd_step(look, project_fn, less, least, t, at):
     share = jnp.where(t == 0, 1.0, 0.75).astype(x.dtype)
     ahead = project_fn(x + at.step * jnp.sign(at.here.gradient))
     here = look(project_fn(x + share * (ahead - x) + (1 - share) * (x - at.before)))
-    best = _select(here.loss > at.best.loss, here, at.best)
+    best = select(here.loss > at.best.loss, here, at.best)
     rises = at.rises + (here.loss > at.here.loss)
     is_due = at.due == t + 1
     stalls = ~at.was_halved & (at.reference >= best.loss)
     halves = is_due & (stalls | (rises <= 0.75 * at.gap))
     gap = jnp.where(is_due, jnp.maximum(at.gap - less, least), at.gap)
     return _Apgd(
-        here=_select(halves, best, here),
+        here=select(halves, best, here),
         before=x,
         best=best,
-        found=_select(here.is_wrong, here.images, at.found),
+        found=select(here.is_wrong, here.images, at.found),
         is_found=at.is_found | here.is_wrong,
-        step=_select(halves, at.step / 2, at.step),
+        step=select(halves, at.step / 2, at.step),
         rises=jnp.where(is_due, 0, rises),
         due=jnp.where(is_due, at.due + gap, at.due),
         gap=gap,
@@ -412,7 +412,7 @@ def square(
     def step(t, state):
         new = jax.vmap(attempt, (None, 0, 0, 0, 0, 0))(t, keys, images, state[0], epsilon, steps)
         new = (new, _margin(logits_fn, new, labels))
-        return _select((t == 0) | (new[1] < state[1]), new, state)
+        return select((t == 0) | (new[1] < state[1]), new, state)
 
     first = images, _margin(logits_fn, images, labels)
     return _iterate(step, first, steps, lambda state: state[1] < 0)[0]
@@ -502,7 +502,7 @@ def _descend(loss, images, optimizer, steps, const, nearest):
         gradient, (x, is_wrong) = jax.grad(loss, has_aux=True)(delta, const)
         updates, opt_state = optimizer.update(jnp.nan_to_num(gradient), opt_state)
         norm = jnp.linalg.norm((x - images).reshape(len(x), -1), axis=-1)
-        nearest = _select(is_wrong & (norm < nearest[1]), (x, norm), nearest)
+        nearest = select(is_wrong & (norm < nearest[1]), (x, norm), nearest)
         return (delta + updates, opt_state, nearest, is_found | is_wrong), None
 
     delta = jnp.zeros_like(images)
@@ -737,8 +737,8 @@ def _clip(moved, images, bounds):
     return jnp.clip(moved, jnp.minimum(images, low), jnp.maximum(images, high))
 
 
-def _select(chosen, new, old):
-    """Returns the state whose rows are new where `chosen`, `[B]`."""
+def select(chosen, new, old):
+    """Returns the tree of `[B, ...]` whose rows are `new` where `bool[B]` `chosen`, else `old`."""
     return jax.tree.map(functools.partial(jax.vmap(jnp.where), chosen), new, old)
 
 
@@ -750,7 +750,7 @@ def _iterate(step, state, steps, is_done=lambda state: jnp.bool_(False)):
 
     def body(carry):
         t, state = carry
-        return t + 1, _select(active(t, state), step(t, state), state)
+        return t + 1, select(active(t, state), step(t, state), state)
 
     return jax.lax.while_loop(lambda carry: active(*carry).any(), body, (0, state))[1]
 

@@ -1,5 +1,6 @@
 """Public functions in code bases that forbid implicit promotion, or compute in float64."""
 
+import contextlib
 import functools
 
 import jax
@@ -112,11 +113,15 @@ FUNCTIONS = {
     'magnet': magnet,
     'feature_squeezing': lambda: comparators.feature_squeezing(network(), IMAGES, bits=4, size=2),
 }
-SETTINGS = {
-    'rank': lambda: jax.numpy_rank_promotion('raise'),
-    'dtype': lambda: jax.numpy_dtype_promotion('strict'),
-    'x64': lambda: jax.enable_x64(True),
-}
+
+
+@contextlib.contextmanager
+def strict():
+    with jax.numpy_rank_promotion('raise'), jax.numpy_dtype_promotion('strict'):
+        yield
+
+
+SETTINGS = {'strict': strict, 'x64': lambda: jax.enable_x64(True)}
 
 
 @pytest.mark.slow

@@ -70,18 +70,25 @@ def train(run: Run):
         variables, step, digest = load_trained(run), 0, run.trained.digest
     else:
         variables, step, digest = _train(run, directory, split)
-    predict_fn = functools.partial(predict, variables, network=run.network)
-    accuracies = {
-        f'{name}_accuracy': classifier.evaluate(
-            lambda images: predict_fn(devices.divide(images)),
-            data.batches(getattr(run.dataset, name), run.batch_size, share_fn=hosts.share),
-            total_fn=hosts.total,
-        )
-        for name in names.SPLITS
-    }
+    accuracies = {f'{name}_accuracy': _accuracy(run, variables, name) for name in names.SPLITS}
     say('classifier: ' + ', '.join(f'{name} {value:.4f}' for name, value in accuracies.items()))
     found = {'step': step, 'classifier': digest, 'made_from': run.origin('train')}
     storage.write_record(directory / 'metrics.json', accuracies | found)
+
+
+def _accuracy(run, variables, name):
+    """Returns the share of a split's images that are classified correctly."""
+    split = getattr(run.dataset, name)
+    starts = hosts.share(range(0, len(split), run.batch_size))
+    progress = Progress(len(starts), f'accuracy of {name} images, batches')
+
+    def predict_fn(images):
+        predicted = np.asarray(predict(variables, devices.divide(images), network=run.network))
+        progress(1)
+        return predicted
+
+    batches = data.batches(split, run.batch_size, share_fn=hosts.share)
+    return classifier.evaluate(predict_fn, batches, total_fn=hosts.total)
 
 
 def _train(run, directory, split):

@@ -153,6 +153,14 @@ def one_host(workdir, cache, *arguments, num_devices=1):
     assert process.returncode == 0, errors
 
 
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, cache):
+    """The work directory of a run on one device; tests copy it."""
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    one_host(workdir, cache)
+    return workdir
+
+
 def two_hosts(workdir, cache, *arguments, environments=({}, {}), of_second=()):
     """Runs it on two hosts; returns of each the exit code, what it printed, and when it ended."""
     with socket.socket() as free:
@@ -262,11 +270,10 @@ def assert_close(first, second, path=''):
 
 
 @pytest.mark.slow
-def test_eight_devices_give_what_one_does(tmp_path, cache):
+def test_eight_devices_give_what_one_does(tmp_path, cache, whole):
     """Weights within 1e-4; from the same weights maps and all results within 1e-5."""
     one_host(tmp_path / 'eight', cache, num_devices=8)
-    one_host(tmp_path / 'trained', cache, '--mode=train')
-    same_weights([tmp_path / 'eight', tmp_path / 'trained'])
+    same_weights([tmp_path / 'eight', whole])
     alone = taken_along(tmp_path / 'eight', tmp_path / 'alone')
     one_host(alone, cache)
     same_results([alone, tmp_path / 'eight'])
@@ -309,10 +316,10 @@ def test_two_hosts_lose_one_in_each_stage_and_end_where_one_does(tmp_path, cache
         ('adaptive', ('--config.adaptive.epsilons=(0.1,)', '--config.adaptive.images=8')),
     ],
 )
-def test_two_hosts_find_what_one_does(tmp_path, cache, mode, flags):
+def test_two_hosts_find_what_one_does(tmp_path, cache, whole, mode, flags):
     workdirs = [tmp_path / 'two', tmp_path / 'one']
-    one_host(workdirs[0], cache)
-    shutil.copytree(*workdirs)
+    for workdir in workdirs:
+        shutil.copytree(whole, workdir)
     for code, _, errors, _ in two_hosts(workdirs[0], cache, f'--mode={mode}', *flags):
         assert code == 0, errors
     one_host(workdirs[1], cache, f'--mode={mode}', *flags)

@@ -14,6 +14,7 @@ from occjax import attack, classifier, data, detector, metrics, names, occlusion
 from occjax.benchmark import engines, fidelity, peer
 from occjax.experiment import devices, judging, shard, stages, storage, store
 from occjax.experiment import run as run_lib
+from occjax.progress import Progress
 from occjax.streams import Stream
 from occjax.types import Batch, HeatmapSet, UsageError
 from tests import small_run
@@ -584,6 +585,16 @@ def test_evaluate_divides_once():
     guesses = iter([np.array([1, 1]), np.array([1, 0]), np.array([0, 0])])
     batches = [Batch(np.zeros((2, 1, 1, 1)), labels, labels, is_real) for is_real in real]
     assert classifier.evaluate(lambda images: next(guesses), batches) == 2 / 5
+
+
+def test_an_accuracy_tells_how_far_it_is(finished, monkeypatch):
+    (run, _), made = finished, []
+    monkeypatch.setattr(stages, 'Progress', lambda *args: made.append(Progress(*args)) or made[-1])
+    variables = stages.load_variables(run)
+    for name in names.SPLITS:
+        found = stages._accuracy(run, variables, name)
+        assert found == store.load_metrics(run)[f'{name}_accuracy']
+        assert made[-1].done == made[-1].total >= 2
 
 
 @pytest.mark.slow
