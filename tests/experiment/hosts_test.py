@@ -27,6 +27,12 @@ from tests.small_run import make_run
 pytestmark = pytest.mark.usefixtures('small_plan')
 
 HOST_TIMEOUT = 10
+ATTACKED = (
+    '--config.adaptive.epsilons=(0.1,)',
+    "--config.adaptive.attacks=('selective',)",
+    '--config.adaptive.images=8',
+    '--config.adaptive.steps=10',
+)
 
 
 def split_of(count):
@@ -313,7 +319,7 @@ def test_two_hosts_lose_one_in_each_stage_and_end_where_one_does(tmp_path, cache
     ('mode', 'flags'),
     [
         ('fidelity', ('--fidelity_thresholds=0.5', '--benchmark_repeats=1')),
-        ('adaptive', ('--config.adaptive.epsilons=(0.1,)', '--config.adaptive.images=8')),
+        ('adaptive', ATTACKED),
     ],
 )
 def test_two_hosts_find_what_one_does(tmp_path, cache, whole, mode, flags):
