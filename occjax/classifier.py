@@ -170,6 +170,7 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     total_fn: Callable[[tuple[int, int]], tuple[int, int]] = lambda counts: counts,
+    on_batch: Callable[[int], None] = lambda count: None,
 ) -> float:
     """Returns the exact accuracy: every real image counts once, divided once.
 
@@ -177,11 +178,14 @@ def evaluate(
         predict_fn: maps `[B, H, W, C]` images to `[B]` classes.
         batches: padded ones, from `data.batches`.
         total_fn: sums counts over hosts, if each has its own batches.
+        on_batch: told after every batch how many real images it has.
     """
     correct = total = 0
     for batch in batches:
         hits = np.asarray(predict_fn(batch.images)) == batch.labels
         correct += int(np.sum(hits & batch.is_real))
-        total += int(batch.is_real.sum())
+        count = int(batch.is_real.sum())
+        total += count
+        on_batch(count)
     correct, total = map(int, total_fn((correct, total)))
     return correct / total

@@ -80,15 +80,13 @@ def _accuracy(run, variables, name):
     """Returns the share of a split's images that are classified correctly."""
     split = getattr(run.dataset, name)
     starts = hosts.share(range(0, len(split), run.batch_size))
-    progress = Progress(len(starts), f'accuracy of {name} images, batches')
-
-    def predict_fn(images):
-        predicted = np.asarray(predict(variables, devices.divide(images), network=run.network))
-        progress(1)
-        return predicted
-
-    batches = data.batches(split, run.batch_size, share_fn=hosts.share)
-    return classifier.evaluate(predict_fn, batches, total_fn=hosts.total)
+    own = sum(min(run.batch_size, len(split) - start) for start in starts)
+    return classifier.evaluate(
+        lambda images: predict(variables, devices.divide(images), network=run.network),
+        data.batches(split, run.batch_size, share_fn=lambda _: starts),
+        total_fn=hosts.total,
+        on_batch=Progress(own, f'accuracy of {name} images'),
+    )
 
 
 def _train(run, directory, split):
