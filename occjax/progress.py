@@ -21,13 +21,13 @@ class Progress:
         """Starts counting.
 
         Args:
-            total: how many there are.
+            total: how many there are to do; what is there already is none of them.
             what: is counted, in words.
             every: seconds from one line to the next, where there is no terminal.
         """
         self.total, self.what, self.every, self.bar = total, what, every, None
         self.done, self.began, self.told = 0, time.monotonic(), time.monotonic()
-        if sys.stderr.isatty():
+        if total and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, desc=what, file=sys.stderr, leave=False)
@@ -37,18 +37,15 @@ class Progress:
         """How many are done in a second."""
         return self.done / (time.monotonic() - self.began)
 
-    def __call__(self, count: int, *, was_there: bool = False):
-        """Counts `count` more as done; those that were there before say nothing of the rate."""
-        if was_there:
-            self.total -= count
-        else:
-            self.done += count
+    def __call__(self, count: int):
+        """Counts `count` more as done."""
+        self.done += count
         if self.bar is not None:
-            self.bar.total, self.bar.n = self.total, self.done
+            self.bar.n = self.done
             self.bar.refresh()
             if self.done >= self.total:
                 self.bar.close()
-        elif not was_there and time.monotonic() - self.told >= self.every:
+        elif time.monotonic() - self.told >= self.every:
             self.told = time.monotonic()
             left = (self.total - self.done) / self.rate / 60
             say(f'{self.what}: {self.done}/{self.total}, {self.rate:.1f}/s, {left:.1f} min left')

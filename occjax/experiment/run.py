@@ -354,12 +354,13 @@ def make_parts(run: Run, what: str, wanted: Sequence, *, mode: str, made_from: s
 
 def _parts(run, what, wanted, mode, made_from):
     """Does what `parts` says on this host."""
-    progress = Progress(sum(count for _, count, _ in wanted), what)
+    missing = {path: count for path, count, _ in wanted if not path.exists()}
+    progress = Progress(sum(missing.values()), what)
     for path, count, make_fn in wanted:
-        there, began = path.exists(), time.monotonic()
+        began = time.monotonic()
         found = storage.cached(path, make_fn, mode=mode, made_from=made_from)
-        progress(count, was_there=there)
-        if not there:
+        if path in missing:
+            progress(count)
             name, seconds = str(path.relative_to(run.workdir)), time.monotonic() - began
             run.log(stage=mode, part=name, count=count, seconds=seconds)
         yield found

@@ -294,13 +294,14 @@ def test_more_images_are_mapped_later(finished, tmp_path, monkeypatch):
     whole, _ = finished
     all_maps = {name: store.load_shards(whole, name)[0] for name in names.SPLITS}
     monkeypatch.setattr(run_lib.Run, 'shard_size', 48)
-    collected, collect = [], shard.collect
+    collected, totals, collect = [], [], shard.collect
 
     def counted(*args, **kwargs):
         collected.append(len(args[-1]))
         return collect(*args, **kwargs)
 
     monkeypatch.setattr(shard, 'collect', counted)
+    monkeypatch.setattr(run_lib, 'Progress', lambda n, what: totals.append(n) or Progress(n, what))
 
     def run_of(train, test):
         config = small_run.get_config()
@@ -325,6 +326,7 @@ def test_more_images_are_mapped_later(finished, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / 'detectors')
     stages.heatmaps(more)
     assert collected == [48] * 4 + [12] + [48, 48, 8]  # 300 and 200 in all, without what was there
+    assert totals[-1] == sum(collected)
     assert not (tmp_path / 'heatmaps' / 'train-0000096-4.npz').exists()
     with pytest.raises(UsageError, match=r'another config \(occlusion.test_images: 0 -> 96;'):
         run_of(100, 96)
