@@ -162,13 +162,21 @@ def logits_fn(
             or more, or changes its own state.
     """
 
-    def checked(images):
-        logits = _logits(logits_fn, images)
-        if labels is not None:
-            classes(labels, labels, logits.shape[-1], name)
-        return logits
+    def checking(fn):
+        def checked(images):
+            logits = _logits(fn, images)
+            if labels is not None:
+                classes(labels, labels, logits.shape[-1], name)
+            return logits
 
-    return logits_fn if isinstance(logits_fn, jax.stages.Compiled) else checked
+        return checked
+
+    if isinstance(logits_fn, jax.stages.Compiled):
+        return logits_fn
+    found = checking(logits_fn)
+    if hasattr(logits_fn, 'plain_fn'):  # Of `convolution.accelerate`, for `tracing.plain`.
+        found.plain_fn = checking(logits_fn.plain_fn)
+    return found
 
 
 def _logits(logits_fn, images):

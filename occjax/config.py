@@ -179,7 +179,8 @@ class Detector:
     """The MLPs (§III-D), how they are fitted, and how maps are divided into fitting and scoring.
 
     `held_out_threshold_fraction` of the held out images set thresholds at a false positive rate and
-    nothing else; with 0, those do that the detectors were fitted on, which know them by heart.
+    nothing else; with 0, those do that the detectors were fitted on, which know them by heart, and
+    no detector can be put to use.
     With `noise` the held out images under random signs of the attack's size join the clean ones
     when detectors are fitted, which else take noise for an attack.
     """

@@ -54,7 +54,7 @@ def conv3x3(images: Array, kernel: Array, *, padding: str = 'SAME', precision: A
         `[N, H, W, O]`, or `[N, H - 2, W - 2, O]` for 'VALID'.
 
     Raises:
-        ValueError: if the shapes don't fit each other or the padding is unknown.
+        ValueError: if shapes don't fit each other, the padding is unknown, or they are integers.
     """
     if images.ndim != 4 or kernel.ndim != 4 or kernel.shape[:3] != (3, 3, images.shape[-1]):
         raise ValueError(
@@ -67,6 +67,8 @@ def conv3x3(images: Array, kernel: Array, *, padding: str = 'SAME', precision: A
     if min(images.shape[1:3]) + 2 * pad < 3:
         raise ValueError(f"Expected images of at least 3x3 for 'VALID', got {images.shape}.")
     dtype = jnp.result_type(images, kernel)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(f'Expected floats, got {images.dtype} and {kernel.dtype}.')
     return _bilinear(
         images.astype(dtype), kernel.astype(dtype), form='forward', pad=pad, precision=precision
     )
@@ -423,6 +425,8 @@ def _convolution(params, images, kernel):
     out = params['preferred_element_type']
     if images.ndim != 4 or dilations != {1} or out not in (None, images.dtype):
         return None
+    if not jnp.issubdtype(images.dtype, jnp.inexact):
+        return None  # Winograd's points are no integers.
     c, o = kernel.shape[numbers.rhs_spec[1]], kernel.shape[numbers.rhs_spec[0]]
     if groups == 1 and sides == [3, 3] and strides == (1, 1):
         products = functools.partial(_products_3x3, precision=params['precision'])

@@ -150,14 +150,18 @@ def take(split: Split, index: np.ndarray) -> np.ndarray:
 
 
 def pixel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the mean and standard deviation of each channel, `f32[C]` of [0, 1] pixels."""
+    """Returns the mean and standard deviation of each channel, `f32[C]` of [0, 1] pixels.
+
+    The deviation of a channel that is the same everywhere is given as 1, so that one may divide.
+    """
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(split), 1024):
         pixels = np.asarray(split.images[start : start + 1024], np.float64) / 255
         count += pixels[..., 0].size
         total, squares = total + pixels.sum((0, 1, 2)), squares + (pixels**2).sum((0, 1, 2))
     mean = total / count
-    return mean.astype(np.float32), np.sqrt(squares / count - mean**2).astype(np.float32)
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return mean.astype(np.float32), np.where(std < 1e-4, 1, std).astype(np.float32)
 
 
 def batches(

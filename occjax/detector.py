@@ -103,10 +103,13 @@ def group_by_class(
         nothing for its detector to learn.
 
     Raises:
-        ValueError: if `balance` is unknown.
+        ValueError: if `balance` is unknown, `predicted` is not one class for each map, or
+            `is_adversarial` neither False nor True, or 0 nor 1.
     """
     if balance not in names.BALANCES:
         raise ValueError(f'Expected balance to be one of {names.BALANCES}, got {balance!r}.')
+    predicted = np.asarray(checks.classes(predicted, maps, num_classes, name='predicted classes'))
+    is_adversarial = _kinds(np.asarray(is_adversarial))
     groups = []
     for k in range(num_classes):
         kinds = [np.flatnonzero((predicted == k) & (is_adversarial == kind)) for kind in (0, 1)]
@@ -264,16 +267,23 @@ def _checked(maps, is_adversarial, weight):
     known = [np.asarray(a) if checks.is_known(a) else None for a in (maps, is_adversarial, weight)]
     if known[0] is not None and np.isnan(known[0]).any():
         raise ValueError('Expected maps of numbers, got NaN.')
-    if known[1] is not None and not np.isin(known[1], (0, 1)).all():
-        raise ValueError(
-            'Expected is_adversarial to be False or True, or 0 or 1, got '
-            f'{known[1].min()} to {known[1].max()}.'
-        )
+    if known[1] is not None:
+        _kinds(known[1])
     if known[2] is not None and not (known[2] >= 0).all():
         raise ValueError('Expected weights of 0 and more, got negative ones or NaN.')
     is_float = jnp.issubdtype(maps.dtype, jnp.floating)
     dtype = maps.dtype if is_float else jnp.result_type(float)
     return maps.astype(dtype), is_adversarial.astype(dtype), weight.astype(dtype)
+
+
+def _kinds(is_adversarial):
+    """Returns what it is given, if that is False or True, or 0 or 1."""
+    if not np.isin(is_adversarial, (0, 1)).all():
+        raise ValueError(
+            'Expected is_adversarial to be False or True, or 0 or 1, got '
+            f'{is_adversarial.min()} to {is_adversarial.max()}.'
+        )
+    return is_adversarial
 
 
 def _cells(maps, weight):

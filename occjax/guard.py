@@ -90,7 +90,7 @@ def make(
     *,
     class_names: Sequence[str],
     method: str = 'views_alone',
-    views: Sequence[str] = tuple(views_lib.VIEWS),
+    views: Sequence[str] | None = None,
     autoencoder: Any = None,
     fill: Fill = 0.5,
     attacks: Sequence[AttackFn] = ATTACKS,
@@ -112,7 +112,8 @@ def make(
         logits_fn: maps `[B, H, W, C]` images in [0, 1] to `[B, K]` logits, each on its own.
         images: `[N, H, W, C]` in [0, 1], or bytes; best ones that it was not trained on.
         labels, class_names: `[N]` classes, None takes the predicted ones; K names.
-        method, views: what detectors see, of `methods.METHODS` and `names.VIEWS`.
+        method, views: what detectors see, of `methods.METHODS` and `names.VIEWS`; None is all views
+            but `reconstruction`, or none if the method sees none.
         autoencoder: fitted, see `comparators.fit_autoencoder`; the view `reconstruction` needs it.
         fill, **windows: of `engine.occluded_logits`, and `top_classes` of `types.condense`.
         attacks: to fit on, each called as `attack_fn(logits_fn, images, labels, key=key)`.
@@ -125,22 +126,18 @@ def make(
         ValueError: if images, labels, names or settings do not fit, or nothing is left to fit on.
     """
     metrics.threshold_at_fpr(np.zeros(1), fpr)  # Refuses what is none, before all else.
-    sees = dict(fill=fill, autoencoder=autoencoder) | _seen(method, views, windows, autoencoder)
+    seen = _seen(method, views, windows, autoencoder)
+    sees = dict(autoencoder=autoencoder, fill=fill)
     attack_key, order_key, init_key, fit_key = jax.random.split(key, 4)
-    see_fn = functools.partial(_see, logits_fn, **sees)
+    see_fn = functools.partial(_see, logits_fn, **seen, **sees)
     attempt_fn = jax.jit(functools.partial(_attempts, logits_fn, see_fn, attacks, noise))
     maps, kinds = _gather(attack_key, attempt_fn, images, labels, batch_size, progress)
     _check_names(maps, class_names)
-    fits = np.asarray(jax.random.permutation(order_key, len(images))) % 3 > 0
-    is_fitted = fits[maps.image_id]
-    bank = _fitted(init_key, fit_key, METHODS[method], maps.select(is_fitted), steps)
-    sets = maps.select(~is_fitted & (kinds == _CLEAN))
-    scores, judges = _scores(bank, METHODS[method], sets), np.ones(len(class_names), bool)
-    if not METHODS[method].pooled:
-        judges = metrics.has_both_kinds(maps.select(is_fitted), len(class_names))
-    counts = judges[sets.predicted]
-    known = metrics.Calibration(np.asarray(scores)[counts], sets.predicted[counts], judges)
-    sees = dict(method=method, views=views, autoencoder=autoencoder, fill=fill)
+    is_fitted = np.asarray(jax.random.permutation(order_key, len(images)) % 3 > 0)[maps.image_id]
+    fits, sets = maps.select(is_fitted), maps.select(~is_fitted & (kinds == _CLEAN))
+    bank = _fitted(init_key, fit_key, METHODS[method], fits, steps)
+    known = _calibrated(bank, METHODS[method], fits, sets)
+    sees |= dict(method=method, views=seen['views'])
     return of_bank(bank, known, fpr=fpr, class_names=class_names, **sees, **windows)
 
 
@@ -277,6 +274,8 @@ def load(path: str | os.PathLike) -> Guard:
 
 def _seen(method, views, windows, autoencoder):
     """Returns what detectors see, as a guard has it."""
+    if views is None:
+        views = views_lib.VIEWS if method in names.VIEWING else ()
     if autoencoder is None and 'reconstruction' in views:
         raise ValueError('The view reconstruction needs a fitted autoencoder.')
     unknown = {*views} - {*names.VIEWS} or {method} & {*names.RIVALS} or {method} - {*METHODS}
@@ -285,6 +284,11 @@ def _seen(method, views, windows, autoencoder):
     other = {*windows} - {'fill', 'top_classes', *engine.SETTINGS}
     if other:
         raise ValueError(f'{sorted(other)} is no argument of a guard, nor of its windows.')
+    geometry = {*windows} - {'fill', 'top_classes'}
+    if geometry and not METHODS[method].windows:
+        raise ValueError(f'{method} sees no windows: leave out {", ".join(sorted(geometry))}.')
+    if views and method not in names.VIEWING:
+        raise ValueError(f'{method} sees no views of an image: leave them out.')
     windows = tuple((name, _hashable(value)) for name, value in windows.items())
     return dict(method=method, views=tuple(views), windows=windows)
 
@@ -374,6 +378,14 @@ def _fitted(init_key, fit_key, method, maps, steps):
     )
     bank = detector.init_bank(init_key, num_classes=count, grid=inputs.shape[1:], **method.fields)
     return jax.jit(functools.partial(detector.fit_bank, steps=steps))(fit_key, bank, *groups)
+
+
+def _calibrated(bank, method, fits, sets):
+    """Returns what thresholds come from: clean maps of classes that had something to learn from."""
+    count = fits.unoccluded.shape[-1]
+    judges = np.ones(count, bool) if method.pooled else metrics.has_both_kinds(fits, count)
+    sets = sets.select(judges[sets.predicted])
+    return metrics.Calibration(np.asarray(_scores(bank, method, sets)), sets.predicted, judges)
 
 
 def _scores(bank, method, maps):

@@ -53,9 +53,9 @@ class Region(NamedTuple):
     start: np.ndarray  # i64[P, axes], where it is: moved inwards at the far edges
 
 
-def _region(low, stop, sides):
+def _region(low, stop, sides, whole=_WHOLE):
     shape = (stop - low).max(axis=0)
-    if math.prod(shape) >= _WHOLE * math.prod(sides):
+    if math.prod(shape) >= whole * math.prod(sides):
         low, stop, shape = np.zeros_like(low), np.broadcast_to(sides, low.shape), np.array(sides)
     return Region(low, stop, tuple(map(int, shape)), np.minimum(low, sides - shape))
 
@@ -113,7 +113,11 @@ class Plan(NamedTuple):
     @property
     def calls_host(self) -> bool:
         """Whether the network calls Python, which `vmap` may not know how to map."""
-        return any('callback' in operation.name for operation in self.program.operations)
+        return any(
+            'callback' in name
+            for operation in self.program.operations
+            for name in tracing.primitives(operation.name, operation.params)
+        )
 
 
 def plan(
@@ -149,7 +153,8 @@ def plan(
     program = tracing.trace(checks.logits_fn(tracing.plain(logits_fn)), image)
     low = np.pad(origins.astype(np.int64), ((0, 0), (1, 1)))
     stop = low + [1, *checks.sides('size', size), image_shape[-1]]
-    regions, steps = {program.arguments[0]: _region(low, stop, image.shape)}, []
+    # Of the image itself: a window's box is its own size, whatever share that is.
+    regions, steps = {program.arguments[0]: _region(low, stop, image.shape, whole=math.inf)}, []
     for operation in program.operations:
         step = _step(operation, regions, threshold)
         steps += [step] if step else []

@@ -87,8 +87,8 @@ def _torchvision(name, file, digest):
         raise UsageError(
             f'config.classifier.source names {name!r}: expected one of {", ".join(TORCHVISION)}.'
         )
+    state = _arrays(file)
     try:
-        state = _arrays(file)
         if name.startswith('vgg'):
             plan = vgg.PLANS[name.removesuffix('_bn')]
             network, variables = of_plan(plan), vgg.from_torchvision(state)
@@ -113,21 +113,25 @@ def _resnet():
 def _arrays(file):
     """Returns a file's arrays by name. Nothing in it is executed, which pickles would be."""
     if file.suffix == '.npz':
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
-    if file.suffix == '.safetensors':
+
+        def load_file(file):
+            with np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
+
+    elif file.suffix == '.safetensors':
         try:
             from safetensors.numpy import load_file
         except ImportError:
             raise UsageError(f'{file} needs safetensors: pip install safetensors.') from None
-        try:
-            return load_file(file)
-        except Exception as error:  # Of its own, in Rust.
-            raise ValueError(str(error)) from None
-    raise UsageError(
-        f'{file}: expected .safetensors or .npz. Of a state dict of PyTorch the former is made by '
-        'safetensors.torch.save_file(state_dict, file), so that nothing is unpickled here.'
-    )
+    else:
+        raise UsageError(
+            f'{file}: expected .safetensors or .npz. Of a state dict of PyTorch the former is made '
+            'by safetensors.torch.save_file(state_dict, file), so that nothing is unpickled here.'
+        )
+    try:
+        return load_file(file)
+    except Exception as error:  # Of NumPy, of zipfile, and of safetensors' own, in Rust.
+        raise UsageError(f'{file} is no such file, or damaged: {error}') from None
 
 
 def _own(file, function, digest):

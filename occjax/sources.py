@@ -168,7 +168,12 @@ def folder(root: Path | None, *, resplit: bool = False) -> Source:
         raise UsageError('A folder of images needs a place: set data_dir to it.')
     train, *tests = _splits(root)
     alone = 'to hold images of each class out, set data.resplit_per_class'
-    if train is None and (tests or not resplit):
+    if train is None and tests and resplit:
+        raise UsageError(
+            f'{root} has {tests[0].name}, which is taken for a split, and no folder called train: '
+            'call the other split train; or, if it is a class, give it another name.'
+        )
+    if train is None and not resplit:
         raise UsageError(
             f'A folder of images is <split>/<class>/<file>, but {root} has no folder called train '
             f'with folders of classes in it, only {_names(root)}; if these are classes, {alone}.'

@@ -116,6 +116,14 @@ def jaxprs(params: dict) -> Iterator[Any]:
                 yield found
 
 
+def primitives(name: str, params: dict) -> Iterator[str]:
+    """Yields the name of a primitive, and those of all that it does inside."""
+    yield name
+    for jaxpr in jaxprs(params):
+        for eqn in jaxpr.eqns:
+            yield from primitives(eqn.primitive.name, eqn.params)
+
+
 def _walk(jaxpr, consts, operands, fn):
     """Returns a jaxpr's outputs, its calls opened: `fn(primitive, params, operands, results)`."""
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *operands], strict=True))

@@ -364,6 +364,9 @@ def summary(
     return rows
 
 
+_LEAVES = ('weight', 'bias')  # of each of torchvision's layers
+
+
 def from_torchvision(
     state_dict: dict[str, np.ndarray],
     *,
@@ -391,7 +394,9 @@ def from_torchvision(
         part: sorted({int(name.split('.')[1]) for name in arrays if name.startswith(part + '.')})
         for part in ('features', 'classifier')
     }
-    if not any(name.endswith('running_mean') for name in arrays) or len(numbers['classifier']) != 3:
+    wanted = [f'{part}.{n}.{leaf}' for part in numbers for n in numbers[part] for leaf in _LEAVES]
+    is_normalised = any(name.endswith('running_mean') for name in arrays)
+    if not is_normalised or len(numbers['classifier']) != 3 or not arrays.keys() >= {*wanted}:
         raise ValueError(
             "Expected the state dict of a torchvision 'vgg*_bn' model: features with batch "
             f'normalisation and three classifier layers, got the names {sorted(arrays)[:4]} ….'

@@ -272,6 +272,20 @@ class ConvolutionTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, message):
             convolution.conv3x3(jnp.zeros(images), jnp.zeros(kernel), padding=padding)
 
+    def test_integers_are_left_to_xla(self):
+        rng = np.random.default_rng(0)
+        images, kernel = (
+            jnp.asarray(rng.integers(-99, 99, shape), jnp.int32)
+            for shape in ((1, 8, 8, 64), (3, 3, 64, 64))
+        )
+        settings = dict(padding='SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+        fn = functools.partial(
+            jax.lax.conv_general_dilated, rhs=kernel, window_strides=(1, 1), **settings
+        )
+        np.testing.assert_array_equal(convolution.accelerate(fn)(images), fn(images))
+        with self.assertRaisesRegex(ValueError, 'Expected floats, got int32 and int32'):
+            convolution.conv3x3(images, kernel)
+
 
 if __name__ == '__main__':
     absltest.main()

@@ -124,6 +124,16 @@ class BatchesTest(parameterized.TestCase):
             np.testing.assert_array_equal(lazy[index], gathered[index])
 
 
+def test_pixel_statistics_are_numpy_s_and_a_constant_channel_may_be_divided_by():
+    images = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 3)).astype(np.uint8)
+    for constant in (0, 77, 255):
+        images[..., 1] = constant
+        mean, std = data.pixel_statistics(Split(images, np.zeros(50, np.int32)))
+        np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), rtol=1e-6)
+        expected = (images / 255).std((0, 1, 2))
+        np.testing.assert_allclose(std, [expected[0], 1, expected[2]], rtol=1e-6)
+
+
 class DigitsTest(parameterized.TestCase):
     def load(self, **kwargs):
         return data.load('digits', **{'image_size': 16, 'resplit_per_class': 20, **kwargs})
@@ -336,7 +346,10 @@ class FolderTest(TemporaryTest):
         train.rename(self.folder / 'tran')
         self.assert_usage_error('no folder called train', 'tran, tset', 'data.resplit_per_class')
         (self.folder / 'tran').rename(self.folder / 'test')
-        self.assert_usage_error('no folder called train', 'test, tset', resplit_per_class=1)
+        self.assert_usage_error('has test, which is taken for a split', resplit_per_class=1)
+        (self.folder / 'test').rename(train)
+        (train / 'only').rmdir()
+        self.load(resplit_per_class=1)  # The way out.
 
     def stderr_of_load(self, **kwargs):
         with contextlib.redirect_stderr(io.StringIO()) as stderr:

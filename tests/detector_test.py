@@ -186,6 +186,18 @@ class GroupsTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "Expected balance to be one of .*'undersampled'"):
             toy_groups([(3, 3)], 'undersampled')
 
+    @parameterized.parameters(
+        (dict(predicted=[0, 0, 2, 1]), 'predicted classes from 0 to 1'),
+        (dict(predicted=[0, 0, 1]), '4 integer predicted classes'),
+        (dict(is_adversarial=[-1, 1, -1, 1]), 'or 0 or 1, got -1 to 1'),
+    )
+    def test_refuses_maps_that_no_detector_would_see(self, changed, message):
+        rest = dict(predicted=[0, 0, 1, 1], is_adversarial=[0, 1, 0, 1]) | changed
+        rest = {name: np.array(values) for name, values in rest.items()}
+        settings = dict(num_classes=2, balance='none', rng=np.random.default_rng(0))
+        with self.assertRaisesRegex(ValueError, message):
+            detector.group_by_class(MAPS[0, :4], **rest, **settings)
+
     COUNTS = ((30, 10), (8, 50), (20, 0))
 
     @parameterized.parameters('undersample', 'weights', 'none')

@@ -39,9 +39,10 @@ IMAGES, LABELS = smooth(360, 0)
 
 @functools.cache
 def made(method='views_alone', **more):
-    more = dict(class_names=CLASSES, method=method, views=('blur', 'flip', 'shift')) | more
-    key = jax.random.key(0)
-    return guard.make(key, logits_fn, IMAGES, LABELS, steps=200, **WINDOWS, **more)
+    views = ('blur', 'flip', 'shift') if 'views' in method else None
+    sees = dict(method=method, views=views) | (WINDOWS if method != 'views_alone' else {})
+    more = sees | dict(class_names=CLASSES) | more
+    return guard.make(jax.random.key(0), logits_fn, IMAGES, LABELS, steps=200, **more)
 
 
 @pytest.mark.parametrize('method', ['views_alone', 'detector', 'all_logits', 'all_views'])
@@ -146,7 +147,7 @@ def test_the_last_batch_counts_each_image_once_and_progress_is_told():
 
 
 def test_what_cannot_be_guarded_is_said():
-    few = dict(class_names=CLASSES, views=('blur',), steps=1, **WINDOWS)
+    few = dict(class_names=CLASSES, views=('blur',), steps=1)
     key = jax.random.key(0)
     with pytest.raises(ValueError, match='names, 2, got logits of 3'):
         guard.make(key, logits_fn, IMAGES[:64], **few | {'class_names': ('a', 'b')})
@@ -158,15 +159,27 @@ def test_what_cannot_be_guarded_is_said():
         guard.make(key, logits_fn, IMAGES[:64], method='input_mfs', **few)
     with pytest.raises(ValueError, match=r"\['learning_rate', 'step'\] is no argument"):
         guard.make(key, logits_fn, IMAGES[:64], step=3, learning_rate=0.1, **few)
+    with pytest.raises(ValueError, match='views_alone sees no windows: leave out size, stride'):
+        guard.make(key, logits_fn, IMAGES[:64], **few, **WINDOWS)
+    with pytest.raises(ValueError, match='detector sees no views of an image: leave them out'):
+        guard.make(key, logits_fn, IMAGES[:64], method='detector', **few, **WINDOWS)
     with pytest.raises(ValueError, match='fpr is 5'):
         guard.make(key, None, IMAGES[:64], fpr=5, **few)  # Before anything is computed.
     with pytest.raises(ValueError, match='names, 3, got logits of 2'):
         guard.judge(made(), lambda x: logits_fn(x)[:, :2], IMAGES[:2])
 
 
+@pytest.mark.parametrize(('method', 'count'), [('detector', 0), ('views_alone', 12)])
+def test_views_are_all_or_none_by_what_a_method_sees(method, count):
+    windows = WINDOWS if method == 'detector' else {}
+    some = dict(class_names=CLASSES, steps=1, attacks=(guard.fgsm(8 / 255),), noise=())
+    found = guard.make(jax.random.key(0), logits_fn, IMAGES, method=method, **some, **windows)
+    assert len(found.views) == count
+
+
 def test_bytes_are_pixels():
     as_bytes = np.round(255 * IMAGES[:90]).astype(np.uint8)
-    known = dict(class_names=CLASSES, views=('blur',), steps=20, **WINDOWS)
+    known = dict(class_names=CLASSES, views=('blur',), steps=20)
     one = guard.make(jax.random.key(0), logits_fn, as_bytes, **known)
     other = guard.make(jax.random.key(0), logits_fn, as_bytes.astype(np.float32) / 255, **known)
     jax.tree.map(np.testing.assert_array_equal, one, other)

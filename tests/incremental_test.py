@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from occjax import convolution, engine, incremental, occlusion, rules, tracing, vgg
+from occjax import checks, convolution, engine, incremental, occlusion, rules, tracing, vgg
 from tests import any_network
 from tests.any_network import NETWORKS
 
@@ -47,6 +47,7 @@ def assert_equal(actual, expected, *, atol=1e-5):
 GEOMETRIES = [
     ((32, 32), dict(size=8, stride=5)),
     ((37, 29), dict(size=(7, 10), stride=(9, 6), grid='cover')),
+    ((32, 32), dict(size=31, stride=1, grid='floor')),
 ]
 
 
@@ -398,6 +399,27 @@ def test_what_calls_the_host_runs_in_full():
     np.testing.assert_array_equal(engine.occluded_logits(logits_fn, images, **geometry), expected)
 
 
+def test_a_call_of_the_host_is_seen_wherever_it_is():
+    shape = jax.ShapeDtypeStruct((), np.float32)
+
+    @jax.custom_vjp
+    def foreign(x):
+        return jax.pure_callback(np.sum, shape, x)
+
+    foreign.defvjp(lambda x: (foreign(x), x), lambda x, g: (g * jnp.ones_like(x),))
+
+    def logits_fn(call_fn, x):
+        return jnp.stack([x.sum((1, 2, 3)), call_fn(x) + 0 * x[:, 0, 0, 0]], axis=-1)
+
+    def in_a_loop(x):
+        return jax.lax.scan(lambda total, y: (total + foreign(y), None), 0.0, x)[0]
+
+    for call_fn in (jnp.sum, foreign, jax.jit(foreign), in_a_loop):
+        fn = functools.partial(logits_fn, call_fn)
+        plan = incremental.planned(fn, (8, 8, 3), size=4, stride=4)
+        assert plan.calls_host == (call_fn is not jnp.sum)
+
+
 def test_what_takes_no_single_image_runs_in_full():
     def logits_fn(images):
         assert len(images) == 4
@@ -515,6 +537,8 @@ def test_an_accelerated_function_is_looked_into_too():
     ]
     assert ratios[0] > 1.2
     assert ratios[1:] == ratios[:1] * 2
+    checked = checks.logits_fn(convolution.accelerate(fn), np.array([0]))
+    assert incremental.flop_ratio(checked, shape, size=8, stride=8) == ratios[0]
 
 
 @pytest.mark.parametrize('name', ['auto', 'full', 'incremental'])

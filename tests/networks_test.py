@@ -161,9 +161,10 @@ number = 3
         ('torchvision:alexnet:w.npz', 'expected one of vgg11_bn'),
         ('torchvision:resnet50:w.npz', 'ResNet of 18 layers'),
         ('torchvision:vgg11_bn:w.npz', 'state dict of a torchvision'),
-        ('torchvision:resnet18:w.pth', 'safetensors or .npz'),
-        ('torchvision:resnet18:broken.npz', 'broken.npz'),
-        ('torchvision:resnet18:broken.safetensors', 'broken.safetensors'),
+        ('torchvision:resnet18:w.pth', '^w.pth: expected'),
+        ('torchvision:resnet18:broken.npz', '^broken.npz is no such file, or damaged'),
+        ('torchvision:resnet18:cut.npz', '^cut.npz is no such file, or damaged'),
+        ('torchvision:resnet18:broken.safetensors', '^broken.safetensors is no such file'),
     ],
 )
 def test_a_source_that_is_none_is_said(tmp_path, monkeypatch, source, message):
@@ -172,6 +173,7 @@ def test_a_source_that_is_none_is_said(tmp_path, monkeypatch, source, message):
     save(tmp_path / 'w.npz', state_dict(BASIC))
     for name in ('w.pth', 'broken.npz', 'broken.safetensors'):
         (tmp_path / name).write_bytes(b'nothing of the kind')
+    (tmp_path / 'cut.npz').write_bytes((tmp_path / 'w.npz').read_bytes()[:-99])
     with pytest.raises(UsageError, match=message):
         networks.load(source)
 
@@ -298,8 +300,9 @@ def test_other_weights_in_the_same_file_are_another_classifier(own, tmp_path):
     content = file.read_bytes()
     try:
         save(tmp_path / 'w.npz', state_dict(BASIC, seed=3)).rename(file)
-        with pytest.raises(UsageError, match='made from another classifier'):
-            stages.load_variables(dataclasses.replace(run))
+        for stage in (*stages.STAGES.values(), stages.load_variables):
+            with pytest.raises(UsageError, match='made from another classifier'):
+                stage(dataclasses.replace(run))
     finally:
         file.write_bytes(content)
 

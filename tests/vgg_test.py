@@ -172,6 +172,14 @@ class LogitsTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, r"torchvision 'vgg\*_bn'"):
             vgg.from_torchvision({'conv1.weight': np.zeros((4, 3, 7, 7))})
 
+    def test_refuses_a_head_that_is_no_layer(self):
+        """As of one that was replaced by a `Sequential`."""
+        state = arrays(torch_twin(SMALL, image_size=8, hidden=16, num_classes=5)[1])
+        for part in ('weight', 'bias'):
+            state[f'classifier.6.0.{part}'] = state.pop(f'classifier.6.{part}')
+        with self.assertRaisesRegex(ValueError, 'three classifier layers'):
+            vgg.from_torchvision(state)
+
     @parameterized.parameters(
         (
             (1, 16, 16, 3),

@@ -19,7 +19,7 @@ from occjax.config import Detector
 from occjax.experiment import devices
 from occjax.methods import METHODS, Method
 from occjax.streams import Stream
-from occjax.types import HeatmapSet
+from occjax.types import HeatmapSet, UsageError
 
 # Classes whose networks are fitted, or score, at once: those of a thousand would fill any memory.
 _AT_ONCE = 16
@@ -249,7 +249,17 @@ def score_banks(banks: detector.Bank, method: Method, maps: HeatmapSet) -> np.nd
 def first(
     banks: detector.Bank, division: Division, method: Method
 ) -> tuple[detector.Bank, metrics.Calibration]:
-    """Returns the first seed's bank, as one would deploy it, and what its thresholds come from."""
+    """Returns the first seed's bank, as one would deploy it, and what its thresholds come from.
+
+    Raises:
+        UsageError: if no maps are reserved for thresholds.
+    """
+    if not division.is_reserved[0].any():
+        raise UsageError(
+            'No images are left for the thresholds of detectors in use, which must not come from '
+            'those that they were fitted on: set config.detector.held_out_threshold_fraction to '
+            '0.2 or so, in another --workdir.'
+        )
     known = division.known(0, score_banks(banks, method, division.maps)[0])
     num_classes = division.maps.unoccluded.shape[-1]
     calibration = metrics.calibration(num_classes=num_classes, learns=True, **known)

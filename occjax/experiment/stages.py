@@ -197,8 +197,6 @@ def load_variables(run: Run) -> Any:
     """Returns the trained classifier."""
     directory, metrics = run.workdir / 'classifier', store.load_metrics(run)
     if run.trained:
-        made = {'classifier': run.trained.digest}
-        storage.check_origin(directory / 'metrics.json', metrics, made, mode='train')
         return load_trained(run)
     like = jax.eval_shape(classifier.init_state, run.variable_shapes)
     known = dict(mode='train', step=metrics['step'])
@@ -311,7 +309,7 @@ def detectors(run: Run):
             if protocol == 'held_out':
                 guard_path(run, name).unlink(missing_ok=True)  # That of banks before these.
             say(f'detectors ({protocol}, {name}): fitted in {time.monotonic() - began:.0f} s')
-        if protocol == 'held_out':
+        if protocol == 'held_out' and division.is_reserved[0].any():
             for name in deployed(run):
                 load_guard(run, name, division)
 
@@ -355,17 +353,18 @@ def load_guard(run: Run, name: str, division: judging.Division | None = None) ->
     return guard.from_arrays(storage.cached(path, make, **known))
 
 
-def guard_of(run: Run, *found: Any, **settings: Any) -> guard.Guard:
-    """Returns `guard.of_bank` with the windows of a run."""
+def guard_of(run: Run, *found: Any, method: str, **settings: Any) -> guard.Guard:
+    """Returns `guard.of_bank` with the windows of a run, for a method that sees any."""
     fill, top_classes = run.config.occlusion.fill, run.config.occlusion.top_classes
+    if METHODS[method].windows:
+        settings |= run.geometry | ({'engine': 'approximate'} | run.knobs if run.knobs else {})
     return guard.of_bank(
         *found,
+        method=method,
         fill=np.array(fill) if fill else shard.fill_of(run, load_variables(run)),
         class_names=run.description['class_names'],
         **settings,
-        **run.geometry,
         **({'top_classes': top_classes} if top_classes else {}),
-        **({'engine': 'approximate'} | run.knobs if run.knobs else {}),
     )
 
 

@@ -23,7 +23,9 @@ def load_metrics(run: Run) -> dict:
     """Returns the trained classifier's accuracies, `step`, and `classifier`, its digest."""
     directory = run.workdir / 'classifier'
     found = storage.read_record(directory / 'metrics.json', mode='train')
-    storage.check_origin(directory, found['made_from'], run.origin('train'), mode='train')
+    made_from = found['made_from'] | {'classifier': found['classifier']}
+    wanted = run.origin('train') | ({'classifier': run.trained.digest} if run.trained else {})
+    storage.check_origin(directory, made_from, wanted, mode='train')
     return found
 
 

@@ -110,8 +110,9 @@ def _folder(run, path, output):
         except OSError as error:
             raise UsageError(f'Cannot use --output={output}: {error.strerror}.') from None
         with hosts.first():
-            for leftover in folder.rglob(f'.*{storage.PARTIAL}') if hosts.is_first() else ():
-                leftover.unlink()
+            for stem in ('.verdicts.csv.', '.detect.html.', 'parts/.') if hosts.is_first() else ():
+                for leftover in folder.glob(f'{stem}*{storage.PARTIAL}'):
+                    leftover.unlink(missing_ok=True)
         yield folder
     elif os.access(run.workdir, os.W_OK):
         root = Path(path).expanduser().resolve()

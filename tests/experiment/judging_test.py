@@ -14,6 +14,7 @@ from occjax.config import Detector
 from occjax.experiment import judging
 from occjax.experiment.judging import Scorer
 from occjax.methods import METHODS
+from occjax.types import UsageError
 from tests.detector_test import toy_maps
 
 NETWORKS = Scorer(None, threshold=0.0, learns=True)
@@ -210,6 +211,13 @@ def test_classes_that_lack_maps_are_named_by_hand():
     assert judging.lacking(whole).tolist() == [False, True, False, False]
     empty = judging.Division(maps.select(slice(0, 0)), is_fitted[:, :0], is_reserved[:, :0])
     assert judging.lacking(empty).all()
+
+
+def test_detectors_in_use_need_maps_that_none_was_fitted_on():
+    maps, wanted = toy_maps([(40, 40), (20, 20)]), Detector(seeds=2)
+    division = judging.divide(maps, 'held_out', wanted, 0)
+    with pytest.raises(UsageError, match='held_out_threshold_fraction'):
+        judging.first({}, division, METHODS['detector'])
 
 
 def learnt_scores(maps, division):

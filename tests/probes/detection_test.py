@@ -176,7 +176,11 @@ def test_what_others_lay_beside_it_stays_and_what_it_left_half_made_goes(judged,
     parts.mkdir(parents=True)
     (parts / 'mesh.npz').write_text('of another')
     (tmp_path / 'found' / '.detect.html.x.occjax-partial').write_text('half')
+    others = tmp_path / 'found' / 'of another run' / '.detect.html.y.occjax-partial'
+    others.parent.mkdir()
+    others.write_text('half')
     detect(run, folder / '0.png')
+    assert others.exists()
     assert (parts / 'mesh.npz').exists() and len(list(parts.iterdir())) == 2
     assert not list((tmp_path / 'found').glob('.*'))
 
