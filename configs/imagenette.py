@@ -1,7 +1,7 @@
 """The paper on Imagenette: `python launch.py --config=configs/imagenette.py --data_dir=<folder>`.
 
-On two CPU cores three to five hours of training and three of maps. configs/README.md has all of its
-training, and maps of all test images and of a part of the training images.
+On two CPU cores three to five hours of training and three of maps; what it gave is in
+configs/README.md.
 """
 
 from occjax.config import Attack, Classifier, Config, Data, Detector, Occlusion
