@@ -471,7 +471,8 @@ def carlini_wagner(
         return low + (high - low) * (jnp.tanh(w) + 1) / 2
 
     # At the bounds themselves the inverse is infinite.
-    centre = jnp.arctanh(0.999999 * jnp.clip(2 * (images - low) / (high - low) - 1, -1, 1))
+    edge = 1 - max(1e-6, float(jnp.finfo(images.dtype).eps))
+    centre = jnp.arctanh(edge * jnp.clip(2 * (images - low) / (high - low) - 1, -1, 1))
     anchor = to_pixels(centre)
 
     def loss(delta, const):

@@ -458,6 +458,17 @@ class NearestTest(parameterized.TestCase):
         way = np.linalg.norm((one - self.images).reshape(4, -1), axis=-1)
         self.assertTrue((way >= 1.02 * self.distances(2) - 3e-4).all())
 
+    def test_carlini_wagner_moves_black_and_white_in_any_float(self):
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+            images = jnp.asarray(np.arange(48).reshape(1, 4, 4, 3) % 2, dtype)
+            weights = jnp.asarray(np.random.default_rng(0).normal(size=(48, 3)), dtype)
+            settings = dict(steps=20, binary_search_steps=2, learning_rate=1.0, initial_const=10.0)
+            found = attack.carlini_wagner(
+                lambda x, w=weights: x.reshape(len(x), -1) @ w, images, **settings
+            )
+            self.assertEqual(found.dtype, dtype)
+            self.assertGreater(np.abs(np.float32(found) - np.float32(images)).max(), 0)
+
     def test_carlini_wagner_comes_near_it(self):
         images = 0.3 + 0.4 * self.images  # The tanh is nearly straight there.
         self.images, self.labels = images, self.logits_fn(images).argmax(-1)

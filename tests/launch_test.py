@@ -10,7 +10,7 @@ from absl.testing import flagsaver
 
 import launch as launch_lib
 from occjax.benchmark import peer
-from occjax.experiment import stages
+from occjax.experiment import stages, storage
 from occjax.types import UsageError
 from tests.conftest import ROOT
 from tests.small_run import make_run
@@ -246,10 +246,22 @@ def test_a_refused_config_leaves_no_work_directory(command):
 
 def test_another_config_is_refused_and_nothing_is_lost(command, tmp_path):
     refused(command, '--mode=report', '--workdir=run')
+    (tmp_path / 'run' / 'metrics.jsonl').touch()  # Something was made.
     before = (tmp_path / 'run' / 'config.json').read_bytes()
     line = refused(command, '--mode=report', '--workdir=run', '--config.seed=5')
     assert 'seed: 0 -> 5' in line
     assert (tmp_path / 'run' / 'config.json').read_bytes() == before
+
+
+def test_the_way_out_of_a_mistake_in_the_config_leads_out(command, tmp_path):
+    (tmp_path / 'run').mkdir()
+    refused(command, '--workdir=run', '--config.data.resplit_per_class=174')
+    (tmp_path / 'run' / 'dataset.json').write_text('of these images')
+    line = refused(command, '--mode=report', '--workdir=run', '--config.data.resplit_per_class=100')
+    assert 'another config' not in line
+    kept = storage.read_record(tmp_path / 'run' / 'config.json', mode='all')
+    assert kept['data']['resplit_per_class'] == 100
+    assert not (tmp_path / 'run' / 'dataset.json').exists()
 
 
 @pytest.mark.parametrize('missing', ['torch', 'captum'])

@@ -46,7 +46,7 @@ def fidelity(run: Run, timing: Timing, thresholds: Sequence[float]) -> str:
     if run.knobs:
         raise UsageError(
             f'--mode=fidelity compares with exact maps, but config.occlusion has {run.knobs}: '
-            'set both to 1.'
+            'set both to 1 in another --workdir.'
         )
     peer.check(run, timing.peer)
     variables, division = stages.load_variables(run), store.divide(run, _PROTOCOL)

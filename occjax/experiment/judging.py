@@ -46,6 +46,13 @@ class Division(NamedTuple):
         return ~(self.is_fitted | self.is_reserved)
 
     @property
+    def is_counted(self) -> np.ndarray:
+        """`bool[S, M]`, those of them whose class's detector had both kinds to learn from."""
+        count, predicted = self.maps.unoccluded.shape[-1], self.maps.predicted
+        fitted = (metrics.has_both_kinds(self.maps.select(row), count) for row in self.is_fitted)
+        return self.is_judged & np.stack([classes[predicted] for classes in fitted])
+
+    @property
     def judged_over_fitted(self) -> float:
         """How many maps judge for one that is fitted on."""
         return float(self.is_judged.sum() / max(1, self.is_fitted.sum()))
@@ -363,16 +370,14 @@ def roc(scores: np.ndarray, division: Division) -> dict[str, list[float]] | None
 
     Args:
         scores: `[S, M]` or `[M]`, of the division's maps.
-        division: the maps, of which those that judge count.
+        division: the maps, of which those that judge count, of classes that could be fitted.
 
     Returns:
         None if no class has maps of both kinds.
     """
     maps, grid, curves = division.maps, np.linspace(0, 1, 51), []
-    predicted = maps.predicted
-    for judged, values in zip(
-        division.is_judged, np.broadcast_to(scores, division.is_judged.shape), strict=True
-    ):
+    predicted, counted = maps.predicted, division.is_counted
+    for judged, values in zip(counted, np.broadcast_to(scores, counted.shape), strict=True):
         for k in np.unique(predicted):
             here = judged & (predicted == k)
             kinds = maps.is_adversarial[here]

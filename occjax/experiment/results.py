@@ -80,10 +80,12 @@ def _rank_agreement(per_class, class_names):
 
 def _histogram(scorer, scores, division, controls):
     """Returns `metrics.histogram` of the first seed's scores of maps that nothing was fitted on."""
-    judged, attacked = division.is_judged[0], division.maps.is_adversarial
-    kinds = {'clean': scores[0][judged & ~attacked], 'attacked': scores[0][judged & attacked]}
+    counted, attacked = division.is_counted[0], division.maps.is_adversarial
+    kinds = {'clean': scores[0][counted & ~attacked], 'attacked': scores[0][counted & attacked]}
     if len(controls.get('noise', ())):
-        fresh = ~np.isin(controls['noise'].image_id, division.maps.image_id[~judged])
+        noise, maps = controls['noise'], division.maps
+        fresh = ~np.isin(noise.image_id, maps.image_id[~division.is_judged[0]])
+        fresh &= np.isin(noise.predicted, maps.predicted[counted])
         kinds['noise'] = scorer.score_fn(controls['noise'])[0][fresh]
     return metrics.histogram(kinds)
 

@@ -216,12 +216,13 @@ class Run:
         if engine is None and self.knobs and self.speed.engine not in ('auto', 'approximate'):
             raise UsageError(
                 f'--engine={self.speed.engine} makes exact maps, but config.occlusion has '
-                f'{self.knobs}: leave --engine=auto, or set both to 1.'
+                f'{self.knobs}: leave --engine=auto, or set both to 1 in another --workdir.'
             )
         if engine is None and self.speed.engine == 'approximate' and not self.knobs:
             raise UsageError(
                 '--engine=approximate changes results, so its setting belongs to the config: add '
-                '--config.occlusion.threshold=0.5, or --config.occlusion.every=2.'
+                '--config.occlusion.threshold=0.5, or --config.occlusion.every=2, in another '
+                '--workdir.'
             )
         wanted = 'approximate' if self.knobs else self.speed.engine
         plan = self.planned(variables)

@@ -165,8 +165,8 @@ def check_origin(path: pathlib.Path, found: Origin, wanted: Origin, *, mode: str
 def open_workdir(path: str, config: Config) -> pathlib.Path:
     """Returns the directory of this very experiment, made if need be.
 
-    The config may ask for more maps than are there. Other files are left alone; what stages find
-    there tells itself what it was made from.
+    The config may ask for more maps than are there, and while nothing is made be any other. Other
+    files are left alone; what stages find there tells itself what it was made from.
 
     Raises:
         UsageError: if it holds another experiment or more maps, or can't be written.
@@ -179,7 +179,10 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
             changes = difference(identity(found), identity(wanted))
             if not (workdir / 'heatmaps' / 'manifest.json').exists():
                 found['occlusion'] |= dict.fromkeys(EXTENTS, 1)  # Nothing is mapped: any will do.
-            if changes and not extends(found, wanted):
+            if changes and hosts.is_first() and _is_fresh(workdir):
+                (workdir / 'dataset.json').unlink(missing_ok=True)
+                write_record(stored, wanted)
+            elif changes and not extends(found, wanted):
                 kept = 'repeat what it has, or ' if extends(wanted, found) else ''  # More maps.
                 raise UsageError(
                     f'{workdir} holds another config ({"; ".join(changes)}): {kept}choose another '
@@ -195,6 +198,12 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
     except OSError as error:
         raise UsageError(f'Cannot use --workdir={workdir}: {error.strerror}.') from None
     return workdir
+
+
+def _is_fresh(workdir):
+    """Returns whether nothing was made in a work directory but its config, and what it names."""
+    made = {path.name for path in workdir.iterdir()} - {'config.json', 'dataset.json', '.lock'}
+    return not made
 
 
 def _stored_config(path):

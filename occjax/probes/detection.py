@@ -49,7 +49,8 @@ def detect(run: Run, path: str | None, *, fpr: float = 0.05, output: str | None 
     Args:
         run: a finished one.
         path: a file or a folder of images.
-        fpr: the share of fresh clean images that each detector may call adversarial.
+        fpr: the share of fresh clean images, of those that the classifier gets right, that each
+            detector may call adversarial.
         output: the folder of these files; None for one in the work directory.
 
     Raises:
@@ -233,6 +234,12 @@ def _entries(run, arrays, guards) -> Iterator[dict[str, Any]]:
     for file, error in zip(arrays['file'].tolist(), arrays['error'].tolist(), strict=True):
         if error:
             yield {'file': file, 'error': error}
+            continue
+        said = [arrays[name][i] for name in ('probability', 'map')]
+        said += [arrays[name][d][i] for name in ('score', 'effect') for d in range(len(guards))]
+        if not all(np.isfinite(numbers).all() for numbers in said):
+            yield {'file': file, 'error': 'The classifier answers it with NaN or infinity.'}
+            i += 1
             continue
         k = int(arrays['predicted'][i])
         yield {

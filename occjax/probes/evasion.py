@@ -127,6 +127,7 @@ def evade(run: Run) -> str:
     if not count:
         raise UsageError('No test image is left that no detector was fitted on: map more of them.')
     for target in targets:
+        _tell_unthresholded(run, target)
         target = target._replace(ids=target.ids[:count])
         found, alarms[target.method] = _resisted(run, variables, target)
         rows += found
@@ -150,6 +151,17 @@ def evade(run: Run) -> str:
     storage.write_bytes(run.workdir / 'adaptive.png', picture)
     written = f'\nWritten: {run.workdir / "adaptive.json"}, adaptive.png; --mode=report shows it.\n'
     return tables.to_markdown([tables.adaptive_table(result)]) + written
+
+
+def _tell_unthresholded(run, target):
+    """Says where a detector never calls, so that every attack evades it."""
+    never = np.flatnonzero(np.isinf(target.thresholds))
+    if len(never):
+        class_names = run.description['class_names']
+        say(
+            f'adaptive, {target.label}: no threshold for {", ".join(class_names[k] for k in never)}'
+            ', so an attack evades it there by being taken for one of them; more maps set one.'
+        )
 
 
 class _Target(NamedTuple):

@@ -81,7 +81,7 @@ def head(
     Args:
         title: of the page.
         detectors: names, in the order of an entry's.
-        fpr: the share of clean images that each may call.
+        fpr: the share of clean, correctly classified images that each may call.
         image_size, window_size: sides in pixels.
         origins: `[P, 2]`, row and column of each window's first pixel.
         root: what all file names begin with, and the page need not repeat.
@@ -103,9 +103,9 @@ def head(
         f'{page.opening(title, _STYLE)}<header><h1>{html.escape(title)}</h1></header>\n'
         '<p class="lead">What the classifier predicts, and whether a detector takes the image '
         f'for attacked: at its threshold it does so with at most {100 * fpr:.3g} % of fresh clean '
-        'ones. A map has the probability of the predicted class with each window covered, from '
-        '<canvas id="bar" width="64" height="10"></canvas> 0 to 1; the framed windows moved the '
-        'score most, up (solid) or down (dashed).</p>\n'
+        'ones that the classifier gets right. A map has the probability of the predicted class '
+        'with each window covered, from <canvas id="bar" width="64" height="10"></canvas> 0 to 1; '
+        'the framed windows moved the score most, up (solid) or down (dashed).</p>\n'
         '<form id="filters" role="search">'
         f'<label>Detector <select id="detector">{options}</select></label>'
         f'<label>Verdict <select id="verdict"><option value="">all</option>{verdict_options}'

@@ -329,5 +329,11 @@ def test_a_roc_curve_is_the_mean_of_the_classes_rates():
                 best.append(max(reached))
         np.testing.assert_allclose(found['tpr'][number], np.mean(best), atol=1e-9)
     assert judging.roc(scores, division._replace(is_fitted=np.ones_like(fitted))) is None
+    unlearnt = fitted & ~((maps.predicted == 1) & maps.is_adversarial)
+    both, alone = (division._replace(is_fitted=each) for each in (unlearnt, unlearnt.copy()))
+    alone = judging.Division(
+        maps.select(first := maps.predicted == 0), *(x[:, first] for x in alone[1:])
+    )
+    assert judging.roc(scores, both) == judging.roc(scores[first], alone)
     perfect = judging.roc(maps.is_adversarial.astype(float), division)
     assert set(perfect['tpr']) == {1.0}

@@ -27,6 +27,9 @@ def test_a_workdir_is_one_experiment_s(tmp_path):
     other.attack.epsilon = 0.25
     workdir = storage.open_workdir(tmp_path / 'run', mine)
     assert storage.open_workdir(workdir, digits.get_config()) == workdir
+    storage.open_workdir(workdir, other)  # Nothing is made.
+    storage.open_workdir(workdir, mine)
+    (workdir / 'classifier').mkdir()
     with pytest.raises(UsageError, match=r'attack\.epsilon: 0\.1 -> 0\.25.*another --workdir'):
         storage.open_workdir(workdir, other)
 
@@ -41,6 +44,7 @@ def test_a_workdir_takes_more_images_to_map_but_not_fewer(tmp_path, name):
         return made
 
     workdir = storage.open_workdir(tmp_path / 'run', of(40))
+    (workdir / 'classifier').mkdir()
     assert storage.open_workdir(workdir, of(39)) == workdir  # As long as nothing is mapped.
     with pytest.raises(UsageError, match='another --workdir'):
         storage.open_workdir(workdir, of(39, stride=4))
@@ -67,6 +71,7 @@ def test_a_workdir_takes_more_images_to_map_but_not_fewer(tmp_path, name):
 def test_a_field_that_came_later_has_its_default(tmp_path):
     """A directory from before the field was there is the experiment that it was."""
     workdir = storage.open_workdir(tmp_path / 'run', digits.get_config())
+    (workdir / 'classifier').mkdir()
     stored = storage.read_record(workdir / 'config.json', mode='all')
     del (
         stored['digest'],

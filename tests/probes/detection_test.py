@@ -170,6 +170,27 @@ def test_what_could_not_be_read_is_tried_again(judged, detect, monkeypatch):
     assert sizes == [4, 4, 2, 4]
 
 
+def test_an_image_that_the_classifier_answers_with_nan_is_said_and_all_others_judged(
+    judged, detect, monkeypatch
+):
+    run, folder = judged
+    expected, see = detect(run, folder), detection._see
+
+    def with_nan(*args):
+        maps = see(*args)
+        return dataclasses.replace(maps, unoccluded=maps.unoccluded.at[1].set(np.nan))
+
+    monkeypatch.setattr(detection, '_see', with_nan)
+    shutil.rmtree(folder.parent / 'found')
+    for _ in range(2):  # The second time it comes from the store.
+        with pytest.raises(UsageError, match='of 10 files'):
+            detect(run, folder)
+        assert [line for line in detect.printed if 'error' not in line] == [
+            line for i, line in enumerate(expected) if i % 4 != 1
+        ]
+        assert detect.printed[1]['error'] == 'The classifier answers it with NaN or infinity.'
+
+
 def test_what_others_lay_beside_it_stays_and_what_it_left_half_made_goes(judged, detect, tmp_path):
     run, folder = judged
     parts = tmp_path / 'found' / 'parts'

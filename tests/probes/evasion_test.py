@@ -105,6 +105,7 @@ def test_other_probes_are_no_other_experiment(finished, tmp_path):
     config.sweep.images, config.adaptive.steps = 7, 3
     config.detector.methods = ('detector', 'pooled')
     storage.open_workdir(tmp_path / 'run', config)
+    (tmp_path / 'run' / 'classifier').mkdir()
     config.seed = 5
     with pytest.raises(config_lib.UsageError, match='seed'):
         storage.open_workdir(tmp_path / 'run', config)
@@ -139,3 +140,13 @@ def test_only_fitted_detectors_can_be_attacked(finished, tmp_path):
     run.config.adaptive.methods = ('pooled',)
     with pytest.raises(UsageError, match="has \\['pooled'\\]"):
         evasion.evade(run)
+
+
+def test_where_a_detector_never_calls_is_said(capsys, tmp_path):
+    run = make_run(tmp_path)
+    storage.write_record(tmp_path / 'dataset.json', {'class_names': ['one', 'two', 'three']})
+    target = evasion._Target('detector', {}, np.array([1.0, np.inf, np.inf]), None, [], '', {})
+    evasion._tell_unthresholded(run, target)
+    assert 'adaptive, detector: no threshold for two, three, so' in capsys.readouterr().err
+    evasion._tell_unthresholded(run, target._replace(thresholds=np.zeros(3)))
+    assert not capsys.readouterr().err
