@@ -19,7 +19,7 @@ DETECTORS = {  # README's words for methods
     'SID': 'sid',
     'PID': 'pid',
 }
-WHOLE = ('cifar10-part-matched',)  # Readings of which the page has all.
+WHOLE = ('cifar10-part-matched', 'imagenette-matched')  # Readings of which the page has all.
 KEPT = sorted((ROOT / 'configs' / 'results').glob('*.json'))
 
 
