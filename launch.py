@@ -131,7 +131,7 @@ _IMAGES = flags.DEFINE_string(
     'images', None, 'What --mode=detect judges: an image file, or a folder of them.'
 )
 _FPR = flags.DEFINE_float(
-    'fpr', 0.05, 'Share of clean, rightly named images that --mode=detect may call.', 0.0, 1.0
+    'fpr', 0.05, 'Share of clean, correctly classified images that may be called.', 0.0, 1.0
 )
 flags.register_validator('fpr', lambda share: share <= 1, 'no number')  # NaN.
 _OUTPUT = flags.DEFINE_string(

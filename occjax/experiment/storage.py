@@ -201,9 +201,12 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
 
 
 def _is_fresh(workdir):
-    """Returns whether nothing was made in a work directory but its config, and what it names."""
-    made = {path.name for path in workdir.iterdir()} - {'config.json', 'dataset.json', '.lock'}
-    return not made
+    """Returns whether nothing was made in a work directory but its config, and what it names.
+
+    Nor may anyone be about to: the lock of a process that works there has its name.
+    """
+    found = {path.name: path.stat().st_size for path in workdir.iterdir()}
+    return not (found.keys() - {'config.json', 'dataset.json', '.lock'} or found.get('.lock'))
 
 
 def _stored_config(path):

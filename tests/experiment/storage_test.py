@@ -29,6 +29,8 @@ def test_a_workdir_is_one_experiment_s(tmp_path):
     assert storage.open_workdir(workdir, digits.get_config()) == workdir
     storage.open_workdir(workdir, other)  # Nothing is made.
     storage.open_workdir(workdir, mine)
+    with storage.locked(workdir), pytest.raises(UsageError, match='another --workdir'):
+        storage.open_workdir(workdir, other)  # Someone is about to make something.
     (workdir / 'classifier').mkdir()
     with pytest.raises(UsageError, match=r'attack\.epsilon: 0\.1 -> 0\.25.*another --workdir'):
         storage.open_workdir(workdir, other)
