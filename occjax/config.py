@@ -114,7 +114,8 @@ class Classifier:
     An epoch of few images goes over all of them again until it has at least `epoch_steps` steps.
     `flip` mirrors half of the training images, others in each epoch. `resize` has the side to which
     images are shrunk in each of the first epochs: an epoch at 64 pixels costs a twelfth of one at
-    224 (progressive learning, https://arxiv.org/abs/2104.00298).
+    224 (progressive learning, https://arxiv.org/abs/2104.00298). The learning rate falls along a
+    cosine over all epochs; with `restarts` along one per image side, so it begins anew at each.
 
     The last four are defences of §II. `label_smoothing` goes from the true class to all
     (https://arxiv.org/abs/1512.00567). `adversarial_epsilon` above 0 attacks half of each batch by
@@ -135,6 +136,7 @@ class Classifier:
     normalize: bool = True
     flip: bool = False
     resize: tuple[int, ...] = number(32, 4096, ())  # Less vanishes in five pools.
+    restarts: bool = False
     label_smoothing: float = number(0, 1, 0.0, ends='[)')
     adversarial_epsilon: float = number(0, 1, 0.0)
     ensemble: int = number(0, 100, 0)

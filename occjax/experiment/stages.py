@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from occjax import classifier, comparators, data, guard, names, vgg
+from occjax.config import Classifier
 from occjax.experiment import devices, hosts, judging, shard, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run, make_parts
@@ -126,10 +127,9 @@ def _trained(run, directory, split, number, images_fn=None):
     rows = devices.rows(batch_size)
     steps = len(split) // batch_size
     rounds = max(1, math.ceil(settings.epoch_steps / steps))  # over the images, an epoch
-    # Ours: the paper names no schedule; a falling rate needs less tuning than a constant one.
-    schedule = optax.cosine_decay_schedule(settings.learning_rate, steps * rounds * settings.epochs)
     sides = [run.config.data.image_size] * settings.epochs
     sides[: len(settings.resize)] = settings.resize
+    schedule = learning_rates(settings, sides, steps * rounds)
     for epoch in range(done, settings.epochs):
         progress = Progress(rounds * len(split), f'epoch {epoch + 1}/{settings.epochs}, images')
         began, side = time.monotonic(), sides[epoch]
@@ -167,6 +167,22 @@ def _trained(run, directory, split, number, images_fn=None):
         _tell(run, number, epoch, found, left, step=int(state.step), schedule=schedule)
     hosts.wait('trained')
     return state.variables
+
+
+def learning_rates(settings: Classifier, sides: list[int], steps: int) -> optax.Schedule:
+    """Returns the learning rate by step: a cosine to 0 over all epochs, or over those of each side.
+
+    Ours: the paper names no schedule; a falling rate needs less tuning than a constant one.
+
+    Args:
+        settings: of the classifier, whose `restarts` begins anew with each side.
+        sides: of the images, by epoch.
+        steps: in an epoch.
+    """
+    runs = [len([*group]) for _, group in itertools.groupby(sides)]
+    lengths = steps * np.array(runs if settings.restarts else [len(sides)])
+    cosines = [optax.cosine_decay_schedule(settings.learning_rate, int(n)) for n in lengths]
+    return optax.join_schedules(cosines, np.cumsum(lengths)[:-1].tolist())
 
 
 def _sent(batches, batch_size, side):

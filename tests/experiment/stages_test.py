@@ -644,3 +644,17 @@ def test_approximate_maps_are_asked_for_by_the_config(finished, tmp_path):
         wrong = dataclasses.replace(run, config=config, speed=speed)
         with pytest.raises(UsageError, match='config.occlusion'):
             wrong.mapping(variables)
+
+
+def test_the_learning_rate_falls_over_all_epochs_or_begins_anew_at_each_side():
+    settings, sides, steps = small_run.get_config().classifier, [32, 32, 64, 96, 96, 96], 5
+    peak = settings.learning_rate
+    whole = stages.learning_rates(settings, sides, steps)
+    np.testing.assert_allclose(
+        [whole(i) for i in range(30)],
+        [peak * (1 + np.cos(np.pi * i / 30)) / 2 for i in range(30)],
+        rtol=1e-5,
+    )
+    anew = stages.learning_rates(dataclasses.replace(settings, restarts=True), sides, steps)
+    expected = [peak * (1 + np.cos(np.pi * i / n)) / 2 for n in (10, 5, 15) for i in range(n)]
+    np.testing.assert_allclose([anew(i) for i in range(30)], expected, rtol=1e-5)
