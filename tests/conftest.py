@@ -11,15 +11,16 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tests import moves  # noqa: E402
+
 os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='occjax-tests-')
 # Tests compile the same programs again and again: each is compiled once a session.
 os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='occjax-tests-')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-# Four devices, so that the paths of several are the ones under test; and programs that run for
-# milliseconds are not worth optimizing for seconds.
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
-    ' --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
-)
+# Four devices, so that the paths of several are the ones under test. What of this and of all that
+# is random or trained may be moved, `tests/moves.py` says.
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + moves.flags()
+moves.apply()
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -13,8 +13,6 @@ from occjax import checks, convolution, engine, incremental, occlusion, rules, t
 from tests import any_network
 from tests.any_network import NETWORKS
 
-# Almost all of these tests' time is compilation, so little is asked of it.
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 SETTINGS = ('fn', 'size', 'stride', 'grid', 'chunk_size', 'threshold', 'every')
 
 
@@ -23,13 +21,13 @@ def random_images(count, image_shape, seed=0):
     return rng.uniform(size=(count, *image_shape, 3)).astype(np.float32)
 
 
-@functools.partial(jit, static_argnames=SETTINGS)
+@functools.partial(jax.jit, static_argnames=SETTINGS)
 def plain_logits(weights, images, fill=0.5, *, fn, **settings):
     fn = functools.partial(fn, weights)
     return occlusion.occluded_logits(fn, images, fill=fill, **settings)
 
 
-@functools.partial(jit, static_argnames=SETTINGS)
+@functools.partial(jax.jit, static_argnames=SETTINGS)
 def incremental_logits(weights, images, fill=0.5, *, fn, **settings):
     fn = functools.partial(fn, weights)
     return incremental.occluded_logits(fn, images, fill=fill, **settings)
@@ -72,7 +70,7 @@ def test_gradients_are_the_plain_forms(name):
         return (jnp.sin(3 * logits) * jnp.arange(1, 6)).sum()
 
     found = [
-        jit(jax.grad(functools.partial(loss, module.occluded_logits), argnums=(0, 1)))(
+        jax.jit(jax.grad(functools.partial(loss, module.occluded_logits), argnums=(0, 1)))(
             weights, images
         )
         for module in (occlusion, incremental)
@@ -93,7 +91,7 @@ def test_a_derivative_of_ones_own_is_kept_on_boxes():
     def loss(images):
         return incremental.occluded_logits(logits_fn, images, size=4, stride=4).sum()
 
-    np.testing.assert_array_equal(jit(jax.grad(loss))(images), np.zeros_like(images))
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(images), np.zeros_like(images))
 
 
 SIZES, STRIDES = st.integers(1, 14), st.integers(3, 9)
@@ -165,9 +163,9 @@ def test_random_networks_are_the_plain_form(network, seed):
     hypothesis.assume(fits(layers, image_shape))
     fn = functools.partial(apply, layers, seed)
     fill = np.float32([0.1, 0.9, 0.4])
-    expected = jit(lambda x: occlusion.occluded_logits(fn, x, fill=fill, **geometry))(images)
+    expected = jax.jit(lambda x: occlusion.occluded_logits(fn, x, fill=fill, **geometry))(images)
     settings = geometry | dict(fill=fill, chunk_size=chunk_size)
-    actual = jit(lambda x: incremental.occluded_logits(fn, x, **settings))(images)
+    actual = jax.jit(lambda x: incremental.occluded_logits(fn, x, **settings))(images)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * scale + 1e-7)
 
@@ -191,7 +189,7 @@ def test_vmap_over_models_and_over_images():
 
     expected = [incremental_logits(weights, images, fn=fn, **geometry) for weights in both]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *both)
-    actual = jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(stacked, images)
+    actual = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(stacked, images)
     np.testing.assert_allclose(actual, np.stack(expected), rtol=1e-4, atol=1e-5)
 
 
@@ -199,7 +197,7 @@ def test_heatmaps_are_probabilities():
     fn, classes = any_network.bound('vgg'), np.array([4, 1])
     images, geometry = random_images(2, (17, 20)), dict(size=6, stride=4, fill=0.2)
     expected, actual, auto = (
-        jit(lambda x, module=module: module.heatmaps(fn, x, classes, **geometry))(images)
+        jax.jit(lambda x, module=module: module.heatmaps(fn, x, classes, **geometry))(images)
         for module in (occlusion, incremental, engine)
     )
     np.testing.assert_allclose(actual, expected, atol=1e-6)
@@ -287,12 +285,12 @@ def test_an_operation_without_a_rule_is_computed_whole(monkeypatch):
         dict(size=6, stride=5),
     )
     with_rule = incremental.flop_ratio(fn, (24, 24, 3), **geometry)
-    expected = jit(lambda x: occlusion.occluded_logits(fn, x, **geometry))(images)
+    expected = jax.jit(lambda x: occlusion.occluded_logits(fn, x, **geometry))(images)
     for name in ('custom_jvp_call', 'reduce_window_max'):
         rule = rules.RULES[name]
         monkeypatch.delitem(rules.RULES, name)
         assert incremental.flop_ratio(fn, (24, 24, 3), **geometry) < with_rule
-        actual = jit(lambda x: incremental.occluded_logits(fn, x, **geometry))(images)
+        actual = jax.jit(lambda x: incremental.occluded_logits(fn, x, **geometry))(images)
         assert_equal(actual, expected)
         monkeypatch.setitem(rules.RULES, name, rule)
 
@@ -446,7 +444,7 @@ def test_accelerate_changes_nothing(name):
         return (jnp.sin(3 * logits) * jnp.arange(1, 6)).sum(), logits
 
     plain, fast = (
-        jit(jax.grad(functools.partial(loss, f), argnums=(0, 1), has_aux=True))(weights, images)
+        jax.jit(jax.grad(functools.partial(loss, f), argnums=(0, 1), has_aux=True))(weights, images)
         for f in (fn, convolution.accelerate(fn))
     )
     for expected, actual in zip(*map(jax.tree.leaves, (plain, fast)), strict=True):
@@ -469,7 +467,7 @@ def test_where_maxima_tie_the_gradient_is_one_pixel_s(size, stride):
         return any_network.pool(images, size, stride)
 
     plain, fast = (
-        jit(jax.grad(functools.partial(loss, f)))(images)
+        jax.jit(jax.grad(functools.partial(loss, f)))(images)
         for f in (pool, convolution.accelerate(pool))
     )
     np.testing.assert_allclose(fast, plain, rtol=1e-6)

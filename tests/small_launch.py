@@ -34,8 +34,9 @@ def kill_at_call(module, names, number):
 if __name__ == '__main__':
     sys.path.insert(0, str(ROOT))
     from occjax import vgg
-    from tests import small_run
+    from tests import moves, small_run
 
+    moves.apply()
     if 'KILL_AT_WRITE' in os.environ:
         number = int(os.environ['KILL_AT_WRITE'])
         kill_at_call(os, ('fsync', 'replace', 'rename'), number)

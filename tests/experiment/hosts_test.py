@@ -21,7 +21,7 @@ from occjax.experiment import devices, hosts, judging, store
 from occjax.methods import METHODS
 from occjax.streams import Stream
 from occjax.types import Split, UsageError
-from tests import small_launch
+from tests import moves, small_launch
 from tests.small_run import make_run
 
 pytestmark = pytest.mark.usefixtures('small_plan')
@@ -140,8 +140,7 @@ def start(workdir, cache, *arguments, num_devices, **environment):
         'XDG_CACHE_HOME': str(cache),
         'JAX_COMPILATION_CACHE_DIR': str(cache / 'jax'),
         'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={num_devices} '
-        '--xla_backend_optimization_level=0',
+        'XLA_FLAGS': moves.flags(num_devices),
     }
     return subprocess.Popen(
         [sys.executable, small_launch.__file__, f'--workdir={workdir}', *arguments],

@@ -151,19 +151,20 @@ def test_noise_is_no_attack_either():
 
 def test_detectors_fitted_with_noise_call_it_clean():
     """Here the noise looks like the attacks, and there is thrice as much of it."""
-    maps = toy_maps([(60, 60)])
+    maps = toy_maps([(60, 60), (60, 60)])
     division = judging.divide(maps, 'held_out', Detector(seeds=2), 0)
     looks = maps.select(maps.is_adversarial)
-    noise = dataclasses.replace(looks, is_adversarial=np.zeros(60, bool))
-    method, wanted = METHODS['linear_probe'], Detector(seeds=2, steps=150, balance='none')
+    noise = dataclasses.replace(looks, is_adversarial=np.zeros(120, bool))
+    settings = dict(steps=300, learning_rate=0.3, balance='none')
+    method, wanted = METHODS['linear_probe'], Detector(seeds=2, **settings)
     key = jax.random.key(0)
     scores = {}
-    for name, joined in (('without', None), ('with', noise.select(np.arange(60).repeat(3)))):
+    for name, joined in (('without', None), ('with', noise.select(np.arange(120).repeat(3)))):
         banks = judging.init_banks(key, division, method)
         banks = judging.fit_banks(key, banks, division, method, wanted, 0, joined)
         scores[name] = judging.score_banks(banks, method, noise)
     judged = np.isin(noise.image_id, maps.image_id[division.is_judged[0]])
-    assert np.mean(scores['without'][0][judged] > 0) > 0.9
+    assert np.mean(scores['without'][0][judged] > 0) > 0.6
     assert np.mean(scores['with'][0][judged] > 0) < 0.1
 
 

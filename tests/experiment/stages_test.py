@@ -118,7 +118,7 @@ def test_controls_are_what_they_are_called(finished):
     assert set(controls['misclassified'].image_id) == everything - correct
     assert set(controls['failed'].image_id) == correct - attacked
     assert set(controls['noise'].image_id) <= correct
-    assert len(controls['noise']) > 10
+    assert len(controls['noise']) > 1
     for kind, part in controls.items():
         assert np.array_equal(part.label, split.labels[part.image_id])
         assert np.array_equal(part.predicted == part.label, [kind != 'misclassified'] * len(part))
@@ -633,7 +633,7 @@ def test_approximate_maps_are_asked_for_by_the_config(finished, tmp_path):
     approximate.config.occlusion.threshold = 0.4
     variables = stages.load_variables(run)
     assert approximate.mapping(variables).engine == 'approximate'
-    ids, autoencoder = np.arange(8), stages.load_autoencoder(run)
+    ids, autoencoder = np.arange(24), stages.load_autoencoder(run)
     ours, exact = (
         shard.collect(r, variables, autoencoder, run.dataset.test, ids)['logits']
         for r in (approximate, run)
