@@ -155,6 +155,12 @@ _BENCHMARK_SCALING = flags.DEFINE_bool(
     'Time nothing: read from compiled programs what all devices would do and exchange, with '
     '--benchmark_images each. --jax_platforms=cpu --jax_num_cpu_devices=256 makes up some.',
 )
+_BENCHMARK_TARGET = flags.DEFINE_string(
+    'benchmark_target',
+    None,
+    'Time nothing: ask the compiler of devices that are not here, tpu:<topology>, such as '
+    'tpu:v5e:2x2, or gpu:h100.',
+)
 _BENCHMARK_DTYPE = flags.DEFINE_enum(
     'benchmark_dtype', 'float32', ['float32', 'bfloat16'], 'Type of the weights that are timed.'
 )
@@ -205,6 +211,8 @@ def main(_):
     limit = memory.parse(_MEMORY_LIMIT.value) if _MEMORY_LIMIT.value is not None else None
     shares = thresholds()
     check_settings()
+    if _BENCHMARK_TARGET.value and not jax.config.jax_platforms:
+        jax.config.update('jax_platforms', 'cpu')  # A compiler's package would seek its device.
     hosts.start(
         detected=_MULTIHOST.value,
         address=_COORDINATOR_ADDRESS.value,
@@ -244,7 +252,7 @@ def run_modes(config, limit, shares):
         ),
     )
     # Seconds of import, which no mistake of the above has to wait for.
-    from occjax.benchmark import engines, fidelity, scaling, training
+    from occjax.benchmark import compilers, engines, fidelity, scaling, training
     from occjax.benchmark.peer import Timing
     from occjax.experiment import stages
     from occjax.probes import detection, evasion, sweep
@@ -256,9 +264,11 @@ def run_modes(config, limit, shares):
         dtype=_BENCHMARK_DTYPE.value,
         threshold=_BENCHMARK_THRESHOLD.value,
         every=_BENCHMARK_EVERY.value,
+        target=_BENCHMARK_TARGET.value,
     )
     timed = training if _BENCHMARK_TRAINING.value else engines
     timed = scaling if _BENCHMARK_SCALING.value else timed
+    timed = compilers if _BENCHMARK_TARGET.value else timed
     modes = stages.STAGES | {
         'detect': lambda run: detection.detect(
             run, _IMAGES.value, fpr=_FPR.value, output=_OUTPUT.value

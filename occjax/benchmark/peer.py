@@ -32,6 +32,7 @@ class Timing(NamedTuple):
     dtype: str = 'float32'  # of the weights
     threshold: float = 0.4  # of the approximate engine
     every: int = 2  # of the approximate engine
+    target: str | None = None  # whose compiler is asked, see `compilers.target`
 
 
 # Windows that captum is tried at in one forward pass; it makes one at a time by default.

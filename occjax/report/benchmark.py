@@ -41,8 +41,7 @@ def table(result: dict) -> str:
         [column(name, row) for column in columns.values()]
         for name, row in result['engines'].items()
     ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines += ['  '.join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    lines += _aligned(cells)
     if result['backend'] == 'cpu':
         taken = (f'{count} of {name}' for name, count in result['forms'].items())
         lines += ['', f'Convolutions and pools: {"; ".join(taken)}.']
@@ -54,6 +53,51 @@ def table(result: dict) -> str:
         "exceed the products' rate. A difference is of probabilities, from the plain engine.",
     ]
     return '\n'.join(lines)
+
+
+def compiled_table(result: dict) -> str:
+    """Returns what `benchmark_<target>.json` holds as lines for a person."""
+    columns = {
+        'program': lambda name, row: name,
+        'MiB': lambda name, row: f'{row["temporary_bytes"] / 2**20:,.0f}',
+        'of arguments': lambda name, row: f'{row["argument_bytes"] / 2**20:,.0f}',
+        'MB exchanged': lambda name, row: f'{sum(row["collectives"].values()) / 1e6:,.1f}',
+    }
+    if 'cycles' in next(iter(result['programs'].values())):
+        columns |= {
+            'predicted cycles': lambda name, row: f'{row["cycles"]:,}',
+            'predicted a second': lambda name, row: (
+                f'{row["per_second"]:,.0f} {row["unit"]}' if row['per_second'] else 'unknown clock'
+            ),
+            'most cycles in': lambda name, row: ', '.join(
+                f'{kind} {share:.0%}' for kind, share in [*row['share_of_cycles'].items()][:3]
+            ),
+        }
+    else:
+        columns |= {
+            'loops': lambda name, row: f'{row["loops"]}',
+            'fused kernels': lambda name, row: f'{row["fusions"]}',
+            'library calls': lambda name, row: f'{sum(row["library_calls"].values())}',
+        }
+    cells = [[*columns]]
+    cells += [[cell(*item) for cell in columns.values()] for item in result['programs'].items()]
+    versions = ', '.join(f'{name} {version}' for name, version in result['versions'].items())
+    lines = [
+        f'{result["network"]}, {result["image_size"]}x{result["image_size"]}, windows of '
+        f'{result["size"]} at stride {result["stride"]}, {result["images_per_device"]} images on '
+        f'each of {result["devices"]} x {result["device"]}, precision {result["precision"]}',
+        '',
+        *_aligned(cells),
+        '',
+        f'Predicted by the compiler ({versions}); nothing was run. All figures are of one device.',
+    ]
+    return '\n'.join(lines)
+
+
+def _aligned(cells):
+    """Returns rows of cells as lines with columns of one width each."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ['  '.join(map(str.ljust, row, widths)).rstrip() for row in cells]
 
 
 def describe(row: dict) -> str:

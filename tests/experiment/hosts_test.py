@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from occjax import data, vgg
-from occjax.benchmark import scaling
+from occjax import data
+from occjax.benchmark import compilers
 from occjax.experiment import devices, hosts, judging, store
 from occjax.methods import METHODS
 from occjax.streams import Stream
@@ -72,12 +72,11 @@ def test_a_joined_batch_is_the_batch(count):
 def test_maps_need_no_word_between_devices_and_training_only_sums(tmp_path):
     run, mesh = make_run(tmp_path / 'run'), devices.mesh()
     assert mesh.size == 4
-    layers = dict(num_classes=10, **run.layers)
-    variables = jax.eval_shape(lambda: vgg.init(jax.random.key(0), **layers))
-    maps = scaling.compiled_maps(run, variables, mesh, images=2)
-    assert scaling.collectives(maps.as_text()) == {}
-    step = scaling.compiled_step(run, variables, mesh, images=2)
-    found = scaling.collectives(step.as_text())
+    variables = compilers.variable_shapes(run)
+    programs = compilers.programs(run, variables, mesh, 2, 'tpu')
+    maps, step = (programs[name]().compiled('tpu') for name in ('maps, full', 'training step'))
+    assert compilers.collectives(maps.as_text()) == {}
+    found = compilers.collectives(step.as_text())
     assert set(found) == {'all-reduce'}
     size = sum(leaf.size for leaf in jax.tree.leaves(variables.params))
     channels = sum(stats['mean'].size for stats in variables.batch_stats)
@@ -92,7 +91,7 @@ def test_collectives_are_counted_in_bytes():
       ROOT %c = s32[4]{0} all-gather(%v), dimensions={0}
       %d = f32[9]{0} fusion(%all-reduce.3), calls=%f
     """
-    assert scaling.collectives(program) == {'all-reduce': 32 + 12 + 4, 'all-gather': 16}
+    assert compilers.collectives(program) == {'all-reduce': 32 + 12 + 4, 'all-gather': 16}
 
 
 def test_detectors_that_devices_divide_are_those_of_one(finished, monkeypatch):
