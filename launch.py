@@ -266,9 +266,12 @@ def run_modes(config, limit, shares):
         every=_BENCHMARK_EVERY.value,
         target=_BENCHMARK_TARGET.value,
     )
-    timed = training if _BENCHMARK_TRAINING.value else engines
-    timed = scaling if _BENCHMARK_SCALING.value else timed
-    timed = compilers if _BENCHMARK_TARGET.value else timed
+    asked = {
+        _BENCHMARK_TARGET: compilers,
+        _BENCHMARK_SCALING: scaling,
+        _BENCHMARK_TRAINING: training,
+    }
+    timed = next((module for flag, module in asked.items() if flag.value), engines)
     modes = stages.STAGES | {
         'detect': lambda run: detection.detect(
             run, _IMAGES.value, fpr=_FPR.value, output=_OUTPUT.value

@@ -13,6 +13,7 @@ kernels, no time. Images are divided among all chips of the topology.
 """
 
 import collections
+import dataclasses
 import functools
 import importlib.metadata
 import math
@@ -119,95 +120,125 @@ class Program(NamedTuple):
         return self.traced.lower(lowering_platforms=(platform,)).compile(options)
 
 
-def programs(
-    run: Run, variables: Any, mesh: jax.sharding.Mesh, images: int, platform: str
-) -> dict[str, Callable[[], Program]]:
-    """Returns what traces each program of an experiment on a mesh.
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The programs of an experiment, on a mesh whose one axis, `data`, divides images."""
 
-    Args:
-        run: the experiment.
-        variables: of the classifier, or their shapes.
-        mesh: of one axis, `data`, along which images are divided.
-        images: how many each device has.
-        platform: whose default chunk is taken.
-    """
-    whole, divided = (jax.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P('data')))
+    run: Run
+    variables: Any  # of the classifier, or their shapes
+    mesh: jax.sharding.Mesh
+    images: int  # on each device
+    platform: str  # whose default chunk is taken
 
-    def array(shape, dtype=np.float32, sharding=whole):
+    def makers(self) -> dict[str, Callable[[], Program]]:
+        """Returns what traces each program, by its name."""
+        trains = {} if self.run.trained else {'training step': self.step}
+        return trains | {
+            'FGSM': lambda: self.of_images(self.fgsm, self.weights, self.pixels, self.labels),
+            f'PGD, {PGD_STEPS} steps': lambda: self.of_images(
+                self.pgd, self.weights, self.pixels, self.labels
+            ),
+            'maps, full': lambda: self.maps('full'),
+            'maps, incremental': lambda: self.maps('incremental'),
+            'verdict': lambda: self.of_images(self.judge, (self.weights, self.bank), self.pixels),
+            'fit of a bank': self.fit,
+        }
+
+    def array(self, shape, dtype=np.float32, axis: str | None = None) -> jax.ShapeDtypeStruct:
+        """Returns the shape of an array, whole on each device or divided along an axis."""
+        sharding = jax.NamedSharding(self.mesh, jax.P(axis))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def like(tree):
-        return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), tree)
+    def like(self, tree: Any) -> Any:
+        """Returns the shapes of a tree of arrays, whole on each device."""
+        return jax.tree.map(lambda leaf: self.array(leaf.shape, leaf.dtype), tree)
 
-    count, image_shape = mesh.size * images, (*run.image_shape, 3)
-    pixels, labels = (
-        array((count, *image_shape), sharding=divided),
-        array((count,), np.int32, divided),
-    )
-    weights, method = like(variables), methods.METHODS['detector']
-    num_classes = jax.eval_shape(run.network.fn, weights, pixels).shape[-1]
-    new_bank = functools.partial(detector.init_bank, num_classes=num_classes, grid=run.grid)
-    bank = like(jax.eval_shape(new_bank, jax.random.key(0)))
-    chunk_size = run.speed.chunk_size or occlusion.default_chunk(image_shape, platform)
-    windows = run.geometry | dict(chunk_size=chunk_size)
-    epsilon = run.config.attack.epsilon
+    @property
+    def weights(self) -> Any:
+        """The shapes of the classifier's weights."""
+        return self.like(self.variables)
 
-    def of_images(fn, tree, *arguments):
-        """Returns a function of each device's own images, which exchange nothing."""
-        specs = (jax.P(), *(jax.P('data') for _ in arguments))
-        mapped = jax.shard_map(
-            fn, mesh=mesh, in_specs=specs, out_specs=jax.P('data'), check_vma=False
+    @property
+    def pixels(self) -> jax.ShapeDtypeStruct:
+        """The shape of the images."""
+        shape = (self.mesh.size * self.images, *self.run.image_shape, 3)
+        return self.array(shape, axis='data')
+
+    @property
+    def labels(self) -> jax.ShapeDtypeStruct:
+        """The shape of their labels."""
+        return self.array(self.pixels.shape[:1], np.int32, 'data')
+
+    @property
+    def bank(self) -> Any:
+        """The shapes of a bank of the paper's detectors, one per class."""
+        logits = jax.eval_shape(self.run.network.fn, self.weights, self.pixels)
+        new_fn = functools.partial(
+            detector.init_bank, num_classes=logits.shape[-1], grid=self.run.grid
         )
-        return Program(jax.jit(mapped).trace(tree, *arguments), images, 'images')
+        return self.like(jax.eval_shape(new_fn, jax.random.key(0)))
 
-    def fgsm(variables, images, labels):
-        return attack.fgsm(run.network.classifier(variables), images, labels, epsilon=epsilon)
+    @property
+    def windows(self) -> dict[str, Any]:
+        """Where the windows are, and how many are computed at once."""
+        chunk = occlusion.default_chunk(self.pixels.shape[1:], self.platform)
+        return self.run.geometry | dict(chunk_size=self.run.speed.chunk_size or chunk)
 
-    def pgd(variables, images, labels):
-        settings = dict(key=jax.random.key(0), epsilon=epsilon, steps=PGD_STEPS)
-        return attack.pgd(run.network.classifier(variables), images, labels, **settings)
+    def of_images(self, fn: Callable, tree: Any, *arguments: Any) -> Program:
+        """Traces a function of each device's own images, which exchanges nothing."""
+        specs = (jax.P(), *(jax.P('data') for _ in arguments))
+        divide = dict(in_specs=specs, out_specs=jax.P('data'), check_vma=False)
+        mapped = jax.jit(jax.shard_map(fn, mesh=self.mesh, **divide))
+        return Program(mapped.trace(tree, *arguments), self.images, 'images')
 
-    def judge(tree, images):
+    def fgsm(self, variables, images, labels):
+        """Returns images after one step."""
+        logits_fn, epsilon = self.run.network.classifier(variables), self.run.config.attack.epsilon
+        return attack.fgsm(logits_fn, images, labels, epsilon=epsilon)
+
+    def pgd(self, variables, images, labels):
+        """Returns images after `PGD_STEPS`."""
+        settings = dict(epsilon=self.run.config.attack.epsilon, steps=PGD_STEPS)
+        logits_fn = self.run.network.classifier(variables)
+        return attack.pgd(logits_fn, images, labels, key=jax.random.key(0), **settings)
+
+    def judge(self, tree, images):
+        """Returns the scores of the paper's detector."""
         variables, bank = tree
-        logits_fn = functools.partial(run.network.fn, variables)
-        maps = verdict.observe(logits_fn, images, method=method, **windows)
+        logits_fn = functools.partial(self.run.network.fn, variables)
+        method = methods.METHODS['detector']
+        maps = verdict.observe(logits_fn, images, method=method, **self.windows)
         return detector.score(bank, method.inputs_fn(maps), method.predicted(maps))
 
-    def maps(name):
-        settings = dict(mesh=mesh, network=run.network, engine=name, **windows)
-        traced = shard.map_batch.trace(weights, pixels, array((1,)), **settings)
-        return Program(traced, images * math.prod(run.grid), 'windows')
+    def maps(self, engine: str) -> Program:
+        """Traces the heat maps of a batch."""
+        settings = dict(mesh=self.mesh, network=self.run.network, engine=engine, **self.windows)
+        traced = shard.map_batch.trace(self.weights, self.pixels, self.array((1,)), **settings)
+        return Program(traced, self.images * math.prod(self.run.grid), 'windows')
 
-    def step():
-        settings = run.config.classifier
+    def step(self) -> Program:
+        """Traces a step of training."""
+        settings = self.run.config.classifier
         traced = classifier.train_step.trace(
-            like(jax.eval_shape(classifier.init_state, variables)),
-            pixels,
-            labels,
+            self.like(jax.eval_shape(classifier.init_state, self.variables)),
+            self.pixels,
+            self.labels,
             key=jax.random.key(0),
             learning_rate=jnp.float32(settings.learning_rate),
             dropout_rate=settings.dropout_rate,
             label_smoothing=settings.label_smoothing,
-            plan=run.layers['plan'],
+            plan=self.run.layers['plan'],
         )
-        return Program(traced, images, 'images')
+        return Program(traced, self.images, 'images')
 
-    def fit():
-        settings, lead = run.config.detector, (num_classes, BANK_MAPS)
+    def fit(self) -> Program:
+        """Traces the fit of a bank, each detector on `BANK_MAPS` maps."""
+        bank, settings = self.bank, self.run.config.detector
+        lead = (len(jax.tree.leaves(bank)[0]), BANK_MAPS)
         hyperparameters = dict(steps=settings.steps, batch_size=settings.batch_size)
         fit_fn = jax.jit(functools.partial(detector.fit_bank, **hyperparameters))
-        arrays = array((*lead, *run.grid)), array(lead, bool), array(lead)
+        arrays = self.array((*lead, *self.run.grid)), self.array(lead, bool), self.array(lead)
         return Program(fit_fn.trace(jax.random.key(0), bank, *arrays), settings.steps, 'steps')
-
-    trains = {} if run.trained else {'training step': step}
-    return trains | {
-        'FGSM': lambda: of_images(fgsm, weights, pixels, labels),
-        f'PGD, {PGD_STEPS} steps': lambda: of_images(pgd, weights, pixels, labels),
-        'maps, full': lambda: maps('full'),
-        'maps, incremental': lambda: maps('incremental'),
-        'verdict': lambda: of_images(judge, (weights, bank), pixels),
-        'fit of a bank': fit,
-    }
 
 
 def benchmark(run: Run, timing: Timing) -> str:
@@ -220,7 +251,7 @@ def benchmark(run: Run, timing: Timing) -> str:
     """
     chosen = target(timing.target)
     variables = variable_shapes(run)
-    makers = programs(run, variables, chosen.mesh, timing.images, chosen.platform)
+    makers = Programs(run, variables, chosen.mesh, timing.images, chosen.platform).makers()
     rows = {}
     for name, make in makers.items():
         if name.startswith('maps, ') and run.speed.engine not in ('auto', name[6:]):
