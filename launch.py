@@ -252,7 +252,7 @@ def run_modes(config, limit, shares):
         ),
     )
     # Seconds of import, which no mistake of the above has to wait for.
-    from occjax.benchmark import compilers, engines, fidelity, scaling, training
+    from occjax.benchmark import fidelity
     from occjax.benchmark.peer import Timing
     from occjax.experiment import stages
     from occjax.probes import detection, evasion, sweep
@@ -266,17 +266,11 @@ def run_modes(config, limit, shares):
         every=_BENCHMARK_EVERY.value,
         target=_BENCHMARK_TARGET.value,
     )
-    asked = {
-        _BENCHMARK_TARGET: compilers,
-        _BENCHMARK_SCALING: scaling,
-        _BENCHMARK_TRAINING: training,
-    }
-    timed = next((module for flag, module in asked.items() if flag.value), engines)
     modes = stages.STAGES | {
         'detect': lambda run: detection.detect(
             run, _IMAGES.value, fpr=_FPR.value, output=_OUTPUT.value
         ),
-        'benchmark': lambda run: timed.benchmark(run, timing),
+        'benchmark': lambda run: benchmark_module().benchmark(run, timing),
         'fidelity': lambda run: fidelity.fidelity(run, timing, shares),
         'sweep': sweep.sweep,
         'adaptive': evasion.evade,
@@ -294,6 +288,17 @@ def run_modes(config, limit, shares):
                 if mode == 'report':
                     print(f'Report: {run.workdir / "report" / "report.html"}')
             hosts.wait(mode)
+
+
+def benchmark_module():
+    """Returns what does the benchmark that flags ask for."""
+    from occjax.benchmark import compilers, engines, scaling, training
+
+    if _BENCHMARK_TARGET.value:
+        return compilers
+    if _BENCHMARK_SCALING.value:
+        return scaling
+    return training if _BENCHMARK_TRAINING.value else engines
 
 
 def thresholds() -> tuple[float, ...]:
