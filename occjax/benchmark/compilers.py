@@ -146,7 +146,7 @@ class Programs:
 
     def array(self, shape, dtype=np.float32, axis: str | None = None) -> jax.ShapeDtypeStruct:
         """Returns the shape of an array, whole on each device or divided along an axis."""
-        sharding = jax.NamedSharding(self.mesh, jax.P(axis))
+        sharding = jax.NamedSharding(self.mesh, jax.P(axis) if axis else jax.P())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def like(self, tree: Any) -> Any:
