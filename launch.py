@@ -8,9 +8,12 @@ run: those that took a second to compile, or fewer with
 --jax_persistent_cache_min_compile_time_secs=0. Several hosts may share that folder.
 """
 
+import dataclasses
+import difflib
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -18,6 +21,13 @@ import traceback
 import zlib
 from collections.abc import Callable
 
+try:
+    import fcntl  # noqa: F401
+except ImportError:
+    print(
+        'launch.py: it runs on Linux and macOS; elsewhere `import occjax` works.', file=sys.stderr
+    )
+    sys.exit(2)
 try:
     import jax
 except ValueError as unreadable:  # JAX reads its environment before anyone can ask it to.
@@ -46,6 +56,9 @@ class ConfigFile(flags.ArgumentParser):
     def parse(self, argument):
         """Returns the `Config`; raises `ValueError` if there is none, whatever the file does."""
         path, *rest = argument.split(':', 1)
+        path = expanded(path)
+        shipped = DEFAULT_CONFIG.parent / f'{path}.py'
+        path = str(shipped) if not os.path.exists(path) and shipped.is_file() else path
         try:
             namespace = {'__name__': 'config', '__file__': path}
             exec(compile(pathlib.Path(path).read_bytes(), path, 'exec'), namespace)
@@ -61,6 +74,31 @@ class ConfigFile(flags.ArgumentParser):
     def flag_type(self):
         """Returns what help texts call it."""
         return 'config file'
+
+
+def expanded(path: str) -> str:
+    """Returns a path without `~`; raises `ValueError` where nobody is at home."""
+    result = os.path.expanduser(path)
+    if result.startswith('~'):
+        raise ValueError(f'there is no home directory for {path}: write the whole path')
+    return result
+
+
+class PathParser(flags.ArgumentParser):
+    """Reads a path, in which `~` is the home directory, as a shell does where it stands first."""
+
+    def parse(self, argument):
+        """Returns the path, or None."""
+        return argument and expanded(argument)
+
+    def flag_type(self):
+        """Returns what help texts call it."""
+        return 'path'
+
+
+def define_path(name: str, text: str) -> flags.FlagHolder:
+    """Defines a flag that takes a path."""
+    return flags.DEFINE(PathParser(), name, None, text)
 
 
 class Lenient(flags.ArgumentParser):
@@ -88,13 +126,11 @@ for kind, parser in (
 ):
     config_flags.register_flag_parser_for_type(kind, Lenient(parser))
 _MODE = flags.DEFINE_enum('mode', 'all', names.MODES, 'Which stage to run.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go; default runs/<config name>.')
-_DATA_DIR = flags.DEFINE_string(
-    'data_dir', None, 'A TFDS directory, or a folder of images as <split>/<class>/<file>.'
+_WORKDIR = define_path('workdir', 'Where results go; default runs/<config name>.')
+_DATA_DIR = define_path(
+    'data_dir', 'A TFDS directory, or a folder of images as <split>/<class>/<file>.'
 )
-_CACHE_DIR = flags.DEFINE_string(
-    'cache_dir', None, 'Where decoded images are kept; default ~/.cache/occjax.'
-)
+_CACHE_DIR = define_path('cache_dir', 'Where decoded images are kept; default ~/.cache/occjax.')
 _CHUNK_SIZE = flags.DEFINE_integer(
     'chunk_size',
     None,
@@ -122,21 +158,17 @@ _MEMORY_LIMIT = flags.DEFINE_string(
     'What heatmaps may take: on CPU of memory in all, else on each device, such as 4GiB; default: '
     'half of the memory, or what JAX may use of a device.',
 )
-_PROFILE_DIR = flags.DEFINE_string(
+_PROFILE_DIR = define_path(
     'profile_dir',
-    None,
     'Where a step of training and a batch of heatmaps are profiled, for https://ui.perfetto.dev.',
 )
-_IMAGES = flags.DEFINE_string(
-    'images', None, 'What --mode=detect judges: an image file, or a folder of them.'
-)
+_IMAGES = define_path('images', 'What --mode=detect judges: an image file, or a folder of them.')
 _FPR = flags.DEFINE_float(
     'fpr', 0.05, 'Share of clean, correctly classified images that may be called.', 0.0, 1.0
 )
 flags.register_validator('fpr', lambda share: share <= 1, 'no number')  # NaN.
-_OUTPUT = flags.DEFINE_string(
+_OUTPUT = define_path(
     'output',
-    None,
     'Where --mode=detect puts verdicts.csv and detect.html; default: in the work directory.',
 )
 _BENCHMARK_IMAGES = flags.DEFINE_integer('benchmark_images', 4, 'Images that are timed.', 1, 1000)
@@ -203,9 +235,9 @@ _SHARED = ('train', 'heatmaps', 'sweep', 'adaptive', 'detect', 'fidelity')
 
 def main(_):
     """Checks what is asked for, joins other hosts, and does it."""
-    from occjax.experiment import hosts, memory
+    from occjax.experiment import hosts, memory, storage
 
-    config = flags.FLAGS.config
+    config = chosen_config()
     config.validate()
     check_size(config)
     limit = memory.parse(_MEMORY_LIMIT.value) if _MEMORY_LIMIT.value is not None else None
@@ -225,8 +257,28 @@ def main(_):
     jax.config.update('jax_default_matmul_precision', config.precision)
     asked = [to_json(config), _MODE.value, _IMAGES.value, _FPR.value, shares]
     hosts.check_same(zlib.crc32(json.dumps(asked).encode()) // 2, 'configs', need='flags')
-    hosts.quietly(lambda: run_modes(config, limit, shares))
+    with storage.locked(workdir()):  # Before anything is written.
+        hosts.quietly(lambda: run_modes(config, limit, shares))
     hosts.end()
+
+
+def workdir() -> pathlib.Path:
+    """Returns where results go."""
+    path, *argument = config_flags.get_config_filename(flags.FLAGS['config']).split(':', 1)
+    usual = pathlib.Path('runs', '-'.join([pathlib.Path(path).stem, *argument]))
+    return pathlib.Path(_WORKDIR.value) if _WORKDIR.value else usual
+
+
+def chosen_config() -> Config:
+    """Returns the config that the command names, or that of the finished run it looks at."""
+    from occjax.experiment import storage
+
+    config, flag = flags.FLAGS.config, flags.FLAGS['config']
+    if _MODE.value in (*names.STAGES[:-1], 'all'):
+        return config
+    is_chosen = config_flags.get_config_filename(flag) != str(DEFAULT_CONFIG)
+    overrides = config_flags.get_override_values(flag)
+    return storage.adopt(workdir(), config, overrides, is_chosen=is_chosen)
 
 
 def run_modes(config, limit, shares):
@@ -234,10 +286,8 @@ def run_modes(config, limit, shares):
     from occjax.experiment import hosts, storage
     from occjax.experiment.run import Run, Speed
 
-    path, *argument = config_flags.get_config_filename(flags.FLAGS['config']).split(':', 1)
-    workdir = _WORKDIR.value or os.path.join('runs', '-'.join([pathlib.Path(path).stem, *argument]))
     with hosts.first():
-        opened = storage.open_workdir(workdir, config)
+        opened = storage.open_workdir(workdir(), config)
     run = Run(
         config=config,
         workdir=opened,
@@ -276,18 +326,17 @@ def run_modes(config, limit, shares):
         'adaptive': evasion.evade,
     }
     wanted = names.STAGES if _MODE.value == 'all' else [_MODE.value]
-    with storage.locked(run.workdir):
-        if jax.process_count() > 1 and set(wanted) & set(_SHARED) - {'detect'}:
-            with hosts.first():
-                _ = run.dataset  # Decoded once, and cached for all.
-        for mode in wanted:
-            if mode in _SHARED or hosts.is_first():
-                tables = modes[mode](run)
-                if tables:
-                    print(tables)
-                if mode == 'report':
-                    print(f'Report: {run.workdir / "report" / "report.html"}')
-            hosts.wait(mode)
+    if jax.process_count() > 1 and set(wanted) & set(_SHARED) - {'detect'}:
+        with hosts.first():
+            _ = run.dataset  # Decoded once, and cached for all.
+    for mode in wanted:
+        if mode in _SHARED or hosts.is_first():
+            tables = modes[mode](run)
+            if tables:
+                print(tables)
+            if mode == 'report':
+                print(f'Report: {run.workdir / "report" / "report.html"}')
+        hosts.wait(mode)
 
 
 def benchmark_module():
@@ -359,6 +408,7 @@ def parse(argv):
     """Parses flags; a mistake in them, or in the config that they name, is the user's."""
     try:
         argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+        check_fields(argv)
         if not any(argument.split('=')[0] in ('-config', '--config') for argument in argv[1:]):
             argv.insert(1, f'--config={DEFAULT_CONFIG}')
         # Not before: it reads the arguments, and may fail.
@@ -366,13 +416,33 @@ def parse(argv):
         config_flags.DEFINE_config_file('config', None, text, sys_argv=argv)
         flags.FLAGS['config'].parser = ConfigFile()
         rest = flags.FLAGS(argv)
-    except KeyError as error:
-        raise UsageError(f'{error.args[0]}; its fields are in occjax/config.py.') from None
+    except UsageError:
+        raise
     except Exception as error:  # Of absl, ml_collections and Python's parser.
         raise UsageError(' '.join(str(error).split())) from None
     if len(rest) > 1:
         raise UsageError(f'Unknown argument {rest[1]!r}: flags begin with --.')
     return rest
+
+
+def check_fields(argv: list[str]):
+    """Refuses arguments of fields that no config has, and offers those that are meant."""
+
+    def fields(section, prefix=''):
+        for field in dataclasses.fields(section):
+            yield prefix + field.name
+            if dataclasses.is_dataclass(field.type):
+                yield from fields(field.type, f'{prefix}{field.name}.')
+
+    known = [*fields(Config)]
+    for argument in argv[1:]:
+        named = re.match(r'--?(?:no)?config\.([\w.]*)', argument)
+        if named and named[1] not in known:
+            last = named[1].rpartition('.')[2]
+            near = [name for name in known if name.rpartition('.')[2] == last]
+            near = near or difflib.get_close_matches(named[1], known, n=1)
+            meant = f'did you mean {" or ".join(near)}? ' if near else ''
+            raise UsageError(f'{argument}: no such field: {meant}All are in occjax/config.py.')
 
 
 def crash(error: Exception):

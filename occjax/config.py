@@ -11,9 +11,10 @@ import hashlib
 import json
 import math
 import operator
+import shlex
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from occjax import names
@@ -438,13 +439,41 @@ def from_json(stored: dict) -> Config:
     return made(Config, stored)
 
 
+def adopted(stored: dict, config: Config, overrides: Iterable[str], *, is_chosen: bool) -> Config:
+    """Returns the config of a `to_json` tree, with what a command says of its own.
+
+    Args:
+        stored: the tree of the run that the command looks at.
+        config: the command's.
+        overrides: the fields that the command sets, such as `attack.epsilon`.
+        is_chosen: whether it also names the config file. That says which images, and how to probe.
+    """
+    result, own = from_json(stored), (*_PROBES, 'data.name') if is_chosen else ()
+    for path in (*own, *overrides):
+        section, _, field = path.rpartition('.')
+        value = operator.attrgetter(path)(config)
+        setattr(operator.attrgetter(section)(result) if section else result, field, value)
+    return result
+
+
 def difference(stored: dict, wanted: dict, prefix: str = '') -> list[str]:
     """Returns `field: stored -> wanted` for every leaf in which two `to_json` trees differ."""
-    lines = []
+    leaves = _different(stored, wanted, prefix)
+    return [f'{path}: {left!r} -> {right!r}' for path, left, right in leaves]
+
+
+def flags_of(stored: dict, wanted: dict) -> list[str]:
+    """Returns the flags that make the first tree of the second one, as a shell takes them."""
+    leaves = [(path, left) for path, left, _ in _different(stored, wanted)]
+    values = [(path, tuple(v) if isinstance(v, list) else v) for path, v in leaves]
+    return [shlex.quote(f'--config.{path}={v}'.replace(' ', '')) for path, v in values]
+
+
+def _different(stored, wanted, prefix=''):
+    """Yields path and both values of every leaf in which two `to_json` trees differ."""
     for key in sorted(stored.keys() | wanted.keys()):
         left, right = stored.get(key), wanted.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
-            lines += difference(left, right, f'{prefix}{key}.')
+            yield from _different(left, right, f'{prefix}{key}.')
         elif left != right:
-            lines.append(f'{prefix}{key}: {left!r} -> {right!r}')
-    return lines
+            yield prefix + key, left, right

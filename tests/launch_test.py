@@ -9,8 +9,10 @@ import pytest
 from absl.testing import flagsaver
 
 import launch as launch_lib
-from occjax.benchmark import peer
+from configs import digits
+from occjax.benchmark import engines, fidelity, peer
 from occjax.experiment import stages, storage
+from occjax.probes import detection, evasion, sweep
 from occjax.types import UsageError
 from tests.conftest import ROOT
 from tests.small_run import make_run
@@ -56,7 +58,12 @@ def refused(command, *arguments):
 @pytest.mark.parametrize(
     ('arguments', 'expected'),
     [
-        (['--config.attack.epsilom=0.1'], 'Field epsilom not found'),
+        (['--config.attack.epsilom=0.1'], 'did you mean attack.epsilon?'),
+        (['--config.attack.eps=0.1'], 'did you mean attack.epsilon?'),
+        (['--config.epsilon=0.1'], 'did you mean attack.epsilon?'),
+        (['--config.atack.epsilon=0.1'], 'did you mean attack.epsilon?'),
+        (['--noconfig.clip'], 'did you mean attack.clip?'),
+        (['--config.qqqq=1'], 'no such field: All are in occjax/config.py'),
         (['--config.attack.epsilon=large'], "config.attack.epsilon is 'large': expected a number"),
         (['--config.attack.epsilon=8'], 'config.attack.epsilon is 8.0'),
         (['--config.attack.epsilon=nan'], 'config.attack.epsilon is nan'),
@@ -254,14 +261,81 @@ def test_another_config_is_refused_and_nothing_is_lost(command, tmp_path):
 
 
 def test_the_way_out_of_a_mistake_in_the_config_leads_out(command, tmp_path):
-    (tmp_path / 'run').mkdir()
     refused(command, '--workdir=run', '--config.data.resplit_per_class=174')
-    (tmp_path / 'run' / 'dataset.json').write_text('of these images')
+    storage.write_record(tmp_path / 'run' / 'dataset.json', {'name': 'of these images'})
     line = refused(command, '--mode=report', '--workdir=run', '--config.data.resplit_per_class=100')
     assert 'another config' not in line
     kept = storage.read_record(tmp_path / 'run' / 'config.json', mode='all')
     assert kept['data']['resplit_per_class'] == 100
     assert not (tmp_path / 'run' / 'dataset.json').exists()
+
+
+def test_a_second_start_is_refused_before_it_writes_anything(command, tmp_path):
+    """Also where both begin at once, and the first has not come to its config yet."""
+    with storage.locked(tmp_path / 'run'):
+        before = {path: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
+        line = refused(command, '--workdir=run', '--config.attack.epsilon=0.25')
+        assert f'in use by process {os.getpid()}' in line
+        assert {path: path.read_bytes() for path in (tmp_path / 'run').iterdir()} == before
+
+
+@pytest.mark.parametrize('mode', ['report', 'detect', 'sweep', 'adaptive', 'fidelity', 'benchmark'])
+def test_a_finished_run_is_looked_at_by_its_own_config(command, monkeypatch, tmp_path, mode):
+    """What the command sets itself must be what the run has, but for what only probes read."""
+    found, made = [], get_own()
+    for module, name in (
+        (detection, 'detect'),
+        (sweep, 'sweep'),
+        (evasion, 'evade'),
+        (fidelity, 'fidelity'),
+        (engines, 'benchmark'),
+    ):
+        monkeypatch.setattr(module, name, lambda run, *_, **__: found.append(run.config))
+    monkeypatch.setitem(stages.STAGES, 'report', lambda run: found.append(run.config))
+    workdir = storage.open_workdir('runs/digits', made)
+    (workdir / 'classifier').mkdir()
+    config = f'--config={ROOT}/configs/digits.py'
+    command(f'--mode={mode}', config)
+    command(f'--mode={mode}', config, '--config.classifier.hidden=7', '--config.sweep.steps=3')
+    command(f'--mode={mode}', '--workdir=runs/digits', '--config.adaptive.weight=2')
+    for asked in found:
+        asked.sweep.steps, asked.adaptive.weight = made.sweep.steps, made.adaptive.weight
+        assert asked == made
+    assert len(found) == 3
+    line = refused(command, f'--mode={mode}', config, '--config.classifier.hidden=8')
+    assert 'repeat --config.classifier.hidden=7, or choose another --workdir' in line
+    other = f'--config={ROOT}/configs/folder.py'
+    assert "'digits' -> 'folder'" in refused(
+        command, f'--mode={mode}', other, '--workdir=runs/digits'
+    )
+    assert 'repeat --config.' in refused(command, '--mode=train', '--workdir=runs/digits')
+
+
+def get_own():
+    """Returns a config that a command has changed."""
+    made = digits.get_config()
+    made.classifier.hidden, made.occlusion.fill, made.precision = 7, (0.0,), 'bfloat16'
+    made.detector.methods = ('detector',)
+    return made
+
+
+@pytest.mark.parametrize('flag', ['workdir', 'data_dir', 'cache_dir', 'output', 'images'])
+def test_every_path_may_begin_at_home_where_there_is_one(command, monkeypatch, tmp_path, flag):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    with flagsaver.flagsaver():
+        launch_lib.parse(['launch.py', f'--{flag}=~/x'])
+        assert launch_lib.flags.FLAGS[flag].value == f'{tmp_path}/x'
+    monkeypatch.setattr(os.path, 'expanduser', str)  # Nobody is at home.
+    line = refused(command, f'--{flag}=~/x')
+    assert f'--{flag}=~/x' in line and 'no home directory for ~/x' in line
+
+
+def test_a_config_is_found_by_its_name_unless_a_file_has_it(command, monkeypatch, tmp_path):
+    assert ran(command, monkeypatch, '--config=cifar10:quick').data.name == 'cifar10'
+    assert os.listdir('runs') == ['cifar10-quick']
+    assert '--config=cifar11: FileNotFoundError' in refused(command, '--config=cifar11')
+    (tmp_path / 'cifar10').write_text('from configs.digits import get_config')
+    assert ran(command, monkeypatch, '--config=cifar10').data.name == 'digits'
 
 
 @pytest.mark.parametrize('missing', ['torch', 'captum'])
@@ -330,6 +404,13 @@ def test_double_precision_from_the_environment_is_refused(tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert 'JAX_ENABLE_X64 in the environment) is True' in line
+
+
+def test_another_system_is_said_in_one_line(tmp_path):
+    done = launch(cwd=tmp_path, code='import sys\nsys.modules["fcntl"] = None\n' + PROGRAM)
+    assert (done.returncode, done.stdout) == (2, '')
+    (line,) = done.stderr.splitlines()
+    assert 'Linux and macOS' in line
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def heatmaps(run: Run):
     hosts.wait('manifest')
     if hosts.is_first():
         for cut in {path.name for path in directory.glob('*-*-*.npz')} - digests.keys():
-            (directory / cut).unlink()
+            storage.discard(directory / cut)
 
 
 def _refuse_stale(run):
@@ -323,11 +323,12 @@ def detectors(run: Run):
                 directory, run.config.detector.steps, banks, made_from=made_from
             )
             if protocol == 'held_out':
-                guard_path(run, name).unlink(missing_ok=True)  # That of banks before these.
+                storage.discard(guard_path(run, name))  # That of banks before these.
             say(f'detectors ({protocol}, {name}): fitted in {time.monotonic() - began:.0f} s')
         if protocol == 'held_out' and division.is_reserved[0].any():
             for name in deployed(run):
                 load_guard(run, name, division)
+    storage.keep_config(run.workdir, run.config)
 
 
 def deployed(run: Run) -> list[str]:

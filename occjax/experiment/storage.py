@@ -17,13 +17,23 @@ import pathlib
 import socket
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
-from occjax.config import EXTENTS, Config, complete, difference, extends, identity, to_json
+from occjax.config import (
+    EXTENTS,
+    Config,
+    adopted,
+    complete,
+    difference,
+    extends,
+    flags_of,
+    identity,
+    to_json,
+)
 from occjax.experiment import hosts
 from occjax.types import UsageError
 
@@ -162,8 +172,19 @@ def check_origin(path: pathlib.Path, found: Origin, wanted: Origin, *, mode: str
         )
 
 
-def open_workdir(path: str, config: Config) -> pathlib.Path:
-    """Returns the directory of this very experiment, made if need be.
+def adopt(workdir: pathlib.Path, config: Config, overrides: Iterable[str], **how: bool) -> Config:
+    """Returns the config of the run in a work directory, see `config.adopted`.
+
+    Where there is none, or one of another version of this code, that is the command's own.
+    """
+    path = workdir / 'config.json'
+    with contextlib.suppress(TypeError):  # It lacks a field without a default.
+        return adopted(_stored_config(path), config, overrides, **how) if path.exists() else config
+    return config
+
+
+def open_workdir(path: str | pathlib.Path, config: Config) -> pathlib.Path:
+    """Returns the directory of this very experiment, made if need be; the caller has its lock.
 
     The config may ask for more maps than are there, and while nothing is made be any other. Other
     files are left alone; what stages find there tells itself what it was made from.
@@ -171,23 +192,21 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
     Raises:
         UsageError: if it holds another experiment or more maps, or can't be written.
     """
-    workdir = pathlib.Path(path).expanduser()
+    workdir = pathlib.Path(path)
     stored, wanted = workdir / 'config.json', to_json(config)
     try:
         if stored.exists():
             found = _stored_config(stored)
+            if not (workdir / 'heatmaps' / 'manifest.json').exists():  # Any number will do.
+                found['occlusion'] |= {name: wanted['occlusion'][name] for name in EXTENTS}
             changes = difference(identity(found), identity(wanted))
-            if not (workdir / 'heatmaps' / 'manifest.json').exists():
-                found['occlusion'] |= dict.fromkeys(EXTENTS, 1)  # Nothing is mapped: any will do.
             if changes and hosts.is_first() and _is_fresh(workdir):
-                (workdir / 'dataset.json').unlink(missing_ok=True)
+                with contextlib.suppress(UsageError):  # Absent, or not ours.
+                    read_record(workdir / 'dataset.json', mode='train')
+                    (workdir / 'dataset.json').unlink()
                 write_record(stored, wanted)
             elif changes and not extends(found, wanted):
-                kept = 'repeat what it has, or ' if extends(wanted, found) else ''  # More maps.
-                raise UsageError(
-                    f'{workdir} holds another config ({"; ".join(changes)}): {kept}choose another '
-                    '--workdir, or delete that one.'
-                )
+                raise _another(workdir, changes, flags_of(identity(found), identity(wanted)))
         elif hosts.is_first():
             write_record(stored, wanted)
         else:  # The first host wrote it before.
@@ -200,41 +219,65 @@ def open_workdir(path: str, config: Config) -> pathlib.Path:
     return workdir
 
 
-def _is_fresh(workdir):
-    """Returns whether nothing was made in a work directory but its config, and what it names.
+_FEW = 5  # fields in which two configs may differ and be the same experiment by mistake
 
-    Nor may anyone be about to: the lock of a process that works there has its name.
-    """
-    found = {path.name: path.stat().st_size for path in workdir.iterdir()}
-    return not (found.keys() - {'config.json', 'dataset.json', '.lock'} or found.get('.lock'))
+
+def _another(workdir, changes, flags):
+    """Returns the error for a work directory of another config: what differs, and the way out."""
+    more = f'; and {len(changes) - _FEW} more fields' if len(changes) > _FEW else ''
+    repeated = '' if more else f'repeat {" ".join(flags)}, or '
+    return UsageError(
+        f'{workdir} holds another config ({"; ".join(changes[:_FEW])}{more}): {repeated}choose '
+        'another --workdir, or, to lose what is there, delete that one.'
+    )
+
+
+def _is_fresh(workdir):
+    """Returns whether nothing was made in a work directory but its config, and what it names."""
+    found = {path.name for path in workdir.iterdir()}
+    return not found - {'config.json', 'dataset.json', '.lock'}
 
 
 def _stored_config(path):
     """Returns a work directory's config, with the fields that came later."""
-    found = read_record(path, mode='all')
+    try:
+        found = read_record(path, mode='all')
+    except DamagedError:
+        if _is_foreign(path):
+            raise UsageError(f'{path} is of another program: choose another --workdir.') from None
+        raise
     del found['digest']
     return complete(found)
 
 
+def _is_foreign(path):
+    """Returns whether a file is JSON, but nothing like a config of ours."""
+    try:
+        return not {'digest', 'data', 'classifier'} & json.loads(path.read_bytes()).keys()
+    except (OSError, ValueError, AttributeError):  # No JSON; no dictionary.
+        return False
+
+
 def keep_config(workdir: pathlib.Path, config: Config):
-    """Has `open_workdir` know how many images are mapped, where that is all that changed."""
+    """Keeps how many images are mapped and which detectors are fitted, where no more changed."""
     path, wanted = workdir / 'config.json', to_json(config)
     found, windows = _stored_config(path), wanted['occlusion']
-    if found['occlusion'] != windows:
-        extents = {name: windows[name] for name in EXTENTS}
-        if identity(found | {'occlusion': found['occlusion'] | extents}) == identity(wanted):
-            write_record(path, wanted)
+    kept = found | {'occlusion': found['occlusion'] | {name: windows[name] for name in EXTENTS}}
+    kept |= {'detector': found['detector'] | {'methods': wanted['detector']['methods']}}
+    if kept != found and identity(kept) == identity(wanted):
+        write_record(path, kept)
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps other processes out of a work directory, and removes what a killed one left half-made.
 
-    The lock is the operating system's and ends with the process, however that ends; the file's
-    content only says whose it is. Of several hosts the first has it for all.
+    It is made if need be, and nothing else is written there before. The lock is the operating
+    system's and ends with the process, however that ends; the file's content only says whose it
+    is. Of several hosts the first has it for all.
 
     Raises:
-        UsageError: if another process has it; names process and host.
+        UsageError: if another process has it, which is named; if it cannot be made.
     """
     import fcntl
 
@@ -242,12 +285,12 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         hosts.wait('locked')
         yield
         return
-    path = workdir / '.lock'
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES):
-            raise
+        if not workdir.is_dir() or error.errno not in (errno.EROFS, errno.EACCES):
+            raise UsageError(f'Cannot use --workdir={workdir}: {error.strerror}.') from None
         hosts.wait('locked')
         yield  # Where nothing can be written there is nothing to protect.
         return
@@ -262,7 +305,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         file.truncate()
         file.write(f'process {os.getpid()} on {socket.gethostname()}')
         file.flush()
-        for leftover in workdir.rglob(f'.*{PARTIAL}'):
+        for leftover in _leftovers(workdir):
             leftover.unlink(missing_ok=True)
         try:
             hosts.wait('locked')
@@ -270,6 +313,21 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         finally:
             file.seek(0)
             file.truncate()
+
+
+def _leftovers(workdir):
+    """Yields what killed processes left half-made there, but not in work directories within."""
+    for folder, folders, files in os.walk(workdir):
+        here = pathlib.Path(folder)
+        folders[:] = [name for name in folders if not (here / name / '.lock').exists()]
+        yield from (here / name for name in files if name[0] == '.' and name.endswith(PARTIAL))
+
+
+def discard(path: pathlib.Path):
+    """Deletes a file of `save_arrays`; what is none, whatever it is called, stays."""
+    with contextlib.suppress(OSError, UsageError):
+        _verified(path, mode='all')
+        path.unlink()
 
 
 def digest_of(leaves: dict[str, np.ndarray]) -> str:
@@ -457,15 +515,21 @@ def load_arrays(
     Raises:
         UsageError: if it is absent, damaged, another file or made from something else.
     """
-    content = _read(path, mode)
-    body, found = content[:-_DIGEST_LENGTH], content[-_DIGEST_LENGTH:].decode(errors='replace')
-    if hashlib.sha256(body).hexdigest() != found or digest not in (None, found):
-        raise DamagedError(path, mode)
+    content = _verified(path, mode, digest)
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
         arrays = dict(stored)
     origin = json.loads(str(arrays.pop('made_from')))
     check_origin(path.parent, origin, made_from, mode=mode)
     return arrays
+
+
+def _verified(path, mode, digest=None):
+    """Returns the bytes of a file of `save_arrays` if they are those that were stored."""
+    content = _read(path, mode)
+    body, found = content[:-_DIGEST_LENGTH], content[-_DIGEST_LENGTH:].decode(errors='replace')
+    if hashlib.sha256(body).hexdigest() != found or digest not in (None, found):
+        raise DamagedError(path, mode)
+    return content
 
 
 def cached(

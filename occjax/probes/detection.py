@@ -153,7 +153,7 @@ def _judged(run, folder, files, guards) -> Iterator[dict]:
     hosts.wait('judged')  # Others may be reading what this one no longer needs.
     for stale in set((folder / 'parts').glob('?' * _NAME + '.npz')) - kept:
         if hosts.is_first():
-            stale.unlink(missing_ok=True)
+            storage.discard(stale)
 
 
 def _state(file):
