@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from occjax import metrics
+from occjax import averages, metrics
 from occjax.names import COMPARATORS
 from occjax.types import HeatmapSet
 
@@ -24,77 +24,6 @@ def maps_of(predicted, is_adversarial):
         image_id=np.arange(count),
         is_adversarial=np.asarray(is_adversarial, bool),
     )
-
-
-class RatesTest(parameterized.TestCase):
-    def test_by_hand(self):
-        """Four correct maps, two adversarial; at 0 one of each is mistaken."""
-        rates = metrics.rates(
-            np.array([-2.0, -1.0, -0.5, 0.5, -0.7, 3.0]),
-            np.array([0, 0, 0, 0, 1, 1], bool),
-            threshold=0.0,
-            at_5=0.4,
-            at_1=3.0,
-        )
-        self.assertEqual((rates['n_correct'], rates['n_adversarial']), (4, 2))
-        self.assertAlmostEqual(rates['accuracy'], 4 / 6)
-        self.assertAlmostEqual(rates['majority_baseline'], 4 / 6)
-        self.assertAlmostEqual(rates['balanced_accuracy'], (3 / 4 + 1 / 2) / 2)
-        # Of eight pairs the adversarial map leads in 2 + 4.
-        self.assertAlmostEqual(rates['auroc'], 6 / 8)
-        self.assertAlmostEqual(rates['tpr_at_5_fpr'], 1 / 2)
-        self.assertAlmostEqual(rates['fpr_at_5_fpr'], 1 / 4)
-        self.assertEqual(rates['tpr_at_1_fpr'], 0, 'a score of a threshold is not above it')
-
-    def test_noise_joins_the_clean_in_one_auroc(self):
-        """Of the pairs of an attack and another the attack leads in 2 + 4, and in 1 + 2."""
-        scores, kinds = np.array([-2.0, -1.0, -0.5, 0.5, -0.7, 3.0]), np.array([0, 0, 0, 0, 1, 1])
-        common = dict(threshold=0.0, at_5=0.4, at_1=3.0, noise_scores=np.array([-9.0, 0.1]))
-        found = metrics.rates(scores, kinds.astype(bool), **common)
-        self.assertAlmostEqual(found['auroc'], 6 / 8)
-        self.assertAlmostEqual(found['auroc_with_noise'], (2 + 4 + 1 + 2) / 12)
-        del common['noise_scores']
-        self.assertIsNone(metrics.rates(scores, kinds.astype(bool), **common)['auroc_with_noise'])
-
-    def test_auroc_of_a_constant_is_a_half_and_of_the_label_one(self):
-        kinds = np.array([0, 1, 0, 1, 1], bool)
-        common = dict(threshold=0.5, at_5=0.5, at_1=0.5)
-        self.assertEqual(metrics.rates(np.ones(5), kinds, **common)['auroc'], 0.5)
-        self.assertEqual(metrics.rates(kinds * 1.0, kinds, **common)['auroc'], 1.0)
-        self.assertEqual(metrics.rates(kinds * 1.0, kinds, **common)['balanced_accuracy'], 1.0)
-
-    @parameterized.parameters(
-        ([False, False], 'no adversarial maps'),
-        ([True, True], 'no correct maps'),
-        ([], 'no correct or adversarial maps'),
-    )
-    def test_a_missing_kind_is_said_and_never_nan(self, kinds, note):
-        kinds = np.array(kinds, bool)
-        rates = metrics.rates(np.zeros(len(kinds)), kinds, threshold=0.0, at_5=0.0, at_1=0.0)
-        self.assertEqual(rates['note'], note)
-        self.assertTrue(all(rates[name] is None for name in metrics.RATES))
-
-    def test_an_infinite_threshold_takes_only_the_rates_that_need_it(self):
-        """A threshold that is never exceeded is no measurement of 0."""
-        rates = metrics.rates(
-            np.array([0.0, 0.2, 2.0, 3.0]),
-            np.array([0, 1, 0, 1], bool),
-            threshold=1.0,
-            at_5=2.5,
-            at_1=np.inf,
-        )
-        self.assertEqual((rates['balanced_accuracy'], rates['auroc']), (0.5, 0.75))
-        self.assertEqual((rates['tpr_at_5_fpr'], rates['fpr_at_5_fpr']), (0.5, 0))
-        self.assertIsNone(rates['tpr_at_1_fpr'])
-        self.assertNotIn('note', rates)
-
-    def test_a_score_that_is_no_number_is_refused(self):
-        """It is not above any threshold, and would be counted as clean."""
-        scores, kinds = np.array([np.nan, 1.0]), np.array([0, 1], bool)
-        with self.assertRaisesRegex(ValueError, '^1 of .* scores are NaN'):
-            metrics.rates(scores, kinds, threshold=0.5, at_5=0.5, at_1=0.5)
-        with self.assertRaisesRegex(ValueError, '^1 of .* scores are NaN'):
-            metrics.thresholds(scores, maps_of([0, 0], [0, 1]), 3, threshold=0.5)
 
 
 class ThresholdTest(parameterized.TestCase):
@@ -174,15 +103,6 @@ class ThresholdTest(parameterized.TestCase):
             with self.assertRaisesRegex(ValueError, message):
                 metrics.threshold_at_fpr(np.array(scores), fpr)
 
-    def test_shares_count_only_where_a_threshold_may_call(self):
-        scores, levels = np.array([0.0, 1, 2, 3]), np.array([0.5, 0.5, 2, np.inf])
-        self.assertAlmostEqual(metrics.share_above(scores, levels), 1 / 3)
-        self.assertEqual(metrics.share_above(scores, 1.0), 0.5)  # Strictly above.
-        self.assertIsNone(metrics.share_above(scores, np.inf))
-        self.assertIsNone(metrics.share_above(scores[:0], 0.0))
-        with self.assertRaisesRegex(ValueError, 'NaN'):
-            metrics.share_above(np.append(scores, np.nan), 1.0)
-
     def test_best_is_the_best_of_all(self):
         rng = np.random.default_rng(0)
         for _ in range(30):
@@ -198,20 +118,25 @@ class ThresholdTest(parameterized.TestCase):
             self.assertAlmostEqual(found, best)
 
 
-class PerClassTest(parameterized.TestCase):
-    def test_groups_by_the_class_named_and_means_over_classes(self):
+def judged(scores, maps, fit_scores, fit_maps, **rule):
+    """Returns what one seed makes of maps, by thresholds of other maps: by class, and overall."""
+    levels = metrics.thresholds(fit_scores, fit_maps, 3, **rule)
+    seed = averages.measure(scores, maps, levels)
+    return averages.over_seeds([seed], NAMES, judged_over_fitted=1.0).values()
+
+
+class JudgedTest(parameterized.TestCase):
+    def test_groups_by_the_predicted_class_and_pools(self):
         maps = maps_of([0, 0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 1, 0])
         scores = np.array([-1, 1, 1, 1, -1, 1, -1.0])
-        classes, overall = metrics.per_class(
-            scores, maps, scores, maps, class_names=NAMES, threshold=0.0
-        )
+        classes, overall = judged(scores, maps, scores, maps, threshold=0.0)
         self.assertAlmostEqual(classes['Zero']['balanced_accuracy'], 0.75)
         self.assertAlmostEqual(classes['One']['balanced_accuracy'], 1.0)
         self.assertIsNone(classes['Two']['balanced_accuracy'])
-        self.assertAlmostEqual(overall['balanced_accuracy'], 0.875)
-        self.assertEqual(overall['over']['balanced_accuracy'], [2, 3])
-        # Nothing is fitted in the third class, so that its clean map sets no threshold.
-        self.assertEqual([overall[name] for name in metrics.COUNTS], [4, 3, 3])
+        # All three adversarial maps are found, and two of three clean ones left alone.
+        self.assertAlmostEqual(overall['balanced_accuracy'], (1 + 2 / 3) / 2)
+        # Nothing is fitted in the third class, so its clean map is not judged, nor sets thresholds.
+        self.assertEqual([overall[name] for name in averages.COUNTS], [3, 3, 3])
 
     def test_thresholds_never_see_the_maps_they_are_judged_by(self):
         """Whatever the judged scores, what is called adversarial depends on the fitted ones."""
@@ -219,9 +144,7 @@ class PerClassTest(parameterized.TestCase):
         maps = maps_of([0, 0, 0, 0], [0, 1, 0, 1])
         fit_scores = np.repeat([0.0, 0.1, 0.9, 1.0], 10)
         for scores, expected in (([0.2, 0.8, 0.2, 0.8], 1 / 2), ([0.2, 0.95, 0.2, 0.95], 1.0)):
-            classes, _ = metrics.per_class(
-                np.array(scores), maps, fit_scores, fit_maps, class_names=NAMES
-            )
+            classes, _ = judged(np.array(scores), maps, fit_scores, fit_maps)
             self.assertAlmostEqual(classes['Zero']['balanced_accuracy'], expected)
             self.assertEqual(classes['Zero']['auroc'], 1.0)
             self.assertEqual(classes['Zero']['tpr_at_5_fpr'], 1.0)
@@ -234,9 +157,7 @@ class PerClassTest(parameterized.TestCase):
         maps = maps_of([0, 0, 1, 1, 2, 2], [0, 1] * 3)
         highest = fit_scores[-2]
         scores = np.array([0, 2.0, 0, highest, 0, np.nextafter(highest, 2)])
-        classes, overall = metrics.per_class(
-            scores, maps, fit_scores, fit_maps, class_names=NAMES, threshold=0.5
-        )
+        classes, overall = judged(scores, maps, fit_scores, fit_maps, threshold=0.5)
         expected = [1, 0, 1] if mean else [None] * 3
         self.assertEqual([entry['tpr_at_1_fpr'] for entry in classes.values()], expected)
         self.assertEqual([entry['n_thresholds'] for entry in classes.values()], [count] * 3)
@@ -278,55 +199,6 @@ class BaselinesTest(parameterized.TestCase):
         logits[0, 1, 0, 0] = 50  # Two and two: the median lies between them.
         spread = metrics.BASELINES['map_mad'].score_fn(dataclasses.replace(maps, logits=logits))
         np.testing.assert_allclose(spread, [1 / 3, 0], atol=1e-6)
-
-
-class IntervalTest(parameterized.TestCase):
-    @parameterized.parameters((5, 0.5), (5, 0.8))
-    def test_covers_the_truth_at_about_its_level(self, seeds, fraction):
-        """Scores of a known AUROC, 0.5 + erf(1/2)/2, in a set divided anew for every seed."""
-        truth, rng = 0.5 + 0.5 * math.erf(0.5), np.random.default_rng(0)
-        covered, naive = 0, 0
-        for _ in range(1000):
-            kinds = np.arange(120) % 2
-            scores, values = rng.normal(size=120) + kinds, []
-            for _ in range(seeds):
-                judged = rng.permutation(120)[round(fraction * 120) :]
-                clean, attacked = (scores[judged[kinds[judged] == kind]] for kind in (0, 1))
-                values.append(np.mean(attacked[:, None] > clean))  # AUROC.
-            ratio = (1 - fraction) / fraction
-            low, high = metrics.interval(values, judged_over_fitted=ratio)
-            covered += low <= truth <= high
-            low, high = metrics.interval(values, judged_over_fitted=0.0)
-            naive += low <= truth <= high
-        self.assertBetween(covered / 1000, 0.92, 0.99)
-        self.assertLess(naive, covered, 'the spread alone promises too much')
-
-    def test_one_seed_has_none(self):
-        self.assertIsNone(metrics.interval([0.7], judged_over_fitted=1.0))
-
-    def test_means_over_seeds_by_hand(self):
-        counts = dict(zip(metrics.COUNTS, (4, 2, 30), strict=True))
-        seeds = [counts | dict.fromkeys(metrics.RATES, value) for value in (0.5, 0.7, None)]
-        mean = metrics.over_seeds(seeds, judged_over_fitted=0.5)
-        self.assertEqual({name: mean[name] for name in counts}, counts)
-        self.assertAlmostEqual(mean['auroc'], 0.6)
-        self.assertEqual(mean['over']['auroc'], [2, 3])
-        # t(0.975, 1) = 12.706; the variance of 0.5 and 0.7 is 0.02, and 1/2 + 1/2 of it counts.
-        reach = 12.7062 * math.sqrt(0.02)
-        np.testing.assert_allclose(mean['interval']['auroc'], [0.6 - reach, 0.6 + reach], rtol=1e-4)
-
-    def test_means_say_of_how_many_classes_and_seeds_they_are(self):
-        """Three classes; the second seed has two of them, the third none."""
-        counts = dict.fromkeys(metrics.COUNTS, 4)
-        seeds = [
-            counts | dict.fromkeys(metrics.RATES, 0.5 if have else None) | {'over': over}
-            for have in (3, 2, 0)
-            for over in [{name: [have, 3] for name in metrics.RATES if name != 'tpr_at_1_fpr'}]
-        ]
-        over = metrics.over_seeds(seeds, judged_over_fitted=0.5)['over']
-        self.assertEqual((over['auroc'], over['tpr_at_1_fpr']), ([5, 9], [2, 3]))
-        self.assertEmpty(metrics.over_seeds(seeds[:1] * 2, judged_over_fitted=0.5)['over'])
-        self.assertEmpty(metrics.over_seeds(seeds[2:], judged_over_fitted=0.5)['over'])
 
 
 def random_maps(count=3, shape=(9, 12)):

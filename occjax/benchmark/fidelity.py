@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
-from occjax import data, metrics
+from occjax import averages, data, metrics
 from occjax.benchmark import engines, peer
 from occjax.benchmark.peer import Timing
 from occjax.experiment import judging, shard, stages, storage, store
@@ -136,7 +136,7 @@ def _compared(division, aurocs, reference):
     return {
         'auroc': float(np.mean(aurocs)),
         'difference': float(np.mean(lost)),
-        'interval': metrics.interval(lost, judged_over_fitted=ratio),
+        'interval': averages.interval(lost, judged_over_fitted=ratio, lowest=-1.0),
     }
 
 

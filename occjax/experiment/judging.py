@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
-from occjax import detector, metrics, names, streams
+from occjax import averages, detector, metrics, names, streams
 from occjax.config import Detector
 from occjax.experiment import devices
 from occjax.methods import METHODS, Method
@@ -29,7 +29,7 @@ class Scorer(NamedTuple):
     """What gives maps a score, higher for more adversarial, and what to know of it."""
 
     score_fn: Callable[[HeatmapSet], np.ndarray]  # maps to [M], or to [S, M] by seeds of its own
-    threshold: float | None = None  # a higher score is called; None: the best of the fitting maps
+    threshold: float | None = None  # a higher score is flagged; None: the best of the fitting maps
     learns: bool = False  # it knows the maps it was fitted on better than any others
 
 
@@ -278,7 +278,7 @@ def scorer(name: str, load_banks: Callable[[str], detector.Bank]) -> Scorer:
 
     Args:
         name: of `methods.METHODS` or `metrics.SCORES`.
-        load_banks: returns a method's fitted banks; not called for a baseline.
+        load_banks: returns a method's fitted banks; not asked for a baseline.
     """
     if name in METHODS:
         method = METHODS[name]
@@ -288,32 +288,28 @@ def scorer(name: str, load_banks: Callable[[str], detector.Bank]) -> Scorer:
 
 
 def by_seed(
-    scorer: Scorer,
-    scores: np.ndarray,
-    division: Division,
-    *,
-    class_names: Sequence[str],
-    noise: HeatmapSet | None = None,
-) -> list[tuple[dict[str, dict], dict]]:
-    """Returns `metrics.per_class` for every seed; the arguments are `judge`'s."""
-    scores, found = np.broadcast_to(scores, division.is_fitted.shape), []
+    scorer: Scorer, scores: np.ndarray, division: Division, *, noise: HeatmapSet | None = None
+) -> list[averages.Measured]:
+    """Returns `averages.measure` of every seed; the arguments are `judge`'s."""
+    scores, seeds = np.broadcast_to(scores, division.is_fitted.shape), []
     if noise is not None:
         noisy = np.broadcast_to(scorer.score_fn(noise), (len(scores), len(noise)))
     for seed, (judged, values) in enumerate(zip(division.is_judged, scores, strict=True)):
-        known = division.known(seed, values)
+        known, fresh_noise = division.known(seed, values), None
         if noise is not None:
             fresh = ~np.isin(noise.image_id, known['fit_maps'].image_id)
-            known['noise'] = noisy[seed][fresh], noise.predicted[fresh]
-        rates = metrics.per_class(
-            values[judged],
-            division.maps.select(judged),
-            class_names=class_names,
-            threshold=scorer.threshold,
-            learns=scorer.learns,
-            **known,
-        )
-        found.append(rates)
-    return found
+            fresh_noise = noisy[seed][fresh], noise.predicted[fresh], noise.image_id[fresh]
+        levels = _thresholds(scorer, division, known)
+        maps = division.maps.select(judged)
+        seeds.append(averages.measure(values[judged], maps, levels, noise=fresh_noise))
+    return seeds
+
+
+def _thresholds(scorer, division, known):
+    """Returns a seed's `metrics.thresholds`."""
+    count = division.maps.unoccluded.shape[-1]
+    rule = dict(threshold=scorer.threshold, learns=scorer.learns)
+    return metrics.thresholds(num_classes=count, **rule, **known)
 
 
 def judge(
@@ -324,9 +320,7 @@ def judge(
     class_names: Sequence[str],
     noise: HeatmapSet | None = None,
 ) -> dict:
-    """Returns `per_class` and `overall` rates: means over the seeds, with 95 % intervals.
-
-    And `seeds`, the overall rates of each.
+    """Returns `averages.over_seeds`, and `seeds`, what each measured.
 
     Args:
         scorer: what is judged.
@@ -336,64 +330,47 @@ def judge(
         noise: maps of noisy images of the same split; those of images that a seed's detectors or
             thresholds come from don't count for it.
     """
-    seeds = by_seed(scorer, scores, division, class_names=class_names, noise=noise)
-    mean = functools.partial(metrics.over_seeds, judged_over_fitted=division.judged_over_fitted)
-    return {
-        'per_class': {name: mean([classes[name] for classes, _ in seeds]) for name in class_names},
-        'overall': mean([overall for _, overall in seeds]),
-        'seeds': [overall for _, overall in seeds],
-    }
+    seeds = by_seed(scorer, scores, division, noise=noise)
+    ratio = division.judged_over_fitted
+    return averages.over_seeds(seeds, class_names, judged_over_fitted=ratio) | {'seeds': seeds}
 
 
-def lead(entry: dict, rival: dict, *, judged_over_fitted: float) -> dict:
-    """Returns by how much one scorer's rates exceed another's, with 95 % intervals of the lead.
+def roc(scores: np.ndarray, division: Division) -> dict | None:
+    """Returns the ROC curve of the AUROC over all maps, a mean over seeds.
 
-    The seeds' differences are taken, whose spread is smaller than that of either: both were judged
-    by the same maps.
-
-    Args:
-        entry, rival: from `judge`, of one division.
-        judged_over_fitted: see `metrics.interval`.
-    """
-    found = {'interval': {}}
-    for name in ('balanced_accuracy', 'auroc'):
-        pairs = [(a[name], b[name]) for a, b in zip(entry['seeds'], rival['seeds'], strict=True)]
-        leads = [a - b for a, b in pairs if None not in (a, b)]
-        found[name] = float(np.mean(leads)) if leads else None
-        ends = metrics.interval(leads, judged_over_fitted=judged_over_fitted)
-        found['interval'][name] = ends
-    return found
-
-
-def roc(scores: np.ndarray, division: Division) -> dict[str, list[float]] | None:
-    """Returns `tpr` at 51 false positive rates `fpr`, means over seeds and predicted classes.
+    It is the mean of the predicted classes' curves, weighted by their adversarial maps.
 
     Args:
         scores: `[S, M]` or `[M]`, of the division's maps.
         division: the maps, of which those that judge count, of classes that could be fitted.
 
     Returns:
-        None if no class has maps of both kinds.
+        `tpr` at 101 false positive rates `fpr`, on the lines between the curves' corners, and
+        `auroc`, the area below the lines themselves. None if no class has maps of both kinds.
     """
-    maps, grid, curves = division.maps, np.linspace(0, 1, 51), []
+    maps, grid, curves = division.maps, np.linspace(0, 1, 101), []
     predicted, counted = maps.predicted, division.is_counted
     for judged, values in zip(counted, np.broadcast_to(scores, counted.shape), strict=True):
+        weights, rates = [], []
         for k in np.unique(predicted):
             here = judged & (predicted == k)
             kinds = maps.is_adversarial[here]
             if kinds.any() and not kinds.all():
                 fpr, tpr, _ = sklearn_metrics.roc_curve(kinds, values[here])
-                # The highest that is reached without more false positives.
-                curves.append(tpr[np.searchsorted(fpr, grid + 1e-9, side='right') - 1])
+                weights.append(kinds.sum())
+                rates.append([*np.interp(grid, fpr, tpr), sklearn_metrics.auc(fpr, tpr)])
+        if rates:
+            curves.append(np.average(rates, axis=0, weights=weights))
     if not curves:
         return None
-    return {'fpr': grid.tolist(), 'tpr': np.mean(curves, axis=0).tolist()}
+    *tpr, auroc = np.mean(curves, axis=0).tolist()
+    return {'fpr': grid.tolist(), 'tpr': tpr, 'auroc': auroc}
 
 
 def control_rates(
     scorer: Scorer, scores: np.ndarray, division: Division, controls: HeatmapSet
 ) -> dict:
-    """Returns how many of some other maps are called adversarial, as means over the seeds.
+    """Returns how many of some other maps are flagged, as means over the seeds.
 
     Args:
         scorer: what is judged.
@@ -403,35 +380,32 @@ def control_rates(
             thresholds come from don't count for it.
 
     Returns:
-        `n` (the mean of the seeds), `called` and `called_at_5_fpr`, shares with their `interval`s;
-        and where classes without a threshold of 5 % false positives leave fewer to that share,
-        `over` says how many, of how many.
+        `n` (the mean of the seeds), `flagged` and `flagged_at_5_fpr`, shares with their
+        `interval`s; and where classes without a threshold of 5 % false positives leave fewer to
+        that share, `over` says how many, of how many.
     """
-    called, counts = {'called': [], 'called_at_5_fpr': []}, []
+    shares, n = {'flagged': [], 'flagged_at_5_fpr': []}, []
     fit_scores = np.broadcast_to(scores, division.is_fitted.shape)
     scores = np.broadcast_to(scorer.score_fn(controls), (len(fit_scores), len(controls)))
     for seed, values in enumerate(scores):
         known = division.known(seed, fit_scores[seed])
-        levels = metrics.thresholds(
-            num_classes=controls.unoccluded.shape[-1],
-            threshold=scorer.threshold,
-            learns=scorer.learns,
-            **known,
-        )[:2]
-        levels = np.stack(levels)[:, controls.predicted]
+        levels = np.stack(_thresholds(scorer, division, known)[:2])[:, controls.predicted]
         fresh = ~np.isin(controls.image_id, known['fit_maps'].image_id)
-        here = fresh & ~np.isnan(levels[0])
-        counts.append(np.isfinite(levels[:, here]).sum(axis=1))
-        for kind, level in zip(called, levels, strict=True):
-            called[kind].append(metrics.share_above(values[here], level[here]))
-    called = {kind: [v for v in values if v is not None] for kind, values in called.items()}
-    n, at_5 = (round(count) for count in np.mean(counts, axis=0))
-    ratio = division.judged_over_fitted
+        members = fresh & ~np.isnan(levels[0]) & np.isfinite(levels)
+        n.append(members.sum(axis=1))
+        for rates, level, here in zip(shares.values(), levels, members, strict=True):
+            rates.append(averages.share(metrics.numbers(values) > level, here))
+    images, counts = [controls.image_id] * len(scores), np.transpose(n)
+    found = {
+        name: averages.averaged(
+            rates, images, n=[count.min()], judged_over_fitted=division.judged_over_fitted
+        )[0]
+        for (name, rates), count in zip(shares.items(), counts, strict=True)
+    }
+    total, at_5 = (round(count) for count in counts.mean(axis=1))
     return {
-        'n': n,
-        **{kind: float(np.mean(v)) if v else None for kind, v in called.items()},
-        'interval': {
-            kind: metrics.interval(v, judged_over_fitted=ratio) for kind, v in called.items()
-        },
-        'over': {'called_at_5_fpr': [at_5, n]} if 0 < at_5 < n else {},
+        'n': total,
+        **{name: value for name, (value, _) in found.items()},
+        'interval': {name: ends for name, (_, ends) in found.items()},
+        'over': {'flagged_at_5_fpr': [at_5, total]} if 0 < at_5 < total else {},
     }

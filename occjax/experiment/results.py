@@ -13,7 +13,7 @@ import platform
 import jax
 import numpy as np
 
-from occjax import comparators, config, engine, metrics, vgg
+from occjax import averages, comparators, config, engine, metrics, vgg
 from occjax.experiment import judging, storage, store
 from occjax.experiment.run import Run
 from occjax.methods import METHODS
@@ -40,7 +40,7 @@ def detection(run: Run, protocol: str) -> dict:
         scores = scorer.score_fn(division.maps)
         noise = controls.get('noise')
         entry = judging.judge(scorer, scores, division, class_names=class_names, noise=noise)
-        judged[name] = entry
+        judged[name] = entry['seeds']
         entries[name] = entry['overall'] | {'per_class': entry['per_class']}
         entries[name]['controls'] = {
             kind: judging.control_rates(scorer, scores, division, maps)
@@ -58,10 +58,10 @@ def detection(run: Run, protocol: str) -> dict:
     overall['paper_accuracy'] = published.overall if published else None
     ratio = division.judged_over_fitted
     confidence = judged.pop('max_probability')
-    for name, entry in judged.items():
+    for name, seeds in judged.items():
         found = overall if name == 'detector' else entries[name]
-        found['over_confidence'] = judging.lead(entry, confidence, judged_over_fitted=ratio)
-    overall['rank_agreement'] = _rank_agreement(per_class, class_names) if published else None
+        found['over_confidence'] = averages.lead(seeds, confidence, judged_over_fitted=ratio)
+    overall['rank_agreement'] = _rank_agreement(overall, per_class) if published else None
     return {
         'per_class': per_class,
         'overall': overall,
@@ -71,11 +71,11 @@ def detection(run: Run, protocol: str) -> dict:
     }
 
 
-def _rank_agreement(per_class, class_names):
-    """Returns how the classes' order by our balanced accuracy agrees with the paper's."""
-    pairs = [(e['balanced_accuracy'], e['paper_accuracy']) for e in map(per_class.get, class_names)]
-    pairs = np.array([pair for pair in pairs if None not in pair]).reshape(-1, 2)
-    return metrics.rank_agreement(*pairs.T)
+def _rank_agreement(overall, per_class):
+    """Returns how our order of the classes that count by balanced accuracy is the paper's."""
+    counted = [per_class[name] for name in overall['over_classes']['classes']]
+    pairs = [(entry['balanced_accuracy'], entry['paper_accuracy']) for entry in counted]
+    return metrics.rank_agreement(*np.reshape(pairs, (-1, 2)).T)
 
 
 def _histogram(scorer, scores, division, controls):
@@ -122,14 +122,20 @@ def gather(run: Run, maps: HeatmapSet, shards: list[dict]) -> dict:
             }
             for k, name in enumerate(class_names)
         },
-        'map_mean': {
-            kind: float(m.maps.mean()) if len(m) else None
-            for kind, m in (('correct', correct), ('adversarial', adversarial))
-        },
+        'map_mean': _map_mean(maps),
         'detection': {protocol: detection(run, protocol) for protocol in store.PROTOCOLS},
         'cost': cost(run, shards),
         'adaptive': store.load_adaptive(run),
     }
+
+
+def _map_mean(maps):
+    """Returns the mean cell of both kinds of maps, and their difference with its interval."""
+    cells, kinds = maps.maps.mean(axis=(1, 2)), maps.is_adversarial
+    named = (('correct', ~kinds), ('adversarial', kinds))
+    means = {name: float(cells[here].mean()) if here.any() else None for name, here in named}
+    difference, ends = averages.contrast(cells, kinds, maps.image_id)
+    return means | {'difference': difference, 'interval': {'difference': ends}}
 
 
 def provenance(shards: list[dict]) -> dict:

@@ -123,12 +123,8 @@ def evade(run: Run) -> str:
         )
     made_from, rows, alarms, kept = store.heatmaps_origin(run), [], {}, {}
     targets = [_target(run, variables, method) for method in dict.fromkeys(wanted.methods)]
-    count = min(len(target.ids) for target in targets)
-    if not count:
-        raise UsageError('No test image is left that no detector was fitted on: map more of them.')
-    for target in targets:
+    for target in _on_the_same(targets, wanted.images):
         _tell_unthresholded(run, target)
-        target = target._replace(ids=target.ids[:count])
         found, alarms[target.method] = _resisted(run, variables, target)
         rows += found
         if wanted.rounds and target.method in names.VIEWING:
@@ -140,7 +136,7 @@ def evade(run: Run) -> str:
     result = {
         'manifest': results_lib.manifest(run),
         'made_from': made_from,
-        'images': count,
+        'images': len(target.ids),
         'settings': dataclasses.asdict(wanted),
         'false_alarms': alarms,
         'auroc_of_the_mixture': kept,
@@ -153,14 +149,31 @@ def evade(run: Run) -> str:
     return tables.to_markdown([tables.adaptive_table(result)]) + written
 
 
+def _on_the_same(targets, count):
+    """Returns detectors with the same clean images, on which none of them was fitted.
+
+    Raises:
+        UsageError: if there are none.
+    """
+    shared = [np.isin(targets[0].ids, target.ids) for target in targets]
+    ids = targets[0].ids[np.all(shared, axis=0)][:count]
+    if not len(ids):
+        raise UsageError(
+            'No test image is left that no detector of config.adaptive.methods was fitted on: map '
+            'more of them, or attack one detector at a time.'
+        )
+    known = hashlib.sha256(np.asarray(ids, np.int64).tobytes()).hexdigest()[:8]
+    return [target._replace(ids=ids, name=f'{target.name}-{known}') for target in targets]
+
+
 def _tell_unthresholded(run, target):
-    """Says where a detector never calls, so that every attack evades it."""
+    """Says where a detector never flags, so that every attack evades it."""
     never = np.flatnonzero(np.isinf(target.thresholds))
     if len(never):
         class_names = run.description['class_names']
         say(
             f'adaptive, {target.label}: no threshold for {", ".join(class_names[k] for k in never)}'
-            ', so an attack evades it there by being taken for one of them; more maps set one.'
+            ', so an attack evades it there by ending in one of them; more maps set one.'
         )
 
 
@@ -192,7 +205,7 @@ def _target(run, variables, method):
         maps, made_from = division.maps, store.heatmaps_origin(run)
         ids = maps.image_id[division.is_judged[0] & ~maps.is_adversarial]
         found = guard.at_fpr(stages.load_guard(run, method, division), 0.05)
-    sees, ids = (found.bank, found.thresholds, found.autoencoder), ids[: run.config.adaptive.images]
+    sees = found.bank, found.thresholds, found.autoencoder
     name = f'{name}-{storage.digest_of(guard.to_arrays(found))[:8]}'  # Fitted anew it is another.
     return _Target(method, *sees, ids, name, made_from)
 
@@ -256,7 +269,7 @@ def _kept(run, target, attacks, count, attack_fn, stem=''):
 
 
 def _resisted(run, variables, target):
-    """Returns what every attack does to a detector, and how often it calls untouched images."""
+    """Returns what every attack does to a detector, and how often it flags untouched images."""
     wanted = run.config.adaptive
     attacks = [*itertools.product(('fgsm', *wanted.attacks), wanted.epsilons), ('none', 0.0)]
     attacks = list(dict.fromkeys(attacks))

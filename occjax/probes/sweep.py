@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from occjax import guard, metrics, names
+from occjax import averages, guard, metrics, names
 from occjax.experiment import judging, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
@@ -290,14 +290,20 @@ def _aurocs(run, method, fitted, joins, judged, beside):
     scorer = judging.scorer(method, functools.partial(store.fit_banks, run, fitted, noise=joins))
     class_names, rates = run.description['class_names'], {}
     for name, division in judged.items():
-        scores = scorer.score_fn(division.maps)
-        known = dict(class_names=class_names, noise=beside.get(name))
-        seeds = judging.by_seed(scorer, scores, division, **known)
+        scores, noise = scorer.score_fn(division.maps), beside.get(name)
+        seeds = judging.by_seed(scorer, scores, division, noise=noise)
         ratio = division.judged_over_fitted
-        mean = metrics.over_seeds([overall for _, overall in seeds], judged_over_fitted=ratio)
-        found, with_noise = (
-            {'auroc': mean[key], 'interval': mean['interval'][key], 'over': mean['over'].get(key)}
-            for key in ('auroc', 'auroc_with_noise')
-        )
-        rates[name] = found | {'with_noise': with_noise if name in beside else None}
+        mean = averages.over_seeds(seeds, class_names, judged_over_fitted=ratio)['overall']
+        rates[name] = {kind: mean[kind] for kind in ('n_correct', 'n_adversarial')}
+        rates[name] |= _cell(mean, 'auroc')
+        rates[name]['with_noise'] = None if noise is None else _cell(mean, 'auroc_with_noise')
     return rates
+
+
+def _cell(mean, key):
+    """Returns an AUROC of both averages as `sweep.json` has it."""
+    found, classes = (
+        {'auroc': each[key], 'interval': each['interval'][key], 'over': each['over'].get(key)}
+        for each in (mean, mean['over_classes'])
+    )
+    return found | {'over_classes': classes}

@@ -156,14 +156,18 @@ def colour_bar(figure, drawn, left, top, height, label=SCALE):
     bar.outline.set_visible(False)
 
 
-def draw_curves(panel, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]):
-    """Draws ROC curves `(fpr, tpr)` by the names of what scores, with the area below each."""
+def draw_curves(panel, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], areas=None):
+    """Draws ROC curves `(fpr, tpr)` by the names of what scores, with the area below each.
+
+    `areas` are those of curves of which only some points are at hand.
+    """
     panel.plot([0, 1], [0, 1], color=PALE, linewidth=1, linestyle='--')
     for style, (name, (fpr, tpr)) in zip(_styles(len(curves)), curves.items(), strict=True):
-        label = f'{shortened(name)} ({np.trapezoid(tpr, fpr):.2f})'
+        area = areas[name] if areas else np.trapezoid(tpr, fpr)
+        label = f'{shortened(name)} ({area:.2f})'
         panel.plot(fpr, tpr, label=label, linewidth=2, **style)
-    panel.set(xlim=(0, 1), ylim=(0, 1.01), xlabel='Share of clean images called adversarial')
-    panel.set_ylabel('Share of attacked images called so')
+    panel.set(xlim=(0, 1), ylim=(0, 1.01), xlabel='Share of clean images flagged')
+    panel.set_ylabel('Share of attacked images flagged')
     _legend(panel, 'lower right')
 
 
@@ -174,7 +178,7 @@ def draw_shares(panel, edges, shares: Mapping[str, np.ndarray], *, threshold=Non
         panel.stairs(values, edges, color=style['color'], alpha=0.15, fill=True)
     if threshold is not None:
         panel.axvline(threshold, color=MUTED, linewidth=0.8, linestyle='--')
-        name = f'{name} (above {threshold:.3g}: called adversarial)'
+        name = f'{name} (above {threshold:.3g}: flagged)'
     panel.set(xlabel=name, ylabel='Share of images')
     _legend(panel, 'best')
 

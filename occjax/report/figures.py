@@ -129,34 +129,51 @@ def maps_figure(maps: HeatmapSet, *, class_names: Sequence[str]) -> 'Figure':
 
 def roc_figure(curves: dict[str, dict | None]) -> 'Figure':
     """Draws the ROC curves of `judging.roc`, by the names of what scores."""
-    found = {tables.words(k): (v['fpr'], v['tpr']) for k, v in curves.items() if v}
-    if not found:
+    curves = {tables.words(name): curve for name, curve in curves.items() if curve}
+    if not curves:
         return canvas.message('No class has maps of both kinds')
     figure, axes = canvas.axes(5.2, 4.6)
-    canvas.draw_curves(axes, found)
+    points = {name: (curve['fpr'], curve['tpr']) for name, curve in curves.items()}
+    canvas.draw_curves(axes, points, {name: curve['auroc'] for name, curve in curves.items()})
     return figure
 
 
 def classes_figure(detection: dict, class_names: Sequence[str]) -> 'Figure':
-    """Draws each class's balanced accuracy with its 95 % interval, beside the paper's accuracy."""
-    figure, axes = canvas.axes(7.4, 0.42 * (len(class_names) + 1) + 1)
-    labels = [*class_names, 'Overall']
-    entries = [*(detection['per_class'].get(name) or {} for name in class_names)]
-    entries.append(detection.get('overall') or {})
-    places = -np.arange(len(labels))
-    for place, entry in zip(places, entries, strict=True):
+    """Draws each class's balanced accuracy with its 95 % interval, and the paper's accuracy.
+
+    Bars without an interval are hollow.
+    """
+    overall = detection.get('overall') or {}
+    entries = {name: detection['per_class'].get(name) or {} for name in class_names}
+    entries |= {
+        label.capitalize(): tables.averaged(overall, average)
+        for average, label in tables.AVERAGES.items()
+    }
+    figure, axes = canvas.axes(7.4, 0.42 * len(entries) + 1)
+    has_paper = any(entry.get('paper_accuracy') is not None for entry in entries.values())
+    shift, height = (0.18, 0.34) if has_paper else (0, 0.6)
+    for place, entry in zip(-np.arange(len(entries)), entries.values(), strict=True):
         ours, theirs = entry.get('balanced_accuracy'), entry.get('paper_accuracy')
+        ends = (entry.get('interval') or {}).get('balanced_accuracy')
         if ours is not None:
-            low, high = (entry.get('interval') or {}).get('balanced_accuracy') or (ours, ours)
-            reach = [[max(0, ours - low)], [max(0, high - ours)]]
-            axes.barh(place + 0.18, ours, 0.34, color=canvas.SERIES[0])
-            axes.errorbar(ours, place + 0.18, xerr=reach, color=canvas.INK, linewidth=1, capsize=2)
+            face = canvas.SERIES[0] if ends else 'white'
+            axes.barh(place + shift, ours, height, color=face, edgecolor=canvas.SERIES[0])
+        if ours is not None and ends:
+            reach = [[max(0, ours - ends[0])], [max(0, ends[1] - ours)]]
+            style = dict(color=canvas.INK, linewidth=1, capsize=2)
+            axes.errorbar(ours, place + shift, xerr=reach, **style)
         if theirs is not None:
-            axes.barh(place - 0.18, theirs, 0.34, color=canvas.PALE)
+            axes.barh(place - shift, theirs, height, color=canvas.PALE)
     axes.axvline(0.5, color=canvas.MUTED, linewidth=0.8, linestyle='--')
-    axes.set_yticks(places, labels, parse_math=False)
+    kinds = [[entry.get(f'n_{kind}') for kind in _KINDS] for entry in entries.values()]
+    labels = [
+        f'{name} ({" + ".join(map(tables.cell, n))})'
+        for name, n in zip(entries, kinds, strict=True)
+    ]
+    axes.set_yticks(-np.arange(len(entries)), labels, parse_math=False)
     axes.set_xlim(0, 1.02)
-    axes.set_xlabel('Balanced accuracy (ours, blue; bar: 95 %), accuracy (paper, grey)')
+    beside = "; grey: the paper's accuracy" if has_paper else ''
+    axes.set_xlabel(f'Balanced accuracy (line: 95 %; hollow: too few maps for one{beside})')
     return figure
 
 
@@ -185,16 +202,19 @@ def evasion_figure(result: dict) -> 'Figure':
     for i, name in itertools.product(range(len(detectors)), attacks):
         found = [row for row in rows if (row['method'], row['attack']) == (detectors[i], name)]
         style = dict(color=f'C{i}', linestyle=':' if name == 'fgsm' else '-', markersize=5)
-        style |= dict(marker='xos^'[attacks.index(name)], label=f'{name} on {detectors[i]}')
+        label = f'{tables.words(name)}, {tables.rounds(detectors[i])}'
+        style |= dict(marker='xos^'[attacks.index(name)], label=canvas.shortened(label))
         overview.plot([r['epsilon'] for r in found], [r['evasion'] for r in found], **style)
     overview.set(xscale='log', ylim=(-0.02, 1.02), xlabel='ε', ylabel='share that evades')
+    overview.set_xticks(epsilons, map(tables.epsilon, epsilons), fontsize=8)
+    overview.minorticks_off()
     for row in (row for row in rows if row['by_step']):
         dashes = {'joint': '-', 'selective': '--'}.get(row['attack'], ':')
         style = dict(color=f'C{epsilons.index(row["epsilon"])}', linestyle=dashes)
-        label = f'{row["attack"]}, ε = {tables.epsilon(row["epsilon"])}'
+        label = f'{tables.words(row["attack"])}, ε = {tables.epsilon(row["epsilon"])}'
         panels[detectors.index(row['method'])].plot(row['by_step'], label=label, **style)
     for panel, name in zip(panels, detectors, strict=True):
-        panel.set_title(name, fontsize=10)
+        panel.set_title(canvas.shortened(tables.rounds(name)), fontsize=10)
         panel.set_xlabel('steps')
         panel.xaxis.get_major_locator().set_params(integer=True)
     for panel in (overview, *panels):
@@ -213,10 +233,12 @@ def captions(config: config_lib.Config, map_mean: dict) -> dict[str, str]:
     if None not in means:
         darker = ' Mean cell of all maps: correct {:.3f}, adversarial {:.3f}.'.format(*means)
     return {
-        'roc.png': 'ROC curves on test images that nothing was fitted on: means over classes and '
-        'seeds; in brackets the area below.',
-        'classes.png': 'Each class, by what the classifier predicts: ours on test images that '
-        "nothing was fitted on, and the paper's accuracy on its own sets, where it gives one.",
+        'roc.png': 'ROC curves on test images that nothing was fitted on, means over seeds and '
+        "classes, weighted by the classes' adversarial maps; in brackets the AUROC, which is that "
+        'of the tables over all maps.',
+        'classes.png': 'Each class, by what the classifier predicts, on test images that nothing '
+        'was fitted on; in brackets the correct and adversarial maps that judge, as means of the '
+        'seeds.',
         'scores.png': 'Scores of test images that nothing was fitted on. Noise is random signs of '
         'the same ε: where it lies with the attacked images, noise is seen and no attack.',
         'fig1.png': 'Figure 1. Correctly classified images, and what they are mistaken for after '

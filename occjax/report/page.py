@@ -127,15 +127,18 @@ def _findings(results, class_names):
     """Returns (number, the rest of a sentence) of what a reader wants to know, in that order."""
     theirs, attack = paper.numbers(class_names), results['attack']
     printed = _paper(tables.stated(results['classifier'].get('paper_test_accuracy')))
+    dataset = results['manifest'].get('dataset')
+    images = dataset.get('test_images') if isinstance(dataset, dict) else None
     found = [
         (
             tables.cell(results['classifier']['test_accuracy']),
-            f'of test images are classified correctly{printed}.',
+            f'of {_count(images)}test images are classified correctly{printed}.',
         ),
         (
             tables.cell(attack['success_rate']),
-            'of the correctly classified training images change their class by one FGSM step of '
-            f'ε = {tables.epsilon(attack["epsilon"])}{_paper(theirs and theirs.attack_success)}.',
+            f'of {_count(attack["attempted"])}correctly classified training images change their '
+            f'class by one FGSM step of ε = {tables.epsilon(attack["epsilon"])}'
+            f'{_paper(theirs and theirs.attack_success)}.',
         ),
     ]
     detection = results['detection'].get('held_out')
@@ -143,64 +146,106 @@ def _findings(results, class_names):
         found += _verdict(detection)
     means = results.get('map_mean') or {}
     if None not in (means.get('adversarial'), means.get('correct')):
-        verb = 'darker' if means['adversarial'] < means['correct'] else 'no darker'
+        n = [sum(entry[k] or 0 for entry in results['heatmaps'].values()) for k in _KINDS]
         found.append(
             (
                 tables.cell(means['adversarial']),
-                f'is the mean cell of adversarial maps, {tables.cell(means["correct"])} of correct '
-                f'ones: they are {verb}.',
+                f'is the mean cell of {tables.cell(n[1])} adversarial maps, '
+                f'{tables.cell(means["correct"])} of {tables.cell(n[0])} correct ones: '
+                f'{_darker(means)}.',
             )
         )
     return found
 
 
+def _count(number):
+    """Returns a count before what is counted, nothing if it is not at hand."""
+    return '' if number is None else f'{tables.cell(number)} '
+
+
+def _darker(means):
+    """Returns in words whether adversarial maps are darker, with the interval of the difference."""
+    ends = (means.get('interval') or {}).get('difference')
+    if not ends:
+        return 'whether they are darker cannot be told'
+    by = f'the difference is {tables.with_interval(means, "difference")}'
+    if ends[1] < 0:
+        return f'they are darker ({by})'
+    return f'they are {"brighter" if ends[0] > 0 else "not shown to be darker"} ({by})'
+
+
 def _verdict(detection):
-    """Returns what `_findings` says of the detectors on images that nothing was fitted on."""
+    """Returns what `_findings` says of the detectors on images that nothing was fitted on.
+
+    Scores are ranked by the AUROC against clean and noisy images, if there are noisy ones.
+    """
     overall, rivals = detection.get('overall') or {}, detection.get('baselines') or {}
-    balanced, auroc = (tables.with_interval(overall, key) for key in ('balanced_accuracy', 'auroc'))
-    stated = _paper(tables.stated(overall.get('paper_accuracy')))
+    key, against = 'auroc', 'clean'
+    if overall.get('auroc_with_noise') is not None:
+        key, against = 'auroc_with_noise', 'clean and noisy'
+    n = ' and '.join(
+        f'{tables.cell(overall.get(f"n_{kind}"))} {word}'
+        for kind, word in (('adversarial', 'attacked'), ('correct', 'clean'))
+    )
+    classes = tables.averaged(overall, 'over_classes')
     found = [
         (
-            balanced,
-            f"is the balanced accuracy of the paper's detectors on test images that nothing was "
-            f'fitted on, at an AUROC of {auroc}{stated}.',
+            tables.with_interval(overall, 'balanced_accuracy'),
+            f"is the balanced accuracy of the paper's detectors over {n} test images that nothing "
+            f'was fitted on, at an AUROC of {tables.with_interval(overall, key)} against {against} '
+            'ones. The mean over classes is '
+            f'{tables.with_interval(classes, "balanced_accuracy")}'
+            f'{_paper(tables.stated(overall.get("paper_accuracy")))}.',
         )
     ]
-    confidence = rivals.get('max_probability') or {}
-    if confidence.get('auroc') is not None:
+    return found + _beside_rivals(overall, rivals, key, against) + _of_noise(overall)
+
+
+def _beside_rivals(overall, rivals, key, against):
+    """Returns what `_findings` says of the detector beside confidence, the paper and the best."""
+    found, confidence = [], rivals.get('max_probability') or {}
+    if confidence.get(key) is not None:
         found.append(
             (
-                tables.with_interval(confidence, 'auroc'),
-                'is the AUROC of the unoccluded probability alone, without any window: '
-                f'{_beside(overall)}.',
+                tables.with_interval(confidence, key),
+                f'is the AUROC against {against} images of the unoccluded probability alone, '
+                f'without any window, on the same images: {_beside(overall, key)}.',
             )
         )
     agreement = overall.get('rank_agreement')
     if agreement:
-        low, high = agreement['interval']
+        low, high = map(tables.cell, agreement['interval'])
         found.append(
             (
-                f'{agreement["rho"]:.2f}',
-                "is Spearman's correlation of the classes' balanced accuracies with the paper's "
-                f'accuracies (95 %: {low:.2f} to {high:.2f}).',
+                tables.cell(agreement['rho']),
+                f"is Spearman's correlation of {agreement['n']} classes' balanced accuracies with "
+                f"the paper's accuracies (95 %: {low} to {high}).",
             )
         )
     tried = {'detector': overall} | rivals
-    rated = [(b['auroc'], name) for name, b in tried.items() if (b or {}).get('auroc') is not None]
+    rated = [(b[key], name) for name, b in tried.items() if (b or {}).get(key) is not None]
     if rated:
         name = max(rated)[1]
-        best = tables.with_interval(tried[name], 'auroc')
-        found.append((best, f'is the best AUROC of all that was tried: {tables.words(name)}.'))
-    noise = (overall.get('controls') or {}).get('noise') or {}
-    if noise.get('called_at_5_fpr') is not None:
         found.append(
             (
-                tables.with_interval(noise, 'called_at_5_fpr'),
-                "of merely noisy images are called adversarial by the paper's detectors, at the "
-                'threshold that lets .05 of clean ones be.',
+                tables.with_interval(tried[name], key),
+                f'is the best AUROC against {against} images of all that was tried, on the same '
+                f'images: {tables.words(name)}.',
             )
         )
     return found
+
+
+def _of_noise(overall):
+    """Returns what `_findings` says of images that are noisy and not attacked."""
+    noise = (overall.get('controls') or {}).get('noise') or {}
+    if noise.get('flagged_at_5_fpr') is None:
+        return []
+    said = (
+        f"of {tables.cell(noise['n'])} noisy images are flagged by the paper's detectors, at "
+        'thresholds at which 0.05 of clean images are flagged.'
+    )
+    return [(tables.with_interval(noise, 'flagged_at_5_fpr'), said)]
 
 
 def _paper(value):
@@ -208,13 +253,13 @@ def _paper(value):
     return '' if value is None else f' (paper: {tables.cell(value)})'
 
 
-def _beside(overall):
+def _beside(overall, key):
     """Returns in words whether the detector's AUROC exceeds the unoccluded probability's."""
     lead = overall.get('over_confidence') or {}
-    ends = (lead.get('interval') or {}).get('auroc')
+    ends = (lead.get('interval') or {}).get(key)
     if not ends:
         return 'whether the maps add to it cannot be told'
-    by = f'the difference is {tables.with_interval(lead, "auroc")}'
+    by = f'the difference is {tables.with_interval(lead, key)}'
     if ends[0] > 0:
         return f'the maps add to it ({by})'
     if ends[1] < 0:
@@ -245,6 +290,8 @@ def _html(table):
     total = f'<tfoot>{line(table.total)}</tfoot>' if table.total else ''
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ''
     title = html.escape(table.title)
+    if not table.rows:
+        return f'<section><h3>{title}</h3>{note}</section>\n'
     head, foot = f'<section><h3>{title}</h3>', '</section>'
     if len(table.rows) > _LONG:
         head, foot = f'<details><summary>{title}</summary>', '</details>'
@@ -291,6 +338,7 @@ CLOSING = '</main></body></html>\n'
 
 
 _LONG = 11  # Tables of more rows are folded.
+_KINDS = ('correct', 'adversarial')
 _BARS = 40  # Of more classes, only as many have one.
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2330; --soft: #5b6675;
@@ -332,7 +380,7 @@ thead tr > :first-child { background: var(--band); }
 tbody th { font-weight: 400; }
 tfoot th, tfoot td { font-weight: 700; border-top: 2px solid var(--line); }
 tbody:last-child tr:last-child > *, tfoot tr > * { border-bottom: 0; }
-.words-2 tr > :nth-child(2) { text-align: left; }
+.words-2 tr > :nth-child(2), .words-3 tr > :nth-child(-n + 3) { text-align: left; }
 .words-2 tr > :nth-child(2):last-child { white-space: normal; overflow-wrap: anywhere; }
 .note { max-width: 75ch; margin: 6px 0 0; }
 figure { padding: 16px; }

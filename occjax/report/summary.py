@@ -32,18 +32,23 @@ def condense(results: dict) -> dict:
 
 
 def _rates(entry):
-    """Returns the rates that are kept of one scorer, with their intervals."""
-    kept = {name: entry[name] for name in _KEPT if name in entry}
-    intervals = {name: ends for name, ends in entry.get('interval', {}).items() if name in _KEPT}
-    beside = {name: entry[name] for name in ('over_confidence', 'rank_agreement') if name in entry}
+    """Returns the rates that are kept of one scorer, of both averages, with their intervals."""
+    kept = {name: entry[name] for name in (*_KEPT, 'classes') if name in entry}
+    for beside in ('interval', 'over'):
+        kept[beside] = {k: v for k, v in entry.get(beside, {}).items() if k in _KEPT}
+    names = ('over_confidence', 'rank_agreement')
+    kept |= {name: entry[name] for name in names if name in entry}
+    if 'over_classes' in entry:
+        kept['over_classes'] = _rates(entry['over_classes'])
     noise = entry.get('controls', {}).get('noise')
-    return kept | {'interval': intervals} | beside | ({'noise': noise} if noise else {})
+    return kept | ({'noise': noise} if noise else {})
 
 
 def table(summary: dict) -> str:
     """Returns what `condense` kept as Markdown: a line of the run, and a row for each scorer.
 
-    And a row for each class, where there are numbers of the paper's.
+    And a row for each class, where there are numbers of the paper's. Columns without any number are
+    left out.
     """
     classifier, attack, detection = (summary[k] for k in ('classifier', 'attack', 'detection'))
     means, manifest = summary['map_mean'], summary['manifest']
@@ -54,37 +59,29 @@ def table(summary: dict) -> str:
             *(means['correct'], means['adversarial']),
         ),
     )
+    judged = ', '.join(
+        f'{_n(detection[protocol]["overall"])} under protocol {tables.words(protocol)}'
+        for protocol in detection
+    )
     line = (
         f'Config {manifest["config_hash"]}; test accuracy {accuracy}; of {attempted} attacks of '
         f'ε = {tables.epsilon(attack["epsilon"])} succeed {rate}; mean cell of correct / '
-        f'adversarial maps {correct} / {adversarial}.'
+        f'adversarial maps {correct} / {adversarial}; judged by {judged} (correct + adversarial '
+        'maps, means of the seeds).'
     )
     rows = []
     for name in ('detector', *detection['held_out']['baselines']):
         paper, held_out = (_entry(detection[protocol], name) for protocol in ('paper', 'held_out'))
-        noise = held_out.get('noise') or {}
-        rows.append(
-            (
-                tables.words(name),
-                tables.cell(summary['cost'][name]['forward_passes']),
-                tables.with_interval(paper, 'balanced_accuracy'),
-                tables.with_interval(held_out, 'balanced_accuracy'),
-                tables.with_interval(held_out, 'auroc'),
-                tables.with_interval(held_out, 'auroc_with_noise'),
-                tables.with_interval(held_out.get('over_confidence') or {}, 'auroc'),
-                tables.cell(noise.get('called_at_5_fpr')),
-            )
-        )
-    header = (
-        *('Method', 'Forward passes', 'Balanced accuracy, protocol paper', 'held out'),
-        *(
-            'AUROC, held out',
-            'against clean and noise',
-            'over confidence',
-            'Noise called at 5 % FPR',
-        ),
-    )
-    return f'{line}\n\n{_body(header, rows)}\n{_classes(summary)}'
+        passes = tables.cell(summary['cost'][name]['forward_passes'])
+        row = {'Method': tables.words(name), 'Forward passes': passes}
+        row |= _columns('Balanced accuracy, protocol paper', paper, 'balanced_accuracy')
+        row |= _columns('Balanced accuracy, held out', held_out, 'balanced_accuracy')
+        row |= _columns('AUROC, held out', held_out, 'auroc')
+        row |= _columns('AUROC against clean and noise', held_out, 'auroc_with_noise')
+        row |= _columns('AUROC over confidence', held_out.get('over_confidence') or {}, 'auroc')
+        flagged = (held_out.get('noise') or {}).get('flagged_at_5_fpr')
+        rows.append(row | {'Noise flagged at 5 % FPR': tables.cell(flagged)})
+    return f'{line}\n\n{_body(rows)}\n{_classes(summary)}'
 
 
 def comparison(summaries: Sequence[dict]) -> str:
@@ -98,49 +95,61 @@ def comparison(summaries: Sequence[dict]) -> str:
         changed = config.difference(*(config.identity(config.complete(each)) for each in configs))
         detection = found['detection']
         paper, held_out = (detection[protocol]['overall'] for protocol in ('paper', 'held_out'))
-        rows.append(
-            (
-                '; '.join(changed) or 'the config',
-                tables.cell(found['attack']['success_rate']),
-                ' / '.join(tables.cell(found['map_mean'][kind]) for kind in _KINDS),
-                tables.with_interval(paper, 'balanced_accuracy'),
-                tables.with_interval(held_out, 'balanced_accuracy'),
-                tables.with_interval(held_out, 'auroc'),
-            )
-        )
-    header = (
-        *('Reading', 'Attacks succeed', 'Mean cell, correct / adversarial'),
-        *('Balanced accuracy, protocol paper', 'held out', 'AUROC, held out'),
-    )
-    return _body(header, rows)
+        row = {
+            'Reading': '; '.join(changed) or 'the config',
+            'Attacks succeed': tables.cell(found['attack']['success_rate']),
+            'Mean cell, correct / adversarial': ' / '.join(
+                tables.cell(found['map_mean'][kind]) for kind in _KINDS
+            ),
+            'n, protocol paper': _n(paper),
+        }
+        row |= _columns('Balanced accuracy, protocol paper', paper, 'balanced_accuracy')
+        row['n, held out'] = _n(held_out)
+        row |= _columns('Balanced accuracy, held out', held_out, 'balanced_accuracy')
+        rows.append(row | _columns('AUROC, held out', held_out, 'auroc'))
+    return _body(rows)
 
 
-def _body(header, rows):
-    """Returns a table without a title."""
-    return tables.markdown(tables.Table('', header, rows)).split('\n\n', 1)[1]
+def _n(entry):
+    """Returns how many correct and adversarial maps judge."""
+    return ' + '.join(tables.cell(entry[f'n_{kind}']) for kind in _KINDS)
+
+
+def _columns(head, entry, key):
+    """Returns the cells of both averages by their heads."""
+    means = {'': entry, 'over_classes': entry.get('over_classes') or {}}
+    return {
+        f'{head}, {label}': tables.with_interval(means[average], key)
+        for average, label in tables.AVERAGES.items()
+    }
+
+
+def _body(rows):
+    """Returns rows by their heads as a table without a title, and without columns of no number."""
+    heads = [head for head in rows[0] if {row[head] for row in rows} != {'–'}]
+    lines = [tuple(row[head] for head in heads) for row in rows]
+    table = tables.Table('', tuple(heads), lines)
+    return tables.markdown(table).split('\n\n', 1)[1]
 
 
 def _classes(summary):
     """Returns Tables II to V in one, ours beside the paper's; nothing where it has no such."""
     detection, rows = summary['detection'], []
     for name, counts in summary['heatmaps'].items():
-        ours = [detection[protocol]['per_class'][name] for protocol in ('paper', 'held_out')]
-        cells = (
-            *(
-                f'{tables.cell(counts[kind])} ({tables.cell(counts[f"paper_{kind}"])})'
-                for kind in _KINDS
-            ),
-            *(tables.with_interval(entry, 'balanced_accuracy') for entry in ours),
-            tables.stated(ours[0]['paper_accuracy']) or '',
-        )
-        rows.append((name, *cells))
-    if not all(row[-1] for row in rows):
+        row = {'Class': name}
+        for kind in _KINDS:
+            pair = tables.cell(counts[kind]), tables.cell(counts[f'paper_{kind}'])
+            row[f'{kind.capitalize()} maps (paper)'] = '{} ({})'.format(*pair)
+        for protocol, found in detection.items():
+            entry, label = found['per_class'][name], tables.words(protocol)
+            row[f'n, {label}'] = _n(entry)
+            head = f'Balanced accuracy, {label}'
+            row[head] = tables.with_interval(entry, 'balanced_accuracy')
+        stated = detection['paper']['per_class'][name]['paper_accuracy']
+        rows.append(row | {"Paper's accuracy": tables.stated(stated) or ''})
+    if not all(row["Paper's accuracy"] for row in rows):
         return ''
-    header = (
-        *('Class', 'Correct maps (paper)', 'Adversarial maps (paper)'),
-        *('Balanced accuracy, protocol paper', 'held out', "Paper's accuracy"),
-    )
-    return f'\n{_body(header, rows)}\n'
+    return f'\n{_body(rows)}\n'
 
 
 def _entry(found, name):

@@ -26,7 +26,16 @@ _METRICS = {
 }
 RIVALS = ('max_probability', 'map_mean')  # the baselines in the per-class tables
 RIVAL_RATES = ('balanced_accuracy', 'auroc')  # their columns there
-_CALLED = {'called': 'share', 'called_at_5_fpr': 'share at 5 % FPR'}
+_FLAGGED = {'flagged': 'share', 'flagged_at_5_fpr': 'share at 5 % FPR'}
+AVERAGES = {'': 'over all maps', 'over_classes': 'over classes'}
+_MEANS = (
+    'Over all maps the decisions of all classes count alike, and the AUROC is the mean of the '
+    "classes', weighted by their adversarial maps; maps of a class without a detector do not "
+    'count. Over classes is the unweighted mean, as in the paper, of the classes that have ten '
+    'judged maps of each kind in every seed. Intervals of 95 % are those of drawing other images, '
+    "or Nadeau and Bengio's of the seeds where that is wider; fewer than ten maps of a kind, or "
+    'three seeds, have none.'
+)
 _NEEDED = (
     'n for FPR counts the clean maps that set the thresholds at a false positive rate. A promise '
     'that fresh maps keep takes 19 of them for 5 % and 99 for 1 %: classes with fewer share one '
@@ -138,11 +147,16 @@ def _class_table(protocol, detection, class_names, theirs):
         others = [measured(rival or {}, key) for rival in rivals for key in RIVAL_RATES]
         return tuple(map(cell, (label, *ours, stated(entry.get('paper_accuracy')), *others)))
 
+    def mean(average):
+        entries = [averaged(entry, average) for entry in (overall, *baselines.values())]
+        return line(AVERAGES[average].capitalize(), entries[0], entries[1:])
+
     rivals = [(baseline or {}).get('per_class') or {} for baseline in baselines.values()]
+    overall = detection.get('overall') or {}
     note = (
-        'Raw accuracy is over all maps scored; the majority baseline always names the larger kind. '
-        f'{_NEEDED} Overall is the unweighted mean of the classes, and the sum of n. In brackets: '
-        'how many classes and seeds have the number, where not all do.'
+        'The majority baseline always names the larger kind of a class. '
+        f'{_NEEDED} {_MEANS} In brackets: how many seeds (of a class), maps (over all) or classes '
+        '(over them) have the number, where not all do.'
     )
     if theirs:
         note += (
@@ -155,10 +169,13 @@ def _class_table(protocol, detection, class_names, theirs):
         f'protocol {words(protocol)}',
         ('Class', *_COUNTS.values(), *_METRICS.values(), "Paper's accuracy", *others),
         [
-            line(name, detection['per_class'].get(name), [rival.get(name) for rival in rivals])
-            for name in class_names
+            *(
+                line(name, detection['per_class'].get(name), [rival.get(name) for rival in rivals])
+                for name in class_names
+            ),
+            mean('over_classes'),
         ],
-        line('Overall', detection.get('overall'), baselines.values()),
+        mean(''),
         note,
     )
 
@@ -170,20 +187,36 @@ def _overall_table(detections, theirs):
         overall = detection.get('overall') or {}
         baselines = (detection.get('baselines') or {}).items()
         for method, entry in [('detector', overall), *((n, b or {}) for n, b in baselines)]:
-            counts = [entry.get(key) for key in _COUNTS]
-            numbers = [*counts, *(with_interval(entry, key) for key in _METRICS)]
-            printed = stated(overall.get('paper_accuracy')) if method == 'detector' else None
-            lines.append(tuple(map(cell, (words(protocol), words(method), *numbers, printed))))
+            for average, label in AVERAGES.items():
+                each = averaged(entry, average)
+                rates = [with_interval(each, key) for key in _METRICS]
+                # That there is no mean over classes is said once.
+                if average and method != 'detector' and set(rates) == {'–'}:
+                    continue
+                counts = [each.get(key) for key in _COUNTS]
+                printed = stated(each.get('paper_accuracy')) if method == 'detector' else None
+                said = words(protocol), words(method), label, *counts, *rates, printed
+                lines.append(tuple(map(cell, said)))
     return Table(
         f'Table VI. Overall{", " + theirs.dataset if theirs else ""}',
-        ('Protocol', 'Method', *_COUNTS.values(), *_METRICS.values(), "Paper's accuracy"),
+        ('Protocol', 'Method', 'Mean', *_COUNTS.values(), *_METRICS.values(), "Paper's accuracy"),
         lines,
-        note='Unweighted means over the classes; n are sums. Means over several seeds, each with '
-        'its own division, initial weights and undersampling; ± is a 95 % interval (Nadeau and '
-        "Bengio's, for divisions that share maps), n the mean of the seeds. "
-        f'{_NEEDED} In brackets: how many classes and seeds have the number, where not all do.',
-        text_columns=2,
+        note=f'{_MEANS} Means over several seeds, each with its own division, initial weights and '
+        f'undersampling, and so is n. {_NEEDED} In brackets: how many maps or classes have the '
+        'number, where not all do.',
+        text_columns=3,
     )
+
+
+def averaged(entry, average):
+    """Returns an overall entry's rates of one of `AVERAGES`.
+
+    The paper's accuracy is a mean over classes, and stands beside ours.
+    """
+    entry = entry or {}
+    if not average:
+        return entry | {'paper_accuracy': None}
+    return (entry.get(average) or {}) | {'paper_accuracy': entry.get('paper_accuracy')}
 
 
 def _control_table(protocol, detection):
@@ -195,15 +228,15 @@ def _control_table(protocol, detection):
         line = [words(name)]
         for kind in kinds:
             rates = (entry.get('controls') or {}).get(kind) or {}
-            line += [rates.get('n'), *(with_interval(rates, key) for key in _CALLED)]
+            line += [rates.get('n'), *(with_interval(rates, key) for key in _FLAGGED)]
         lines.append(tuple(map(cell, line)))
-    header = [f'{words(kind)}: {what}' for kind in kinds for what in ('n', *_CALLED.values())]
+    header = [f'{words(kind)}: {what}' for kind in kinds for what in ('n', *_FLAGGED.values())]
     return Table(
-        f'Called adversarial besides, protocol {words(protocol)}',
+        f'Flagged besides, protocol {words(protocol)}',
         ('Method', *header),
         lines,
         note='Shares, means over the seeds. Noise: random signs of the same ε, still classified '
-        'correctly; a detector that calls it adversarial sees noise, not attacks. Misclassified: '
+        'correctly; a detector that flags it sees noise, not attacks. Misclassified: '
         'clean images that the classifier gets wrong. Failed: attacked images that it still gets '
         'right. All of test images on which no detector was fitted. In brackets: how many of n are '
         'of classes with a threshold of 5 % FPR, where not all are.',
@@ -233,27 +266,27 @@ def adaptive_table(found: dict | None) -> Table:
         'know of them, and no more.'
     )
     if not found:
-        note = f'Not measured in this work directory: --mode=adaptive does. {claim}'
-        return Table(title, ('Detector', 'Attack', 'Share that evades'), [], note=note)
+        return Table(title, (), [], note=f'Not measured here: --mode=adaptive does. {claim}')
     rows, epsilons = found['rows'], dict.fromkeys(row['epsilon'] for row in found['rows'])
     evading = {(row['method'], row['attack']): [] for row in rows}
     for row in rows:
         low, high = row['interval']
         text = f'{row["evasion"]:.3f} ({low:.2f} to {high:.2f})'
         evading[row['method'], row['attack']].append(text)
-    alarms = ', '.join(f'{_rounds(k)} {cell(v)}' for k, v in found['false_alarms'].items())
+    alarms = ', '.join(f'{rounds(k)} {cell(v)}' for k, v in found['false_alarms'].items())
     kept = found.get('auroc_of_the_mixture') or {}
-    cost = ', '.join(f'{_rounds(k)} {cell(v)}' for k, v in kept.items())
+    cost = ', '.join(f'{rounds(k)} {cell(v)}' for k, v in kept.items())
     if cost:
         cost = (
-            f'In a round detectors are fitted with attacks on them; AUROC of the mixture: {cost}. '
+            'In a round detectors are fitted with attacks on them; AUROC of the mixture, one curve '
+            f"of all classes' scores: {cost}. "
         )
     return Table(
         title,
         ('Detector', 'Attack', *(f'ε = {epsilon(value)}' for value in epsilons)),
-        [(_rounds(method), words(name), *cells) for (method, name), cells in evading.items()],
+        [(rounds(method), words(name), *cells) for (method, name), cells in evading.items()],
         note=f'Shares of {cell(found["images"])} correctly classified test images that are '
-        'classified wrongly and not called adversarial, at the thresholds of 5 % false positives, '
+        'classified wrongly and not flagged, at the thresholds of 5 % false positives, '
         "with Wilson's 95 % intervals. FGSM does not know of the detector, the others follow its "
         f'gradient for up to {found["settings"]["steps"]} steps. False alarms on the same images, '
         f'unattacked: {alarms}. {cost}{claim}',
@@ -261,7 +294,7 @@ def adaptive_table(found: dict | None) -> Table:
     )
 
 
-def _rounds(label):
+def rounds(label):
     """Returns what a reader sees for a method, and after how many rounds of fitting."""
     method, *rest = label.split(', ')
     return ', '.join([words(method), *rest])
@@ -273,19 +306,34 @@ def cell(value):
         return '–'
     if isinstance(value, str):
         return value
-    return f'{value:,}' if isinstance(value, int) else f'{value:.3f}'
+    text = f'{value:,}' if isinstance(value, int) else f'{value:.3f}'
+    return text.replace('-', '−')
 
 
 def with_interval(entry, key):
-    """Returns a rate, half its 95 % interval, and how many of all have it where not all do."""
-    ends = (entry.get('interval') or {}).get(key)
-    return measured(entry, key, f' ± {(ends[1] - ends[0]) / 2:.3f}' if ends else '')
+    """Returns a rate, its 95 % interval, and how many of all have it where not all do.
+
+    The interval is half its width where it reaches as far to both sides, else its ends.
+
+    >>> with_interval({'auroc': 0.5, 'interval': {'auroc': [0.4, 0.6]}}, 'auroc')
+    '0.500 ± 0.100'
+    >>> with_interval({'auroc': 0.95, 'interval': {'auroc': [0.8, 1.0]}}, 'auroc')
+    '0.950 (0.80 to 1.00)'
+    """
+    ends, reach = (entry.get('interval') or {}).get(key), ''
+    if ends:
+        below, above = entry[key] - ends[0], ends[1] - entry[key]
+        reach = f' ± {above:.3f}'
+        if abs(above - below) > 1e-9:
+            reach = ' ({:.2f} to {:.2f})'.format(*ends).replace('-', '−')
+    return measured(entry, key, reach)
 
 
 def measured(entry, key, reach=''):
     """Returns a rate, what follows it, and in brackets how many of all have it."""
     over = (entry.get('over') or {}).get(key)
-    return cell(entry.get(key)) + reach + (' ({} of {})'.format(*over) if over else '')
+    have = ' ({:,} of {:,})'.format(*over) if over and entry.get(key) is not None else ''
+    return cell(entry.get(key)) + reach + have
 
 
 def stated(value):
@@ -357,6 +405,8 @@ def escape(text):
 
 def markdown(table):
     """Renders a table as Markdown."""
+    if not table.rows:
+        return f'## {table.title}\n\n{table.note}'
     left = table.text_columns
     lines = [table.header, (':--',) * left + ('--:',) * (len(table.header) - left)]
     lines += [tuple(map(escape, row)) for row in table.rows]
