@@ -193,12 +193,18 @@ def _verdict(detection):
             tables.with_interval(overall, 'balanced_accuracy'),
             f"is the balanced accuracy of the paper's detectors over {n} test images that nothing "
             f'was fitted on, at an AUROC of {tables.with_interval(overall, key)} against {against} '
-            'ones. The mean over classes is '
-            f'{tables.with_interval(classes, "balanced_accuracy")}'
-            f'{_paper(tables.stated(overall.get("paper_accuracy")))}.',
+            f'ones. {_over_classes(classes)}.',
         )
     ]
     return found + _beside_rivals(overall, rivals, key, against) + _of_noise(overall)
+
+
+def _over_classes(entry):
+    """Returns in words the mean over classes, beside the paper's."""
+    stated = _paper(tables.stated(entry.get('paper_accuracy')))
+    if entry.get('balanced_accuracy') is None:
+        return f'No two classes have maps enough for a mean over classes{stated}'
+    return f'The mean over classes is {tables.with_interval(entry, "balanced_accuracy")}{stated}'
 
 
 def _beside_rivals(overall, rivals, key, against):
@@ -293,7 +299,7 @@ def _html(table):
     if not table.rows:
         return f'<section><h3>{title}</h3>{note}</section>\n'
     head, foot = f'<section><h3>{title}</h3>', '</section>'
-    if len(table.rows) > _LONG:
+    if len(table.rows) > _LONG and not table.title.startswith('Table VI'):
         head, foot = f'<details><summary>{title}</summary>', '</details>'
     return (
         f'{head}\n<div class="scroll" tabindex="0" role="region" '
@@ -337,7 +343,7 @@ def opening(title: str, style: str = '') -> str:
 CLOSING = '</main></body></html>\n'
 
 
-_LONG = 11  # Tables of more rows are folded.
+_LONG = 11  # Tables of more rows are folded, but for that of the result.
 _KINDS = ('correct', 'adversarial')
 _BARS = 40  # Of more classes, only as many have one.
 _STYLE = """

@@ -34,7 +34,7 @@ _MEANS = (
     'count. Over classes is the unweighted mean, as in the paper, of the classes that have ten '
     'judged maps of each kind in every seed. Intervals of 95 % are those of drawing other images, '
     "or Nadeau and Bengio's of the seeds where that is wider; fewer than ten maps of a kind, or "
-    'three seeds, have none.'
+    'three seeds, have no interval.'
 )
 _NEEDED = (
     'n for FPR counts the clean maps that set the thresholds at a false positive rate. A promise '

@@ -104,6 +104,12 @@ def test_results_are_the_stored_maps_counted_by_hand(finished):
         for k, name in enumerate(run.dataset.class_names):
             counted = [np.sum(maps.is_adversarial & (maps.predicted == k)) for maps in judged]
             assert detection['per_class'][name]['n_adversarial'] == round(np.mean(counted))
+        counted = [division.maps.select(row) for row in division.is_counted]
+        attacked = round(np.mean([m.is_adversarial.sum() for m in counted]))
+        assert detection['overall']['n_adversarial'] == attacked
+        for name, curve in detection['roc'].items():
+            entry = detection['overall'] if name == 'detector' else detection['baselines'][name]
+            assert curve['auroc'] == pytest.approx(entry['auroc'])
 
 
 def test_controls_are_what_they_are_called(finished):

@@ -150,3 +150,16 @@ def test_where_a_detector_never_calls_is_said(capsys, tmp_path):
     assert 'adaptive, detector: no threshold for two, three, so' in capsys.readouterr().err
     evasion._tell_unthresholded(run, target._replace(thresholds=np.zeros(3)))
     assert not capsys.readouterr().err
+
+
+def test_all_rows_are_of_the_same_images():
+    """Those on which none of the detectors was fitted, and what is kept is known by them."""
+    ids = np.array([5, 3, 9, 1]), np.array([1, 2, 3, 9, 8])
+    targets = [evasion._Target('detector', {}, None, None, each, 'x', {}) for each in ids]
+    for count, expected in ((2, [3, 9]), (9, [3, 9, 1])):
+        found = evasion._on_the_same(targets, count)
+        assert [target.ids.tolist() for target in found] == [expected] * 2
+    names = {evasion._on_the_same(targets, count)[0].name for count in (2, 3, 9)}
+    assert len(names) == 2
+    with pytest.raises(UsageError, match='No test image is left'):
+        evasion._on_the_same([targets[0], targets[1]._replace(ids=np.array([2]))], 9)

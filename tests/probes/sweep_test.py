@@ -12,6 +12,7 @@ from occjax.config import Attack
 from occjax.experiment import devices, shard, stages, storage, store
 from occjax.experiment.run import Run
 from occjax.probes import conditions, sweep
+from occjax.report import canvas, tables
 from occjax.report import sweep as sweep_report
 from occjax.types import UsageError
 from tests import small_run
@@ -57,11 +58,17 @@ def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
     assert [row['forward_passes'] for row in (own, other, every)] == [10, 5, 14]
     own_attack = result['transfer']['linear_probe']['fgsm 0.3']['fgsm 0.3']
     assert own['auroc']['linear_probe'] == own_attack
-    have, of = own_attack['over']  # Few classes have maps of both kinds.
-    assert 0 < have < of == 10 * run.config.detector.seeds
-    assert f'{own_attack["auroc"]:.3f} ({have} of {of})' in printed
+    judged = 0.4 * attacked['successful']
+    assert 0.5 * judged < own_attack['n_adversarial'] < 1.5 * judged
+    low, high = own_attack['interval']
+    assert 0 <= low < own_attack['auroc'] < high <= 1
+    entry = {'auroc': own_attack['auroc'], 'interval': {'auroc': [low, high]}}
+    assert tables.with_interval(entry, 'auroc') in printed
+    assert 'FGSM, 0.02' in printed and 'fgsm' not in printed
     assert len({json.dumps(row['auroc']) for row in result['occluders']}) == 3
-    fgsm, windows = sweep_report.summary(sweep_report.condense(result))  # What is kept shows both.
+    fgsm, windows, *_ = sweep_report.summary(
+        sweep_report.condense(result)
+    )  # What is kept shows both.
     assert 'and noise' not in fgsm.header and len(fgsm.header) == len(fgsm.rows[0]) == 2 + 2
     assert [row[1] for row in windows.rows] == ['10', '5', '14']
     with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +108,7 @@ def test_a_mixture_is_judged_by_each_attack_seen_or_left_out(finished, tmp_path)
     kept = sweep_report.condense(result)
     assert sweep_report.summary(kept) == sweep_report.summary(result)
     assert len(json.dumps(kept['transfer'])) < 0.7 * len(json.dumps(result['transfer']))
-    own, mixture = sweep_report.summary(result)
+    own, mixture, *_ = sweep_report.summary(result)
     row = next(row for row in mixture.rows if row[0] == 'InputMFS, magnitudes of the image')
     rows = result['transfer']['input_mfs']
     seen, unseen = (rows[name]['bim 0.3']['auroc'] for name in ('mixture', 'mixture without bim'))
@@ -195,7 +202,7 @@ def test_a_sweep_whose_attacks_fail_ends_with_a_table(finished, tmp_path):
     wanted.views, wanted.methods = ('flip',), ('detector', 'views_alone', 'input_mfs', 'multi_lid')
     wanted.occluders = ((4, 6, 0.0),)
     run = run.changed(config=dataclasses.replace(run.config, attack=Attack(epsilon=1e-6)))
-    assert '| square 1e-06 | 0 | 0.000 |' in sweep.sweep(run)
+    assert '| Square, 1e-06 | 0 | 0.000 |' in sweep.sweep(run)
     result = json.loads((run.workdir / 'sweep.json').read_text())
     assert result['search'] is None
     assert [set(row['auroc']) for row in result['occluders']] == [{'detector'}] * 3
@@ -227,3 +234,27 @@ def test_windows_to_try_differ_from_the_config_s_in_one_thing_each(tmp_path):
     assert sweep.occluders(run)[0] == own
     for windows in sweep.occluders(run)[1:]:
         assert sum(a != b for a, b in zip(windows, own, strict=True)) == 1
+
+
+def test_a_half_is_the_middle_of_the_matrix_s_colours():
+    """What lies as far above as below differs as much from white, in another colour."""
+    attacks = {f'fgsm {e:.4g}': {'attack': 'fgsm', 'epsilon': e} for e in (8 / 255, 0.1)}
+    values = iter((0.05, 0.95, 0.5, 0.7))
+    rows = {
+        name: {
+            other: {'auroc': next(values), 'interval': None, 'over_classes': {'auroc': None}}
+            for other in attacks
+        }
+        for name in attacks
+    }
+    result = {'attacks': attacks, 'transfer': {'views_alone': rows}}
+    figure, axes = canvas.axes(4, 4)
+    sweep_report._plot_matrix(axes, result, 'views_alone', rows)
+    (image,) = axes.get_images()
+    (low, high), (half, _) = image.to_rgba(image.get_array())[..., :3]
+    np.testing.assert_allclose(half, 0.97, atol=0.03)
+    assert low[0] > low[2] and high[2] > high[0]
+    np.testing.assert_allclose(low.mean(), high.mean(), atol=0.1)
+    words = [text.get_text() for text in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+    assert words == ['FGSM, 8/255', 'FGSM, 0.1'] * 2
+    assert axes.get_title().startswith('AUROC over all maps, Confidence and changes')

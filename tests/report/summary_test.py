@@ -53,13 +53,14 @@ def test_readme_s_detectors_are_the_runs():
         rows, cells = transfer[method], [str(passes[method])]
         for name in ('fgsm 0.03137', 'fgsm 0.1'):
             for found in (rows[name][name], rows[name][name]['with_noise']):
-                half = (found['interval'][1] - found['interval'][0]) / 2
-                cells.append(f'{_short(found["auroc"])} ± {_short(half)}')
+                mean = found['over_classes']
+                half = (mean['interval'][1] - mean['interval'][0]) / 2 if mean['interval'] else None
+                cells.append(_short(mean['auroc']) + (f' ± {_short(half)}' if half else ''))
         unseen = {}
         for name, attack in attacks.items():
             if name.endswith(' 0.03137'):
                 without = rows.get(f'mixture without {attack["attack"]}', rows['mixture'])
-                unseen[attack['attack']] = without[name]['auroc']
+                unseen[attack['attack']] = without[name]['over_classes']['auroc']
         worst = min(unseen, key=unseen.get)
         cells.append(f'{_short(unseen[worst])} ({tables.words(worst)})')
         evasion = [row['evasion'] for row in adaptive['rows'] if row['method'] == method]
@@ -84,6 +85,8 @@ def test_a_summary_is_small_and_says_what_the_results_say(finished):
     assert (report / 'summary.json').stat().st_size < 100_000
     for protocol, found in kept['detection'].items():
         whole = results['detection'][protocol]
+        means = [each['overall']['over_classes'] for each in (found, whole)]
+        assert means[0]['classes'] == means[1]['classes'] and means[0]['auroc'] == means[1]['auroc']
         for key in ('balanced_accuracy', 'auroc'):
             assert found['overall'][key] == whole['overall'][key]
             assert found['baselines']['map_mean'][key] == whole['baselines']['map_mean'][key]
@@ -96,12 +99,12 @@ def test_runs_are_compared_by_what_their_configs_differ_in():
     kept = _kept('digits')
     other = copy.deepcopy(kept)
     other['manifest']['config']['occlusion']['fill'] = [0.0]
-    other['detection']['held_out']['overall']['balanced_accuracy'] = 0.123
+    other['detection']['held_out']['overall'] |= {'balanced_accuracy': 0.123, 'interval': {}}
     del other['manifest']['config']['sweep']  # As in a file of before there was any.
     own, changed = summary.comparison([kept, other]).splitlines()[2:]
     assert own.startswith('| the config | ')
     assert changed.startswith('| occlusion.fill: [0.5] -> [0.0] | ')
-    assert ' | 0.123 ± ' in changed and '0.123' not in own
+    assert ' | 0.123 | ' in changed and '0.123' not in own
 
 
 def test_classes_are_beside_the_paper_s_where_it_has_them():
