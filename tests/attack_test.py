@@ -859,7 +859,9 @@ class SquareTest(parameterized.TestCase):
             best = np.where(accepted[:, None, None, None], tried, best)
         np.testing.assert_array_equal(actual, best)
         np.testing.assert_array_equal(lead < 0, [False, True, True, True, True])
-        self.assertEqual(boxes, {side: side for side in (7, 5, 4, 3, 2, 1)})
+        # The largest is tried once, where it may hide at an edge among stripes of its colour.
+        self.assertGreaterEqual(boxes.pop(7), 5)
+        self.assertEqual(boxes, {side: side for side in (5, 4, 3, 2, 1)})
         self.assertEqual((rows, columns), (set(range(8)), set(range(8))))
         self.assertLen(signs, 2**channels)
 

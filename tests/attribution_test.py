@@ -150,9 +150,9 @@ def test_a_class_that_no_pixel_changes_has_the_saliency_of_the_masks():
     settings = dict(key=KEY, masks=len(drawn()), cells=CELLS, keep=KEEP)
     found = attribution.rise(constant_fn, IMAGES, CLASSES, **settings)
     expected = np.array([0.3, 0.2, 0.5])[:, None, None] * drawn().mean(0) / KEEP
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
     expected = np.array([0.3, 0.2, 0.5])[:, None, None] + np.zeros((6, 5))
-    np.testing.assert_allclose(found, expected, rtol=0.1)
+    np.testing.assert_allclose(found, expected, rtol=0.2)
 
 
 def test_an_image_s_saliency_does_not_know_its_neighbours():
@@ -165,15 +165,16 @@ def test_an_image_s_saliency_does_not_know_its_neighbours():
 
 
 def test_a_gradient_of_a_saliency_is_that_of_finite_differences():
-    step, settings = 1e-2, dict(key=KEY, masks=20, cells=3, chunk_size=7)
-    direction = np.random.default_rng(4).normal(size=IMAGES.shape).astype(np.float32)
+    step, settings = 1e-4, dict(key=KEY, masks=20, cells=3, chunk_size=7)
+    direction = np.random.default_rng(4).normal(size=IMAGES.shape)
 
     def total(size):
-        images = IMAGES * 0.5 + 0.25 + size * direction
+        images = np.float64(IMAGES * 0.5 + 0.25) + size * direction
         return attribution.rise(logits_fn, images, CLASSES, **settings)[:, 2, 3].sum()
 
-    numeric = (total(step) - total(-step)) / (2 * step)
-    np.testing.assert_allclose(jax.grad(total)(0.0), numeric, rtol=0.02)
+    with jax.enable_x64(True):
+        numeric = (total(step) - total(-step)) / (2 * step)
+        np.testing.assert_allclose(jax.grad(total)(0.0), numeric, rtol=1e-3)
 
 
 def test_a_gradient_does_not_keep_all_masks():

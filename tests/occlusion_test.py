@@ -118,7 +118,7 @@ class HeatmapTest(parameterized.TestCase):
         actual = occjax.heatmaps(
             logits_fn, images, classes, size=size, stride=stride, fill=np.array(fill), grid=grid
         )
-        np.testing.assert_allclose(actual, expected, atol=1e-6)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
 
     def test_transposed_images_under_transposed_windows_have_transposed_maps(self):
         images, classes, geometry = random_images(2), np.array([1, 3]), dict(size=(2, 5))
@@ -147,7 +147,8 @@ class HeatmapTest(parameterized.TestCase):
         actual = occjax.occluded_logits(
             logits_fn, random_images(3), **geometry, chunk_size=chunk_size
         )
-        np.testing.assert_allclose(actual, expected, atol=1e-6)
+        # Sums of 126 products of up to 2, in any order.
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
 
     def test_chunk_size_is_how_many_images_a_call_sees(self):
         jaxpr = jax.make_jaxpr(
