@@ -33,6 +33,15 @@ def forgets_compiled_programs():
 
 
 @pytest.fixture
+def four_devices():
+    """For laws of several devices, of which a move may leave one."""
+    import jax
+
+    if jax.device_count() < 4:
+        pytest.skip('Of four devices.')
+
+
+@pytest.fixture
 def small_plan(monkeypatch):
     """Makes `vgg11` a VGG of two layers."""
     from occjax import vgg

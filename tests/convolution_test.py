@@ -64,8 +64,7 @@ class ConvolutionTest(parameterized.TestCase):
     def assert_close(self, actual, expected, tolerance=1e-5):
         """Differs from `expected` by at most `tolerance` of its largest entry."""
         self.assertEqual(actual.shape, expected.shape)
-        error = np.abs(np.asarray(actual, float) - expected).max() / np.abs(expected).max()
-        self.assertLess(error, tolerance)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * abs(expected).max())
 
     @parameterized.product(
         side=((1, 1), (2, 2), (3, 4), (9, 5)),

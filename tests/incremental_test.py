@@ -59,7 +59,13 @@ def test_every_kind_of_network_is_the_plain_form(name, image_shape, geometry):
     assert_equal(incremental_logits(weights, images, fill, fn=fn, **geometry), expected)
 
 
-@pytest.mark.parametrize('name', ['vgg', 'resnet', 'convnext', 'mobilenet', 'channels first'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'resnet',
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ('mobilenet', 'channels first')),
+    ],
+)
 def test_gradients_are_the_plain_forms(name):
     fn, make = NETWORKS[name]
     weights, images = make(0), random_images(1, (24, 20))

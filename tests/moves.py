@@ -29,6 +29,18 @@ def flags(devices: int = int(DEVICES)) -> str:
     return f' --xla_force_host_platform_device_count={devices}{level}'
 
 
+def decided(logits, *, margin, least) -> np.ndarray:
+    """Returns which rows prefer a class to all others by a margin, and sees that enough do.
+
+    Only there a decision is compared: elsewhere rounding, or whatever else may move a number by
+    less than the margin, decides.
+    """
+    second, first = np.sort(np.asarray(logits), axis=-1)[:, -2:].T
+    found = first - second > margin
+    assert found.sum() >= least, f'{found.sum()} of {len(found)} rows have a class by {margin}'
+    return found
+
+
 def apply():
     """Moves what is asked for, in this process; before tests are imported."""
     if float(WEIGHTS) != 1:

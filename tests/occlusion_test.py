@@ -7,6 +7,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from hypothesis import strategies as st
 
@@ -275,6 +276,7 @@ class ProgressTest(parameterized.TestCase):
         self.assertEqual(told.forget(), [])
 
     @parameterized.parameters('full', 'incremental')
+    @pytest.mark.usefixtures('four_devices')
     def test_compiled_differentiated_and_on_many_devices(self, name):
         told, each = Told(), (7, 14, 21, 28, 35, 36) if name != 'incremental' else range(6, 37, 6)
         expected = [(n, 36) for n in each]

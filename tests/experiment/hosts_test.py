@@ -69,7 +69,7 @@ def test_a_joined_batch_is_the_batch(count):
     assert joined.sharding == devices.divide(array).sharding
 
 
-def test_maps_need_no_word_between_devices_and_training_only_sums(tmp_path):
+def test_maps_need_no_word_between_devices_and_training_only_sums(tmp_path, four_devices):
     run, mesh = make_run(tmp_path / 'run'), devices.mesh()
     assert mesh.size == 4
     variables = compilers.variable_shapes(run)

@@ -21,6 +21,7 @@ from occjax.experiment.run import Speed
 from occjax.methods import METHODS
 from occjax.probes import conditions, detection, sweep
 from occjax.types import UsageError
+from tests import moves
 from tests.detector_test import toy_maps
 from tests.verdict_test import seed_0
 
@@ -303,9 +304,12 @@ def test_attacked_images_as_files_are_judged_as_in_memory(judged, detect):
         loaded = guard.load(run.workdir / 'detectors' / f'{name}.guard.npz')
         said = guard.judge(loaded, logits_fn, attacked)
         scores = [line['detectors'][name]['score'] for line in found]
-        np.testing.assert_allclose(scores, said.score, atol=0.1)
         names = [run.description['class_names'][k] for k in said.predicted]
-        assert [line['class'] for line in found] == names
+        is_clear = moves.decided(logits_fn(attacked), margin=0.05, least=4)
+        for m in np.flatnonzero(is_clear):
+            assert found[m]['class'] == names[m]
+        # A score is that of the class: where rounding decides it, of another one.
+        np.testing.assert_allclose(np.array(scores)[is_clear], said.score[is_clear], atol=0.1)
 
 
 def test_detect_says_what_the_stored_maps_say(finished, tmp_path, detect, one_in_two):
