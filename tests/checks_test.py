@@ -56,6 +56,15 @@ ALL = {name: functools.partial(fn, logits_fn, epsilon=0.1) for name, fn in ATTAC
 each_attack = pytest.mark.parametrize('attack_fn', ATTACKS.values(), ids=ATTACKS)
 each_function = pytest.mark.parametrize('fn', ALL.values(), ids=ALL)
 each_map = pytest.mark.parametrize('fn', MAPS.values(), ids=MAPS)
+# All take a fill through one function, before any window is covered.
+few_maps = pytest.mark.parametrize(
+    'fn',
+    [
+        pytest.param(fn, marks=[pytest.mark.slow] * (name != 'occluded_logits'))
+        for name, fn in MAPS.items()
+    ],
+    ids=MAPS,
+)
 
 
 @each_function
@@ -260,7 +269,7 @@ def test_a_fill_that_does_not_fit_is_refused(fn, fill, message):
         fn(IMAGES, LABELS, fill=fill)
 
 
-@each_map
+@few_maps
 def test_every_form_of_a_fill_is_the_same_fill(fn):
     whole = np.broadcast_to(np.float32([0.1, 0.2, 0.3]), IMAGES.shape)
     expected = fn(IMAGES, LABELS, fill=whole)
@@ -270,7 +279,7 @@ def test_every_form_of_a_fill_is_the_same_fill(fn):
     np.testing.assert_allclose(fn(IMAGES, LABELS, fill=np.full(1, 0.25)), grey, atol=1e-6)
 
 
-@each_map
+@few_maps
 def test_a_fill_by_name_is_what_it_makes_of_each_image(fn):
     named = {name: np.asarray(fills.of(name, IMAGES)) for name in ('blur', 'mean')}
     for name, images in named.items():
@@ -309,7 +318,7 @@ def test_integers_are_no_images_to_occlude():
         occlusion.occlude(np.zeros((4, 4, 1), np.uint8), np.array([0, 0]), size=2)
 
 
-@pytest.mark.parametrize('chunk_size', [1, 4, 7, 27])
+@pytest.mark.parametrize('chunk_size', [4, pytest.param(27, marks=pytest.mark.slow)])
 def test_a_classifier_sees_batches_of_chunk_size(chunk_size):
     """So that a callback or a compiled function, which nothing can map, works as well."""
     expected = occjax.heatmaps(logits_fn, IMAGES, LABELS, **WINDOWS)

@@ -414,7 +414,11 @@ def test_another_system_is_said_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'error', ['MemoryError("9 TiB")', 'jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 TiB\\n")']
+    'error',
+    [
+        pytest.param('MemoryError("9 TiB")', marks=pytest.mark.slow),
+        'jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 TiB\\n")',
+    ],
 )
 def test_a_console_without_our_signs_shows_others_and_memory_ends_in_a_line(tmp_path, error):
     code = (
