@@ -38,6 +38,7 @@ from ml_collections import config_flags
 
 from occjax import names
 from occjax.config import Config, to_json
+from occjax.progress import printable
 from occjax.types import UsageError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'digits.py'
@@ -485,7 +486,7 @@ def end_on(*signals: signal.Signals):
 
 def fail(line: str, exit_fn: Callable[[int], None] = sys.exit):
     """Prints the one line that a person needs, and ends with exit code 2, with all hosts."""
-    print(f'launch.py: {line}', file=sys.stderr, flush=True)
+    print(f'launch.py: {printable(line)}', file=sys.stderr, flush=True)
     leave(line, 2)
     exit_fn(2)
 

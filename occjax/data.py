@@ -259,8 +259,10 @@ def _decoded(name, source, image_size, cache_dir):
 
     They are `u8[N, S, S, 3]`, `i32[N]` and `u8[N, 32]`.
     """
-    cache = Path(cache_dir or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'occjax')
-    cache = cache.expanduser()
+    default = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'occjax'
+    cache = Path(os.path.expanduser(cache_dir or default))
+    if str(cache).startswith('~'):
+        raise UsageError(f'There is no home directory for {cache}: --cache_dir=<folder>.')
     try:
         stats = [(file.absolute(), file.stat()) for file in source.files]
     except OSError as error:
@@ -289,8 +291,8 @@ def _decoded(name, source, image_size, cache_dir):
         return _mapped(paths, shape)
     except OSError as error:
         raise UsageError(
-            f'Cannot keep the decoded images in {cache} ({sources.one_line(error)}): set '
-            f'cache_dir to a folder with room for {np.prod(shape) / 1e9:.1f} GB.'
+            f'Cannot keep the decoded images in {cache} ({sources.one_line(error)}): use '
+            f'--cache_dir=<folder> with room for {np.prod(shape) / 1e9:.1f} GB.'
         ) from error
 
 

@@ -2,10 +2,23 @@
 
 import sys
 import time
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """Returns text for a terminal: what would steer it, or is no character, is spelt out."""
+    shown = (c.isprintable() or unicodedata.category(c) == 'Zs' for c in text)
+    return ''.join(c if fine else repr(c)[1:-1] for c, fine in zip(text, shown, strict=True))
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns how many there are, `1 image` or `2 images`."""
+    return f'{count} {noun}' + 's' * (count != 1)
 
 
 def say(line: str):
     """Prints a line about the work; stdout is for results."""
+    line = printable(line)
     if sys.stderr.isatty():
         from tqdm import tqdm  # Comes with TFDS; leaves its own bar below the line.
 
@@ -25,12 +38,12 @@ class Progress:
             what: is counted, in words.
             every: seconds from one line to the next, where there is no terminal.
         """
-        self.total, self.what, self.every, self.bar = total, what, every, None
+        self.total, self.what, self.every, self.bar = total, printable(what), every, None
         self.done, self.began, self.told = 0, time.monotonic(), time.monotonic()
         if total and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, desc=what, file=sys.stderr, leave=False)
+            self.bar = tqdm(total=total, desc=self.what, file=sys.stderr, leave=False)
 
     @property
     def rate(self) -> float:

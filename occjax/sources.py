@@ -14,6 +14,7 @@ import logging
 import re
 import sys
 import tarfile
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -71,10 +72,34 @@ def read_image(file, image_size: int, *, origin: str = '') -> np.ndarray:
             square = (image_size, image_size)
             return np.asarray(ImageOps.fit(_to_rgb(image), square, Image.Resampling.BICUBIC))
     except Exception as error:  # Pillow's readers fail in any way where a file is damaged.
-        is_unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = 'it is in no format that Pillow reads' if is_unknown else one_line(error)
         named = origin or ('of these bytes' if isinstance(file, bytes) else file)
-        raise UsageError(f'{_UNREADABLE}{named}: {reason}') from error
+        raise UsageError(f'{_UNREADABLE}{named}: {_reason(file, error)}') from error
+
+
+_HEIC = ('.heic', '.heif')
+_BRANDS = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1')
+
+
+def _reason(file, error):
+    """Returns why an image could not be read; what Pillow says where it is not mere damage."""
+    from PIL import Image
+
+    if isinstance(error, Image.UnidentifiedImageError):
+        head = file[:12] if isinstance(file, bytes) else Path(file).read_bytes()[:12]
+        suffix = '' if isinstance(file, bytes) else Path(file).suffix.lower()
+        is_heic = (head[4:8] == b'ftyp' and head[8:] in _BRANDS) or suffix in _HEIC
+        if is_heic and '.heic' not in Image.registered_extensions():
+            return 'HEIC: pip install pillow-heif'
+        return 'it is in no format that Pillow reads'
+    is_said = isinstance(error, _RangeError | Image.DecompressionBombError | MemoryError)
+    is_of_disk = isinstance(error, OSError) and error.errno is not None
+    if is_said or is_of_disk or re.search('support|available', str(error)):
+        return one_line(error)
+    return 'it is damaged'
+
+
+class _RangeError(ValueError):
+    """Numbers of no known range."""
 
 
 _UNREADABLE = 'Cannot read the image '
@@ -94,6 +119,7 @@ def _pillow():
     from PIL import Image, ImageOps
 
     # Not `catch_warnings`, whose filters are those of all threads.
+    _read_heic()
     if _OF_PILLOW not in warnings.filters:
         warnings.filterwarnings('ignore', module=_OF_PILLOW[3].pattern)
     _silence()
@@ -101,6 +127,15 @@ def _pillow():
 
 
 _OF_PILLOW = ('ignore', None, Warning, re.compile(r'PIL\b'), 0)
+
+
+@functools.cache
+def _read_heic():
+    """Lets Pillow read HEIC where pillow-heif is installed."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
 
 
 @functools.cache
@@ -120,13 +155,13 @@ def _to_rgb(image):
     if image.mode.startswith('I'):  # 16 bits, which Pillow would clip instead of scale.
         pixels, depth = np.asarray(image), 12 if _bits(image) == 12 else 16
         if pixels.min() < 0 or pixels.max() >= 2**depth:
-            raise ValueError(f'it holds {pixels.min()} to {pixels.max()}, not 0 to {2**depth - 1}')
+            raise _RangeError(f'it holds {pixels.min()} to {pixels.max()}, not 0 to {2**depth - 1}')
         pixels = np.where(pixels == image.info.get('transparency', -1), 2**depth - 1, pixels)
         return Image.fromarray((pixels >> (depth - 8)).astype(np.uint8)).convert('RGB')
     if image.mode == 'F':
         pixels = np.asarray(image)
         if not (pixels.min() >= 0 and pixels.max() <= 1):  # So is NaN refused.
-            raise ValueError(
+            raise _RangeError(
                 f'it holds floats from {pixels.min():g} to {pixels.max():g}, not 0 to 1'
             )
         return Image.fromarray(np.round(pixels * 255).astype(np.uint8)).convert('RGB')
@@ -165,9 +200,9 @@ def folder(root: Path | None, *, resplit: bool = False) -> Source:
             as `<folder>/<class>/<file>`.
     """
     if root is None:
-        raise UsageError('A folder of images needs a place: set data_dir to it.')
+        raise UsageError('A folder of images needs a place: --data_dir=<folder>.')
     train, *tests = _splits(root)
-    alone = 'to hold images of each class out, set data.resplit_per_class'
+    alone = 'to hold images of each class out, --config.data.resplit_per_class=<how many>'
     if train is None and tests and resplit:
         raise UsageError(
             f'{root} has {tests[0].name}, which is taken for a split, and no folder called train: '
@@ -187,7 +222,7 @@ def folder(root: Path | None, *, resplit: bool = False) -> Source:
         )
     if held_out and held_out != tests[0]:
         say(f'{tests[0]} has no image of a known class: the test split is {held_out}.')
-    for label in sorted(classes ^ _classes(held_out) if held_out else ()):
+    for label in sorted(classes.keys() ^ _classes(held_out).keys() if held_out else ()):
         raise UsageError(f'Class {label} is in only one of {train} and {held_out}.')
     splits = [path for path in (train or root, held_out) if path]
     labels = sorted(classes, key=_natural)
@@ -195,13 +230,14 @@ def folder(root: Path | None, *, resplit: bool = False) -> Source:
         raise UsageError(f'Expected folders of two classes or more in {splits[0]}, got {labels}.')
     found, sizes, skipped = [], [], collections.Counter()
     for split in splits:
+        named = _classes(split)
         for path in _listed(split):
             if not path.is_dir() and split != root:
                 skipped['files outside of classes'] += 1
         for k, label in enumerate(labels):
-            paths = list(images_in(split / label, skipped))
+            paths = list(images_in(named[label], skipped))
             if not paths:
-                raise UsageError(f'There is no image in {split / label}.')
+                raise UsageError(f'There is no image in {named[label]}.')
             found += [(path, k) for path in paths]
             sizes.append(len(paths))
     tell_skipped(root, skipped)
@@ -254,10 +290,11 @@ def _extensions():
     """Returns the file name extensions of what Pillow reads by itself."""
     from PIL import Image
 
+    _read_heic()
     known = Image.registered_extensions()
     foreign = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}  # Recognized, but not decoded.
     readable = {*Image.OPEN, 'MPO'} - foreign
-    return {extension for extension, kind in known.items() if kind in readable}
+    return {extension for extension, kind in known.items() if kind in readable} | {*_HEIC}
 
 
 def _splits(root):
@@ -270,13 +307,20 @@ def _splits(root):
 
 
 def _classes(split):
-    """Returns the names of a split's folders."""
-    return {path.name for path in _listed(split) if path.is_dir()}
+    """Returns a split's folders by name, whose accents are composed: disks differ in that."""
+    found = {}
+    for path in _listed(split):
+        if path.is_dir():
+            name = unicodedata.normalize('NFC', path.name)
+            if name in found:
+                raise UsageError(f'{path} and {found[name]} differ only in how accents are spelt.')
+            found[name] = path
+    return found
 
 
 def _holds_image(split, classes):
     """Returns whether a split has an image of one of these classes."""
-    folders = (split / label for label in classes & _classes(split))
+    folders = (path for name, path in _classes(split).items() if name in classes)
     return any(path for folder in folders for path in images_in(folder, collections.Counter()))
 
 

@@ -83,7 +83,7 @@ class HeatmapSet:
     is_adversarial: np.ndarray  # bool[M]
     comparators: np.ndarray | None = None  # f32[M, 3], `names.COMPARATORS`; None where not computed
     views: np.ndarray | None = None  # f32[M, V, K] of other views, as `logits`; or not computed
-    spectrum: np.ndarray | None = None  # f16[M, F], `comparators.spectrum`; None where not computed
+    spectrum: np.ndarray | None = None  # f32[M, F], `comparators.spectrum`; None where not computed
     neighbours: np.ndarray | None = None  # f32[M, n], `comparators.multi_lid`; or not computed
     twin: np.ndarray | None = None  # f32[M, K] logits of a second classifier; or not computed
 

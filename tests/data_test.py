@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import unicodedata
 from unittest import mock
 
 import hypothesis
@@ -322,6 +323,21 @@ class FolderTest(TemporaryTest):
         self.cache.write_text('a file')
         self.assert_usage_error('cache_dir', self.cache)
 
+    def test_without_a_home_a_place_for_the_cache_is_asked_for(self):
+        with (
+            mock.patch.dict(os.environ, XDG_CACHE_HOME=''),
+            mock.patch.object(os.path, 'expanduser', str),
+        ):
+            self.assert_usage_error('--cache_dir=<folder>', cache_dir=None)
+
+    def test_names_are_equal_however_their_accents_are_spelt(self):
+        names = [unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD')]
+        for split, name in zip(('train', 'test'), names, strict=True):
+            (self.folder / split / 'golf_ball').rename(self.folder / split / name)
+        self.assertIn('Café', self.load().class_names)
+        (self.folder / 'train' / names[1]).mkdir()
+        self.assert_usage_error('differ only in how accents are spelt')
+
     def test_default_cache(self):
         with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(self.root / 'xdg')):
             self.load(cache_dir=None)
@@ -329,7 +345,7 @@ class FolderTest(TemporaryTest):
 
     def test_mistakes(self):
         train, test = self.folder / 'train', self.folder / 'test'
-        self.assert_usage_error('set data_dir', data_dir=None)
+        self.assert_usage_error('--data_dir=<folder>', data_dir=None)
         self.assert_usage_error('/nowhere', data_dir='/nowhere')
         self.assert_usage_error('data.train_images=7', train_images=7)
         self.assert_usage_error('leaves no training image of Golf Ball', resplit_per_class=6)
@@ -506,7 +522,18 @@ class FolderTest(TemporaryTest):
         path = self.folder / 'test' / 'golf_ball' / '1.jpg'
         Image.fromarray(picture(0, 64, 64)).save(path)
         path.write_bytes(path.read_bytes()[:-300])
-        self.assert_usage_error(path)
+        self.assert_usage_error(f'{path}: it is damaged')
+
+    def test_heic_counts_as_an_image_and_says_what_reads_it(self):
+        heic = b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(99)
+        for name in ('1.HEIC', 'renamed.jpg'):
+            path = self.folder / 'test' / 'golf_ball' / name
+            path.write_bytes(heic)
+            with mock.patch.dict(sys.modules, pillow_heif=None):
+                sources._read_heic.cache_clear()
+                self.assert_usage_error(f'{path}: HEIC: pip install pillow-heif')
+            path.unlink()
+        sources._read_heic.cache_clear()
 
 
 class ReadImageTest(TemporaryTest):

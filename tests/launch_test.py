@@ -251,6 +251,12 @@ def test_a_refused_config_leaves_no_work_directory(command):
     assert not os.path.exists('runs')
 
 
+def test_an_error_shows_no_signs_that_steer_a_terminal(capsys):
+    with pytest.raises(SystemExit):
+        launch_lib.fail('a\x1b[2J\nb.png')
+    assert capsys.readouterr().err == 'launch.py: a\\x1b[2J\\nb.png\n'
+
+
 def test_another_config_is_refused_and_nothing_is_lost(command, tmp_path):
     refused(command, '--mode=report', '--workdir=run')
     (tmp_path / 'run' / 'metrics.jsonl').touch()  # Something was made.

@@ -22,6 +22,13 @@ def test_a_log_has_a_line_every_few_seconds(monkeypatch, capsys):
     assert capsys.readouterr().err == 'maps: 44/180, 4.0/s, 0.6 min left\n'
 
 
+def test_nothing_steers_a_terminal(capsys):
+    progress.say('\x1b[2J Tränen 猫\u3000\u202e\n\udcff')
+    assert capsys.readouterr().err == '\\x1b[2J Tränen 猫\u3000\\u202e\\n\\udcff\n'
+    assert progress.Progress(0, 'a\rb').what == 'a\\rb'
+    assert [progress.counted(n, 'image') for n in (0, 1, 2)] == ['0 images', '1 image', '2 images']
+
+
 def test_a_terminal_has_a_bar_that_goes_with_the_work(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, 'stderr', terminal)

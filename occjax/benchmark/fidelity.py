@@ -102,7 +102,7 @@ def _logits(run, variables, images, exact, *, threshold, every):
     if threshold == every == 1:
         return exact.logits
     knobs, size, wanted = dict(threshold=threshold, every=every), run.shard_size, []
-    name = f'threshold-{threshold:g}-every-{every}'
+    name = f'threshold-{storage.number_name(threshold)}-every-{every}'
     for start in range(0, len(images), size):
         here, plain = (a[start : start + size] for a in (images, exact.unoccluded))
 

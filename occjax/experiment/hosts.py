@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from occjax.progress import printable
 from occjax.types import UsageError
 
 _GOES_ON = 'What is finished is kept: the same command goes on, also with fewer hosts.'
@@ -72,6 +74,8 @@ def start(
         raise UsageError(
             f'--process_id={index}: expected 0 to {count - 1}, as --num_processes={count}.'
         )
+    if index == 0 and address is not None:
+        _check_port(address)
     _last_words(
         'ended without a word of its own: this host was killed, or others are gone (above is what '
         f'JAX says). {_GOES_ON}'
@@ -101,6 +105,22 @@ def start(
     global _listener
     _listener = threading.Thread(target=_listen, daemon=True)
     _listener.start()
+
+
+def _check_port(address):
+    """Refuses a port on which this host cannot be met, before JAX waits for it."""
+    port = int(address.rpartition(':')[2])
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(('', port))
+            listener.listen()
+        except (OSError, OverflowError) as error:
+            raise UsageError(
+                f'--coordinator_address={address}: port {port} of this host cannot be used '
+                f'({getattr(error, "strerror", None) or error}): choose another port, the same on '
+                'all hosts.'
+            ) from None
 
 
 def connect():
@@ -155,6 +175,7 @@ def _listen():
         return
     index, line = line.split(' ', 1)
     if index not in ('all', str(jax.process_index())):
+        line = printable(line)
         print(f'launch.py: host {index} ended: {line} {_GOES_ON}', file=sys.__stderr__, flush=True)
         _leave(2)
 

@@ -330,6 +330,17 @@ def discard(path: pathlib.Path):
         path.unlink()
 
 
+def number_name(value: float) -> str:
+    """Returns a number as a part of a file's name, which no other number has.
+
+    Six digits are enough for n / 255, and for what has no more of them unless some n / 255 has the
+    same; all others are spelt bit by bit.
+    """
+    short, level = f'{value:.6g}', round(255 * value) / 255
+    is_short = value == level or (value == float(short) and short != f'{level:.6g}')
+    return short if is_short else float(value).hex()
+
+
 def digest_of(leaves: dict[str, np.ndarray]) -> str:
     """Returns a digest over names, types, shapes and bytes of arrays."""
     sha = hashlib.sha256()

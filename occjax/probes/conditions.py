@@ -202,10 +202,10 @@ def _maps(run, variables, windows):
         if spectra:
             known = dict(batch_size=run.batch_size)
             spectrum = devices.in_batches(comparators.spectrum, images, **known)
-            found['spectrum'] = spectrum.astype(np.float16)
+            found['spectrum'] = spectrum
         return found
 
-    fill = ','.join(f'{value:g}' for value in wanted.fill) or 'mean'
+    fill = ','.join(map(storage.number_name, wanted.fill)) or 'mean'
     place = f'{wanted.size}-{wanted.stride}-{fill}' if occludes else 'none'
     return Sight(see, place + '-views' * bool(views) + '-spectra' * spectra, origin)
 
@@ -272,7 +272,7 @@ def _attacked(run, variables, name, epsilon, sights):
         for start in range(0, len(ids), run.shard_size):
             end = min(start + run.shard_size, len(ids))
             # All that makes the part is in its name, so that other settings make other parts.
-            path = f'{name}{iterated}-{epsilon:.6g}-{start:07d}-{end:07d}.npz'
+            path = f'{name}{iterated}-{storage.number_name(epsilon)}-{start:07d}-{end:07d}.npz'
             path = run.workdir / 'sweep' / sight.folder / path
             wanted.append((path, end - start, functools.partial(part, sight.see_fn, start)))
         what = f'sweep, {name} {epsilon:.3g}, {sight.folder}: images'

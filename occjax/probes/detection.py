@@ -31,7 +31,7 @@ from occjax.experiment import devices, hosts, shard, stages, storage, store
 from occjax.experiment.run import Run, parts
 from occjax.methods import METHODS
 from occjax.probes import conditions
-from occjax.progress import say
+from occjax.progress import counted, printable, say
 from occjax.report import verdicts
 from occjax.types import HeatmapSet, UsageError, condense
 
@@ -84,7 +84,7 @@ def detect(run: Run, path: str | None, *, fpr: float = 0.05, output: str | None 
 def _tell(folder, count, guards, calls, fpr):
     """Says how many were called, how many could not be, and where the page is."""
     called = ', '.join(f'{calls[name, verdicts.ADVERSARIAL]} by {name}' for name in guards)
-    say(f'{count} images judged; called adversarial: {called}.')
+    say(f'{counted(count, "image")} judged; called adversarial: {called}.')
     unknown = [f'{n} by {name}' for name in guards if (n := calls[name, verdicts.UNKNOWN])]
     if unknown and fpr > 0:
         say(
@@ -296,7 +296,7 @@ def _written(run, folder, path, first, guards, fpr):
         table.write(_csv(verdicts.columns(guards)))
 
         def write(entry):
-            print(row_fn(entry), flush=True)
+            print(printable(row_fn(entry)), flush=True)
             table.write(_csv(verdicts.cells(entry, guards)))
             page.write(verdicts.row(entry).encode())
 
@@ -309,10 +309,17 @@ def _json(entry):
     return json.dumps({k: v for k, v in entry.items() if k not in ('map', 'thumbnail')})
 
 
+_FORMULA = (*'=+-@\t\r',)  # What a cell begins with that a spreadsheet would run.
+
+
 def _csv(cells: Sequence[Any]) -> bytes:
     """Returns a line of a table; names that are no UTF-8 are spelt out."""
     line = io.StringIO()
-    csv.writer(line, lineterminator='\n').writerow(cells)
+    safe = [
+        "'" * cell.startswith(_FORMULA) + printable(cell) if isinstance(cell, str) else cell
+        for cell in cells
+    ]
+    csv.writer(line, lineterminator='\n').writerow(safe)
     return line.getvalue().encode(errors='backslashreplace')
 
 

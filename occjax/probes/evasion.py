@@ -254,7 +254,8 @@ def _attack(run, variables, target, name, epsilon, ids):
 def _path(run, target, name, epsilon, count):
     """Returns where what an attack does to a detector is kept."""
     wanted = run.config.adaptive
-    settings = f'{count}x{wanted.steps}-{wanted.weight:g}-{epsilon:.6g}'
+    numbers = f'{storage.number_name(wanted.weight)}-{storage.number_name(epsilon)}'
+    settings = f'{count}x{wanted.steps}-{numbers}'
     return run.workdir / 'adaptive' / f'{target.name}-{name}-{settings}.npz'
 
 

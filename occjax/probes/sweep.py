@@ -9,6 +9,7 @@ and judged on FGSM at the config's epsilon.
 Dimensions: M maps, h w heatmap grid, K classes.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -37,7 +38,13 @@ def attacks(run: Run) -> dict[str, tuple[str, float]]:
     found = [('fgsm', epsilon) for epsilon in sorted({*wanted.epsilons, *others, own})]
     for name in wanted.attacks:
         found += [(name, epsilon) for epsilon in (others[:1] if name in names.NEAREST else others)]
-    return {f'{name} {epsilon:.4g}': (name, epsilon) for name, epsilon in found}
+    shorts = collections.Counter(f'{epsilon:.4g}' for epsilon in {e for _, e in found})
+
+    def label(epsilon):  # In full where the short one is another's too.
+        short = f'{epsilon:.4g}'
+        return short if shorts[short] == 1 else repr(float(epsilon))
+
+    return {f'{name} {label(epsilon)}': (name, epsilon) for name, epsilon in found}
 
 
 def mixtures(run: Run) -> dict[str, tuple[str, ...]]:

@@ -3,10 +3,12 @@
 What is None (the paper doesn't say, a class without adversarial maps) prints as an en dash.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from occjax import vgg
+from occjax.progress import printable
 from occjax.report import paper
 
 _COUNTS = {
@@ -397,10 +399,14 @@ def epsilon(value: float) -> str:
 
 
 def escape(text):
-    """Returns text that Markdown takes literally, on one line."""
-    for special in '\\|<':
+    """Returns text that Markdown takes literally, on one line.
+
+    An underscore within a word is one, and so are brackets that nothing makes a link of.
+    """
+    text = printable(' '.join(text.split()))
+    for special in '\\|<`*' + '[' * ('](' in text or '][' in text):
         text = text.replace(special, f'\\{special}')
-    return ' '.join(text.split())
+    return re.sub(r'(?<!\w)_|_(?!\w)', r'\\_', text)
 
 
 def markdown(table):

@@ -115,6 +115,7 @@ def test_detectors_that_devices_divide_are_those_of_one(finished, monkeypatch):
         (dict(address='localhost:1234'), 'need --coordinator_address, --num_processes'),
         (dict(address='localhost:1234', count=2, index=2), '--process_id=2: expected 0 to 1'),
         (dict(address='localhost:1234', count=2, index=-1), '--process_id=-1: expected 0 to 1'),
+        (dict(address='localhost:99999', count=2, index=0), 'port 99999 of this host'),
         (dict(address='localhost', count=2, index=1), 'expected <host>:<port>'),
     ],
 )
@@ -123,6 +124,16 @@ def test_a_mistaken_flag_is_one_line(mistake, expected):
     with pytest.raises(UsageError, match=expected) as caught:
         hosts.start(**known)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_taken_port_is_named():
+    with socket.socket() as taken:
+        taken.bind(('', 0))
+        taken.listen()
+        address = f'localhost:{taken.getsockname()[1]}'
+        known = dict(detected=False, address=address, count=2, index=0, timeout=1)
+        with pytest.raises(UsageError, match=f'--coordinator_address={address}: port .*another'):
+            hosts.start(**known)
 
 
 # --- Whole runs in processes of their own. --------------------------------------------------------

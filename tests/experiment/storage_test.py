@@ -302,6 +302,15 @@ def test_every_damaged_byte_of_an_array_file_is_noticed(tmp_path):
             storage.load_arrays(path, mode='heatmaps', made_from={})
 
 
+def test_two_numbers_never_share_a_name():
+    """And those of before keep theirs: n / 255, and what has few digits."""
+    levels = [n / 255 for n in range(256)]
+    numbers = {*levels, *(float(f'{x:.{d}g}') for x in levels for d in (1, 2, 4, 5, 6, 7, 17))}
+    assert len({storage.number_name(x) for x in numbers}) == len(numbers)
+    for value in (*levels, 0.1, 0.3, 0.03, 0.05, 1e-6, 1, 0):
+        assert storage.number_name(value) == f'{value:.6g}'
+
+
 def test_equal_arrays_make_equal_files(tmp_path, monkeypatch):
     """So that a shard that is made again is the one that was deleted."""
     arrays = {'logits': np.arange(5.0)}

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
@@ -79,7 +80,7 @@ def test_bad_files_have_lines_of_their_own(judged, detect, monkeypatch):
         detect(run, folder)
     lines = detect.printed
     assert len(lines) == 12
-    for i, reason in ((3, 'truncated'), (10, 'in no format'), (11, 'decompression bomb')):
+    for i, reason in ((3, 'damaged'), (10, 'in no format'), (11, 'decompression bomb')):
         assert lines[i].keys() == {'file', 'error'}
         assert lines[i]['file'] == str(folder / f'{i}.png') and reason in lines[i]['error']
     assert [lines[i] for i in (0, 1, 2, 4)] == [expected[i] for i in (0, 1, 2, 4)]
@@ -251,6 +252,13 @@ def test_the_table_says_what_is_printed(judged, detect, tmp_path, monkeypatch, c
         assert line['file'] in text and ('not read' in text) == ('error' in line)
         for name, said in line.get('detectors', {}).items():
             assert f'{name}: {said["verdict"]}' in text
+
+
+def test_a_table_holds_no_formula():
+    """See OWASP, CSV injection; numbers stay numbers."""
+    names = ['=1+1.png', '+a', '-a', '@a', '\ta', '\ra', 'a=1', -0.5, None]
+    (row,) = csv.reader(io.StringIO(detection._csv(names).decode(), newline=''))
+    assert row == ["'=1+1.png", "'+a", "'-a", "'@a", "'\\ta", "'\\ra", 'a=1', '-0.5', '']
 
 
 def test_few_images_are_mapped_in_small_batches(judged, detect, monkeypatch):

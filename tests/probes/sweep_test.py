@@ -208,6 +208,34 @@ def test_a_sweep_whose_attacks_fail_ends_with_a_table(finished, tmp_path):
     assert [set(row['auroc']) for row in result['occluders']] == [{'detector'}] * 3
 
 
+def test_two_epsilons_are_two_attacks(tmp_path):
+    """However near they are; each is there once, and short names stay where they name one."""
+    run = make_run(tmp_path / 'run')
+    run.config.attack.epsilon, run.config.sweep.attacks = 0.03137, ('pgd',)
+    run.config.sweep.epsilons = (8 / 255, 0.1, 0.1)
+    run.config.sweep.attack_epsilons = (8 / 255, 0.03137, 8 / 255)
+    found = sweep.attacks(run)
+    near = (0.03137, 8 / 255)
+    assert sorted(found.values()) == [
+        *(('fgsm', e) for e in (*near, 0.1)),
+        *(('pgd', e) for e in near),
+    ]
+    assert {'fgsm 0.1', 'fgsm 0.03137', f'pgd {8 / 255!r}'} <= set(found)
+    run.config.attack.epsilon, run.config.sweep.attack_epsilons = 0.1, ()
+    assert list(sweep.attacks(run)) == ['fgsm 0.03137', 'fgsm 0.1', 'pgd 0.1']
+
+
+def test_a_spectrum_of_a_large_grey_image_is_finite(tmp_path):
+    """Its constant part is the sum of all pixels, beyond half precision from 256 pixels a side."""
+    run = make_run(tmp_path / 'run')
+    run.config.data.image_size, run.config.sweep.methods = 384, ('input_mfs',)
+    (sight,) = conditions.sights(run, None)
+    found = sight.see_fn(np.full((1, 384, 384, 3), 0.5, np.float32), np.zeros((1, 10), np.float32))
+    spectrum = found['spectrum'].reshape(384, 193, 3)
+    np.testing.assert_allclose(spectrum[0, 0], 0.5 * 384**2, rtol=1e-5)
+    assert np.isfinite(spectrum).all()
+
+
 def test_detectors_are_those_of_their_settings(tmp_path):
     """Whatever makes another bank has another name; who else is asked makes none."""
     run = make_run(tmp_path / 'run')

@@ -113,3 +113,14 @@ def test_classes_are_beside_the_paper_s_where_it_has_them():
     assert '(3,630)' in dog and '(337)' in dog and dog.endswith('| 0.50 |')  # Tables III and IV.
     text = summary.table(_kept('digits'))
     assert '| Zero' not in text
+
+
+def test_a_cell_is_taken_literally():
+    for text, expected in (
+        ('a_b [0.5]', 'a_b [0.5]'),
+        ('_a_ *b* `c`', r'\_a\_ \*b\* \`c\`'),
+        ('[x](y)', r'\[x](y)'),
+        ('a|b<i>\\', r'a\|b\<i>\\'),
+        ('\x1b[2J', r'\\x1b[2J'),
+    ):
+        assert tables.escape(text) == expected
