@@ -229,8 +229,7 @@ def folder(root: Path | None, *, resplit: bool = False) -> Source:
     if len(labels) < 2:
         raise UsageError(f'Expected folders of two classes or more in {splits[0]}, got {labels}.')
     found, sizes, skipped = [], [], collections.Counter()
-    for split in splits:
-        named = _classes(split)
+    for split, named in zip(splits, map(_classes, splits), strict=True):
         for path in _listed(split):
             if not path.is_dir() and split != root:
                 skipped['files outside of classes'] += 1
