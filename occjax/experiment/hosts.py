@@ -68,14 +68,12 @@ def start(
             'Several hosts need --coordinator_address, --num_processes and --process_id, or '
             '--multihost alone where JAX finds them by itself.'
         )
-    if address is not None and not re.fullmatch(r'.+:\d{1,5}', address):
-        raise UsageError(f'--coordinator_address={address}: expected <host>:<port> of host 0.')
     if count is not None and index is not None and not 0 <= index < count:
         raise UsageError(
             f'--process_id={index}: expected 0 to {count - 1}, as --num_processes={count}.'
         )
-    if index == 0 and address is not None:
-        _check_port(address)
+    if address is not None:
+        _check_address(address, index)
     _last_words(
         'ended without a word of its own: this host was killed, or others are gone (above is what '
         f'JAX says). {_GOES_ON}'
@@ -107,8 +105,12 @@ def start(
     _listener.start()
 
 
-def _check_port(address):
-    """Refuses a port on which this host cannot be met, before JAX waits for it."""
+def _check_address(address, index):
+    """Refuses what is none, or a port on which host 0 cannot be met, before JAX waits for it."""
+    if not re.fullmatch(r'.+:\d{1,5}', address):
+        raise UsageError(f'--coordinator_address={address}: expected <host>:<port> of host 0.')
+    if index:
+        return
     port = int(address.rpartition(':')[2])
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
