@@ -173,7 +173,9 @@ def classes_figure(detection: dict, class_names: Sequence[str]) -> 'Figure':
     axes.set_yticks(-np.arange(len(entries)), labels, parse_math=False)
     axes.set_xlim(0, 1.02)
     beside = "; grey: the paper's accuracy" if has_paper else ''
-    axes.set_xlabel(f'Balanced accuracy (line: 95 %; hollow: too few maps for one{beside})')
+    label = f'Balanced accuracy (line: 95 % interval; hollow: too few maps for one{beside})'
+    axes.set_xlabel(label, fontsize=8.5)
+    axes.set_ylim(-len(entries) + 0.4, 0.6)
     return figure
 
 
@@ -214,7 +216,7 @@ def evasion_figure(result: dict) -> 'Figure':
         label = f'{tables.words(row["attack"])}, ε = {tables.epsilon(row["epsilon"])}'
         panels[detectors.index(row['method'])].plot(row['by_step'], label=label, **style)
     for panel, name in zip(panels, detectors, strict=True):
-        panel.set_title(canvas.shortened(tables.rounds(name)), fontsize=10)
+        panel.set_title(canvas.shortened(tables.rounds(name), 70), fontsize=9)
         panel.set_xlabel('steps')
         panel.xaxis.get_major_locator().set_params(integer=True)
     for panel in (overview, *panels):

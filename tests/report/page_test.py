@@ -9,10 +9,11 @@ import tempfile
 import numpy as np
 from absl.testing import absltest, parameterized
 from matplotlib import image as matplotlib_image
+from matplotlib.colors import to_rgb
 
 from occjax import config as config_lib
 from occjax import occlusion, vgg
-from occjax.report import figures, page, paper, tables
+from occjax.report import canvas, figures, page, paper, tables
 from occjax.types import HeatmapSet
 
 NAMES = ('Ant', 'Bee <b>&"|', 'Cow')
@@ -615,6 +616,30 @@ class FiguresTest(parameterized.TestCase):
             chosen = maps.select((maps.predicted == k) & (maps.is_adversarial == adversarial))
             matches = [np.array_equal(image.get_array(), heatmap) for heatmap in chosen.maps]
             self.assertEqual(sum(matches), 1)
+
+
+def test_bars_without_an_interval_are_hollow_and_whiskers_are_the_table_s():
+    """And nothing is said of grey bars where the paper has no numbers."""
+    for class_names in (NAMES, tuple(paper.CIFAR10.counts)):
+        detection = make_results(class_names)['detection']['held_out']
+        detection['per_class'][class_names[0]] |= {
+            'balanced_accuracy': 0.95,
+            'interval': {'balanced_accuracy': [0.8, 1.0]},
+        }
+        axes = figures.classes_figure(detection, class_names).axes[0]
+        (whisker,) = [c for c in axes.containers if not hasattr(c, 'patches')]
+        ((start, end),) = whisker.lines[2][0].get_segments()
+        np.testing.assert_allclose((start[0], end[0]), (0.8, 1.0))
+        has_paper = class_names != NAMES
+        assert ('grey' in axes.get_xlabel()) == has_paper
+        bars = [c.patches[0] for c in axes.containers if hasattr(c, 'patches')]
+        ours = [bar for bar in bars if bar.get_facecolor()[:3] != to_rgb(canvas.PALE)]
+        assert len(bars) - len(ours) == (11 if has_paper else 0)
+        hollow = [bar.get_facecolor()[:3] == (1, 1, 1) for bar in ours]
+        assert hollow == [False] + [True] * (len(class_names) + 1)
+        label = axes.get_yticklabels()[0].get_text()
+        n = [detection['per_class'][class_names[0]][f'n_{k}'] for k in ('correct', 'adversarial')]
+        assert label == '{} ({:,} + {:,})'.format(class_names[0], *n)
 
 
 def test_the_paper_s_detector_is_among_all_that_was_tried(tmp_path):
