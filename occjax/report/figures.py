@@ -173,7 +173,7 @@ def classes_figure(detection: dict, class_names: Sequence[str]) -> 'Figure':
     axes.set_yticks(-np.arange(len(entries)), labels, parse_math=False)
     axes.set_xlim(0, 1.02)
     beside = "; grey: the paper's accuracy" if has_paper else ''
-    label = f'Balanced accuracy (line: 95 % interval; hollow: too few maps for one{beside})'
+    label = f'Balanced accuracy\n(line: 95 % interval; hollow: too few maps for one{beside})'
     axes.set_xlabel(label, fontsize=8.5)
     axes.set_ylim(-len(entries) + 0.4, 0.6)
     return figure
