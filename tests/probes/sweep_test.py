@@ -60,10 +60,8 @@ def test_a_sweep_attacks_maps_and_judges(finished, tmp_path):
     assert own['auroc']['linear_probe'] == own_attack
     judged = 0.4 * attacked['successful']
     assert 0.5 * judged < own_attack['n_adversarial'] < 1.5 * judged
-    low, high = own_attack['interval']
-    assert 0 <= low < own_attack['auroc'] < high <= 1
-    entry = {'auroc': own_attack['auroc'], 'interval': {'auroc': [low, high]}}
-    assert tables.with_interval(entry, 'auroc') in printed
+    ends = {'interval': {'auroc': own_attack['interval']}}  # None, if too few judge in some seed.
+    assert tables.with_interval(ends | {'auroc': own_attack['auroc']}, 'auroc') in printed
     assert 'FGSM, 0.02' in printed and 'fgsm' not in printed
     assert len({json.dumps(row['auroc']) for row in result['occluders']}) == 3
     fgsm, windows, *_ = sweep_report.summary(
