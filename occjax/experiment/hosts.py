@@ -8,7 +8,9 @@ others within `timeout` seconds of its last sign of life, and one that ends by i
 
 import contextlib
 import itertools
+import json
 import os
+import pathlib
 import re
 import socket
 import subprocess
@@ -223,16 +225,48 @@ def end():
         _listener.join()  # Python must not end while it listens.
 
 
+_written = set()  # What this host wrote since the last time that all met.
+
+
+def wrote(path: pathlib.Path):
+    """Has the next `wait` of all other hosts go on only once they see this file."""
+    if jax.process_count() > 1:
+        _written.add(str(path))
+
+
+def _see(paths, index, seconds=60.0):
+    """Waits for files that a network disk may show this host later than the one that wrote them."""
+    deadline = time.monotonic() + seconds
+    for path in map(pathlib.Path, paths):
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f'{path}, which host {index} wrote, is not to be seen on host '
+                    f'{jax.process_index()} after {seconds:g} s: all need the same --workdir, on a '
+                    'file system that they share.'
+                )
+            time.sleep(0.2)
+            with contextlib.suppress(OSError):
+                os.listdir(path.parent)  # Has a network disk ask again.
+
+
 def wait(name: str):
-    """Returns once all hosts have come to this call.
+    """Returns once all hosts have come to this call, and see what the others wrote before it.
 
     Raises:
-        UsageError: if one of them is gone.
+        UsageError: if one of them is gone, or does not see it within a minute.
     """
     if jax.process_count() == 1:
         return
+    number, own = next(_waits), sorted(_written)
+    _written.clear()
     try:
-        _client().wait_at_barrier(f'occjax/{next(_waits)}-{name}', _A_YEAR)
+        _client().key_value_set(f'occjax/written/{number}/{jax.process_index()}', json.dumps(own))
+        _client().wait_at_barrier(f'occjax/{number}-{name}', _A_YEAR)
+        for index in range(jax.process_count()):
+            if index != jax.process_index():
+                key = f'occjax/written/{number}/{index}'
+                _see(json.loads(_client().blocking_key_value_get(key, _A_YEAR)), index)
     except jax.errors.JaxRuntimeError as error:
         silent = re.search(r'Task (\d+) heartbeat', str(error))
         other = 'Another host' if is_first() else 'Host 0'  # Whose service does not answer.

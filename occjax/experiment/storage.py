@@ -77,6 +77,7 @@ def writing(path: pathlib.Path, *, by_any: bool = False) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        hosts.wrote(path)
     except BaseException as error:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):

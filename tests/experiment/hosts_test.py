@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -124,6 +125,30 @@ def test_a_mistaken_flag_is_one_line(mistake, expected):
     with pytest.raises(UsageError, match=expected) as caught:
         hosts.start(**known)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_barrier_waits_for_files_that_a_disk_shows_late(tmp_path, monkeypatch):
+    kept, late = {}, tmp_path / 'late'
+
+    class Client:
+        def key_value_set(self, key, value):
+            kept[key] = value
+
+        def blocking_key_value_get(self, key, _):
+            return json.dumps([str(late)])
+
+        def wait_at_barrier(self, *_):
+            threading.Timer(0.3, late.touch).start()
+
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(hosts, '_client', Client)
+    hosts.wrote(tmp_path / 'own')
+    hosts.wait('x')
+    assert late.exists() and json.dumps([str(tmp_path / 'own')]) in kept.values()
+    hosts.wait('y')
+    assert json.dumps([]) in kept.values()
+    with pytest.raises(UsageError, match='nowhere, which host 1 wrote, is not to be seen'):
+        hosts._see([str(tmp_path / 'nowhere')], 1, seconds=0.3)
 
 
 def test_a_taken_port_is_named():
