@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -270,7 +271,8 @@ def _decoded(name, source, image_size, cache_dir):
     state = [_DECODER, *((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats)]
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     stem = f'{name.replace("/", "-").replace(":", "-")}-{image_size}-{key}'
-    paths = [cache / f'{stem}-{part}' for part in ('images.npy', 'labels.npy', 'digest.json')]
+    parts = ('images.npy', 'labels.npy', 'digests.npy', 'digest.json')
+    paths = [cache / f'{stem}-{part}' for part in parts]
     shape = (source.num_images, image_size, image_size, 3)
     with contextlib.suppress(OSError, ValueError):  # Absent or damaged.
         return _mapped(paths, shape)
@@ -283,11 +285,10 @@ def _decoded(name, source, image_size, cache_dir):
                 file.write(image.tobytes())
                 labels.append(label)
                 digests.append(hashlib.sha256(image.tobytes()).digest())
-        labels = np.array(labels, '<i4').tobytes()
+        labels = np.array(labels, '<i4')
         with _replacing(paths[1]) as file:
-            file.write(_header('<i4', shape[:1]) + labels)
-        with _replacing(paths[2]) as file:
-            file.write(_digest_of(b''.join(digests), labels))
+            file.write(_header('<i4', shape[:1]) + labels.tobytes())
+        _write_digests(paths, np.frombuffer(b''.join(digests), np.uint8).reshape(-1, 32), labels)
         return _mapped(paths, shape)
     except OSError as error:
         raise UsageError(
@@ -299,22 +300,57 @@ def _decoded(name, source, image_size, cache_dir):
 def _mapped(paths, shape):
     """Returns what `_decoded` does from its cache, or raises where that is not as it was written.
 
+    Pixels are hashed only where the size or the time of their file is not the recorded one.
+    """
+    images = _array(paths[0], '|u1', shape)
+    labels = np.array(_array(paths[1], '<i4', shape[:1]), np.int32)
+    record = paths[3].read_bytes()
+    with contextlib.suppress(OSError):
+        digests = np.array(_array(paths[2], '|u1', (shape[0], 32)))
+        if record == _record(paths[0], digests, labels):
+            return images, labels, digests
+    digests = digests_of(images)
+    if _sha256(digests, labels).encode() not in record:
+        raise OSError(f'{paths[0]} is damaged')
+    with contextlib.suppress(OSError):  # A cache that may only be read is hashed at every start.
+        _write_digests(paths, digests, labels)
+    return images, labels, digests
+
+
+def _array(path, descr, shape):
+    """Returns a memory-mapped .npy file of just that type and shape.
+
     NumPy's own reader trusts a file's header, and fails in many ways where that is damaged.
     """
-    parts = []
-    for path, descr, part in zip(paths, ('|u1', '<i4'), (shape, shape[:1]), strict=False):
-        header = _header(descr, part)
-        with open(path, 'rb') as file:
-            is_whole = file.read(len(header)) == header
-        size = len(header) + np.dtype(descr).itemsize * math.prod(part)
-        if not is_whole or path.stat().st_size != size:
-            raise OSError(f'{path} is damaged')
-        parts.append(np.memmap(path, descr, 'r', len(header), part))
-    images, labels = parts
-    digests = digests_of(images)
-    if paths[2].read_bytes() != _digest_of(digests.tobytes(), labels.tobytes()):
-        raise OSError(f'{paths[0]} is damaged')
-    return images, np.array(labels, np.int32), digests
+    header = _header(descr, shape)
+    with open(path, 'rb') as file:
+        is_whole = file.read(len(header)) == header
+    if not is_whole or path.stat().st_size != len(header) + np.dtype(descr).itemsize * math.prod(
+        shape
+    ):
+        raise OSError(f'{path} is damaged')
+    return np.memmap(path, descr, 'r', len(header), shape)
+
+
+def _write_digests(paths, digests, labels):
+    """Writes the images' digests, and the record by which `_mapped` trusts them."""
+    # A second ago, so that a later write changes the time even within one tick of the clock.
+    os.utime(paths[0], ns=(time.time_ns() - 10**9,) * 2)
+    with _replacing(paths[2]) as file:
+        file.write(_header('|u1', digests.shape) + digests.tobytes())
+    with _replacing(paths[3]) as file:
+        file.write(_record(paths[0], digests, labels))
+
+
+def _record(path, digests, labels):
+    """Returns what is in the cache's digest.json, `path` being that of the images."""
+    stat = path.stat()
+    state = {'size': stat.st_size, 'time': stat.st_mtime_ns}
+    return json.dumps({'sha256': _sha256(digests, labels)} | state).encode()
+
+
+def _sha256(digests, labels):
+    return hashlib.sha256(digests.tobytes() + labels.astype('<i4').tobytes()).hexdigest()
 
 
 def _header(descr, shape):
@@ -323,11 +359,6 @@ def _header(descr, shape):
     header = {'descr': descr, 'fortran_order': False, 'shape': shape}
     np.lib.format.write_array_header_1_0(file, header)
     return file.getvalue()
-
-
-def _digest_of(digests, labels):
-    """Returns what is in the cache's digest.json."""
-    return json.dumps({'sha256': hashlib.sha256(digests + labels).hexdigest()}).encode()
 
 
 @contextlib.contextmanager

@@ -21,6 +21,9 @@ from occjax import checks, names
 from occjax.convolution import conv3x3
 from occjax.types import Array, promoting
 
+# Maps whose detectors' weights are copied out of a bank at once.
+_GATHERED = 64
+
 Bank = Any  # The variables of `MLP`, each leaf with a leading axis of K.
 
 
@@ -364,6 +367,8 @@ def fit_bank(
 def score(bank: Bank, maps: Array, predicted: Array) -> Array:
     """Returns `[M]` logits, above 0 for adversarial, each by the detector of that map's class.
 
+    Memory grows with K + M, not with their product.
+
     Args:
         bank: K detectors.
         maps: `[M, h, w]` heatmaps.
@@ -375,9 +380,19 @@ def score(bank: Bank, maps: Array, predicted: Array) -> Array:
     """
     maps, num_classes = jnp.asarray(maps), len(jax.tree.leaves(bank)[0])
     predicted = checks.classes(predicted, maps, num_classes, name='predicted classes')
-    by_detector = jax.vmap(apply, in_axes=(0, None))(bank, maps)  # [K, M]
-    scores = jnp.take_along_axis(by_detector, predicted[None], axis=0)[0]
-    return jnp.where(predicted < 0, jnp.nan, scores)  # JAX counts these from the end.
+    if len(maps) < num_classes:  # Each map's weights are fewer than the bank's.
+        one = jax.checkpoint(lambda pair: apply(detector_for(bank, pair[1]), pair[0][None])[0])
+        scores = jax.lax.map(one, (maps, predicted), batch_size=_GATHERED)
+        return jnp.where((predicted < 0) | (predicted >= num_classes), jnp.nan, scores)
+
+    @jax.checkpoint
+    def add(scores, pair):
+        k, variables = pair
+        return jnp.where(predicted == k, apply(variables, maps), scores), None
+
+    dtype = jax.eval_shape(apply, detector_for(bank, 0), maps).dtype
+    scores = jnp.full(len(maps), jnp.nan, dtype)
+    return jax.lax.scan(add, scores, (jnp.arange(num_classes), bank))[0]
 
 
 def detector_for(bank: Bank, k: int) -> Any:

@@ -280,9 +280,19 @@ class FolderTest(TemporaryTest):
         self.assertLen(images, 7 if how == 'added' else 6)
         self.assertTrue((images == image).all((1, 2, 3)).any())
 
-    @parameterized.parameters('images.npy', 'labels.npy', 'digest.json')
+    @parameterized.parameters('images.npy', 'labels.npy', 'digests.npy', 'digest.json')
     def test_damaged_cache_is_decoded_again(self, which):
         expected = data.fingerprint(self.load())
+
+        def assert_as_before():
+            self.assertEqual(data.fingerprint(self.load()), expected)
+            if which == 'digest.json':  # It also holds when the images were written.
+                self.assertEqual(
+                    *(json.loads(text)['sha256'] for text in (path.read_bytes(), whole))
+                )
+            else:
+                self.assertEqual(path.read_bytes(), whole)
+
         (path,) = self.cache.glob(f'*-{which}')
         whole = path.read_bytes()
         flipped = []
@@ -291,18 +301,37 @@ class FolderTest(TemporaryTest):
             flipped[-1][at] ^= 4
         for damaged in (whole[:-1], whole + b'x', whole[:20], b'', b'x' * len(whole), *flipped):
             path.write_bytes(damaged)
-            self.assertEqual(data.fingerprint(self.load()), expected)
-            self.assertEqual(path.read_bytes(), whole)
+            assert_as_before()
         path.unlink()
-        self.assertEqual(data.fingerprint(self.load()), expected)
-        self.assertEqual(path.read_bytes(), whole)
+        assert_as_before()
         self.assertLen(np.load(path) if which != 'digest.json' else range(12), 12)
 
-    def test_pixels_are_hashed_once_a_start(self):
+    def test_pixels_are_hashed_only_where_their_file_changed(self):
+        def hashed():
+            with mock.patch.object(data, 'digests_of', wraps=data.digests_of) as digests_of:
+                data.fingerprint(self.load())
+            return sum(call.args[0].nbytes for call in digests_of.call_args_list)
+
         self.load()
-        with mock.patch.object(data, 'digests_of', wraps=data.digests_of) as hashed:
-            data.fingerprint(self.load(train_images=2))
-        self.assertEqual(hashed.call_count, 1)
+        (path,) = self.cache.glob('*-images.npy')
+        self.assertEqual(hashed(), 0)
+        path.touch()
+        self.assertEqual([hashed(), hashed()], [12 * 8 * 8 * 3, 0])
+        pixels = bytearray(path.read_bytes())
+        pixels[-1] ^= 4
+        path.write_bytes(pixels)
+        self.assertEqual([hashed(), hashed()], [12 * 8 * 8 * 3, 0])  # And decoded again.
+        self.assertNotEqual(path.read_bytes(), pixels)
+
+    def test_a_cache_without_digests_is_read_and_gets_them(self):
+        expected = data.fingerprint(self.load())
+        record, digests = (self.cache.glob(f'*-{name}') for name in ('digest.json', 'digests.npy'))
+        (record,), (digests,) = record, digests
+        record.write_text(json.dumps({'sha256': json.loads(record.read_text())['sha256']}))
+        digests.unlink()
+        with mock.patch.object(sources, 'read_image', side_effect=AssertionError):
+            self.assertEqual(data.fingerprint(self.load()), expected)
+        self.assertTrue(digests.exists())
 
     def test_fingerprint_is_of_what_the_splits_hold(self):
         for dataset in (self.load(), self.load(train_images=3, test_images=5)):
@@ -341,7 +370,7 @@ class FolderTest(TemporaryTest):
     def test_default_cache(self):
         with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(self.root / 'xdg')):
             self.load(cache_dir=None)
-        self.assertLen(list((self.root / 'xdg' / 'occjax').iterdir()), 3)
+        self.assertLen(list((self.root / 'xdg' / 'occjax').iterdir()), 4)
 
     def test_mistakes(self):
         train, test = self.folder / 'train', self.folder / 'test'

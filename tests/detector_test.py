@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
@@ -285,3 +286,18 @@ def test_a_class_without_a_detector_is_refused(predicted):
 def test_no_maps_have_no_scores():
     bank = detector.init_bank(jax.random.key(0), num_classes=2, grid=(2, 2), features=(3,))
     assert detector.score(bank, MAPS[0, :0], np.zeros(0, int)).shape == (0,)
+
+
+@pytest.mark.parametrize(('classes', 'maps'), [(300, 200), (40, 200)])
+def test_memory_does_not_grow_with_classes_times_maps(classes, maps):
+    def temporaries(classes):
+        bank = jax.eval_shape(
+            lambda: detector.init_bank(jax.random.key(0), num_classes=classes, grid=(4, 4))
+        )
+        shapes = bank, jnp.zeros((maps, 4, 4)), jnp.zeros(maps, int)
+        planned = jax.jit(detector.score).lower(*shapes).compile().memory_analysis()
+        return planned.temp_size_in_bytes
+
+    assert temporaries(2 * classes) < 1.1 * temporaries(classes)
+    # What the widest layer makes of all maps, or the weights copied for some.
+    assert temporaries(classes) < 8 * max(maps * 256, 64 * 113_409) * 4
