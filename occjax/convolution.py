@@ -405,6 +405,23 @@ def forms(operations: Sequence[tracing.Operation]) -> dict[str, int]:
     return dict(found)
 
 
+def scratch(operation: tracing.Operation) -> tuple[int, int]:
+    """Returns how many numbers the form of an operation on CPU lays out, however many images.
+
+    First those of a chunk's windows, then those of the kernel, which outlive the operation.
+    """
+    taken = _form(operation.name, operation.params, operation.operands)
+    if taken is None or taken[0] not in (_WINOGRAD, _DEPTHWISE, _COLUMNS):
+        return 0, 0
+    (images, kernel), out = operation.shapes, operation.results[0].shape
+    numbers = operation.params['dimension_numbers']
+    chunk = _TILE_BYTES // operation.results[0].dtype.itemsize
+    if taken[0] == _WINOGRAD:  # Tiles of at most 4 times the pixels, and kernels of 6x6.
+        return max(chunk, 4 * (math.prod(out) + math.prod(images))), 4 * math.prod(kernel)
+    taps = math.prod(kernel[i] for i in numbers.rhs_spec[2:]) * images[numbers.lhs_spec[1]]
+    return max(chunk, taps * math.prod(out[i] for i in numbers.out_spec[2:])), math.prod(kernel)
+
+
 def _form(name, params, operands):
     """Returns the name of a form and the function that it is, None for XLA's own."""
     find = _FORMS.get(name)
@@ -412,7 +429,11 @@ def _form(name, params, operands):
     return find(params, *shapes) if find else None
 
 
-_WINOGRAD = '3x3, Winograd where wide'
+_WINOGRAD, _DEPTHWISE, _COLUMNS = (
+    '3x3, Winograd where wide',
+    'depthwise, shifted products',
+    'a matrix product of columns',
+)
 
 
 def _convolution(params, images, kernel):
@@ -434,9 +455,9 @@ def _convolution(params, images, kernel):
     elif groups == 1 and sides == [1, 1]:
         name, products = '1x1, a matrix product', _products_1x1
     elif c == 1 and groups == o:
-        name, products = 'depthwise, shifted products', _shifted_products
+        name, products = _DEPTHWISE, functools.partial(_chunked, form=_shifted_products)
     elif groups == 1 and o >= _MIN_CHANNELS:
-        name, products = 'a matrix product of columns', _column_products
+        name, products = _COLUMNS, functools.partial(_chunked, form=_column_products)
     else:
         return None
 
@@ -477,6 +498,63 @@ def _shifted_products(images, kernel, strides, pads):
 def _column_products(images, kernel, strides, pads):
     columns = _shifted(_padded(images, pads), kernel.shape[:2], strides)
     return jnp.concatenate(columns, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+# What lays out every tap of a window does so for a chunk of images. As a primitive it sees all
+# those that `vmap` maps, of one image each.
+_chunked_p = Primitive('convolution_in_chunks')
+
+
+def _chunked(images, kernel, strides, pads, *, form):
+    return _chunked_p.bind(images, kernel, strides=strides, pads=tuple(pads), form=form)
+
+
+def _in_chunks(images, kernel, *, strides, pads, form):
+    function = functools.partial(form, kernel=kernel, strides=strides, pads=pads)
+    return _mapped(function, images, _laid_out_per_image(images, kernel, strides, pads))
+
+
+def _mapped(fn, images, per_image):
+    out = lax.map(fn, _chunks(images, _TILE_BYTES // max(1, per_image * images.dtype.itemsize)))
+    return out.reshape(-1, *out.shape[2:])[: len(images)]
+
+
+def _laid_out_per_image(images, kernel, strides, pads):
+    """Returns how many numbers the taps of all windows of an image are."""
+    sides = zip(images.shape[1:3], kernel.shape[:2], strides, pads, strict=True)
+    windows = [(n + sum(pad) - k) // stride + 1 for n, k, stride, pad in sides]
+    return math.prod(windows) * math.prod(kernel.shape[:2]) * images.shape[-1]
+
+
+def _chunked_batched(operands, axes, *, form, **settings):
+    if axes[1] is not None:
+        return jax.vmap(functools.partial(form, **settings), in_axes=axes)(*operands), 0
+    images = jnp.moveaxis(operands[0], axes[0], 0)
+    out = _chunked_p.bind(images.reshape(-1, *images.shape[2:]), operands[1], form=form, **settings)
+    return out.reshape(*images.shape[:2], *out.shape[1:]), 0
+
+
+def _chunked_image_grad(ct, images, kernel, *, form, **settings):
+    def some(ct):
+        image = jax.ShapeDtypeStruct((len(ct), *images.aval.shape[1:]), images.aval.dtype)
+        return jax.linear_transpose(lambda x: form(x, kernel, **settings), image)(ct)[0]
+
+    return _mapped(some, ct, _laid_out_per_image(images.aval, kernel, **settings))
+
+
+def _chunked_kernel_grad(ct, images, kernel, *, form, **settings):
+    return jax.linear_transpose(lambda x: form(images, x, **settings), kernel.aval)(ct)[0]
+
+
+_chunked_p.def_impl(jax.jit(_in_chunks, static_argnames=('strides', 'pads', 'form')))
+_chunked_p.def_abstract_eval(
+    lambda images, kernel, *, form, **settings: jax.core.ShapedArray(
+        jax.eval_shape(functools.partial(form, **settings), images, kernel).shape, images.dtype
+    )
+)
+ad.defbilinear(_chunked_p, _chunked_image_grad, _chunked_kernel_grad)
+batching.primitive_batchers[_chunked_p] = _chunked_batched
+mlir.register_lowering(_chunked_p, mlir.lower_fun(_in_chunks, multiple_results=False))
 
 
 def _padded(images, pads, value=0.0):

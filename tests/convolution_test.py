@@ -4,6 +4,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from occjax import convolution
@@ -284,6 +285,43 @@ class ConvolutionTest(parameterized.TestCase):
         np.testing.assert_array_equal(convolution.accelerate(fn)(images), fn(images))
         with self.assertRaisesRegex(ValueError, 'Expected floats, got int32 and int32'):
             convolution.conv3x3(images, kernel)
+
+
+@pytest.mark.parametrize('depthwise', [False, True])
+@pytest.mark.parametrize('tile_bytes', [1, 40_000])
+def test_chunks_of_columns_are_xla_s_convolution(monkeypatch, depthwise, tile_bytes):
+    """At any size of a chunk: values, gradients of both operands, under `vmap` of either."""
+    monkeypatch.setattr(convolution, '_TILE_BYTES', tile_bytes)
+    rng, groups = np.random.default_rng(0), 32 if depthwise else 1
+    images = rng.normal(size=(5, 9, 8, 32)).astype(np.float32)
+    kernel = rng.normal(size=(5, 3, 32 // groups, 32)).astype(np.float32) / 10
+
+    def direct(images, kernel):
+        return jax.lax.conv_general_dilated(
+            images,
+            kernel,
+            (2, 1),
+            ((2, 1), (0, 2)),
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            feature_group_count=groups,
+        )
+
+    def sums(fn):
+        return jax.grad(lambda x, y: jnp.sum(jnp.sin(fn(x, y))), argnums=(0, 1))
+
+    def by_image(fn):
+        return lambda x, y: jax.vmap(lambda one: fn(one[None], y)[0])(x)
+
+    def by_kernel(fn):
+        return lambda x, y: jax.vmap(lambda one: fn(x, one))(jnp.stack([y, -y]))
+
+    for seen in (lambda fn: fn, sums, by_image, lambda fn: sums(by_image(fn)), by_kernel):
+        found, expected = (
+            jax.tree.leaves(jax.jit(seen(fn))(images, kernel))
+            for fn in (convolution.accelerate(direct), direct)
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
 if __name__ == '__main__':

@@ -119,14 +119,9 @@ def needs(name: str, plan: Plan, variables: Any) -> Needs:
     # Weights twice: they are read from disk or made at random before they lie on the device. Once
     # more as the network lays them out, its normalisation folded in.
     fixed = 3 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
-    tiles = 0
-    for operation in operations if on_cpu else ():
-        kernel, shape = operation.shapes[-1], operation.results[0].shape
-        if operation.name == 'conv_general_dilated' and sorted(kernel)[:2] == [3, 3]:
-            # Winograd, of 6x6 kernels and with tiles of at most 4 times the pixels.
-            fixed += 4 * math.prod(kernel)
-            tiles = max(tiles, 4 * (math.prod(shape) + math.prod(operation.shapes[0])))
-    fixed += 3 * max(tiles, convolution._TILE_BYTES // _FLOAT)
+    if on_cpu:
+        chunks, kernels = zip((0, 0), *map(convolution.scratch, operations), strict=True)
+        fixed += 3 * max(chunks) + sum(kernels)
     whole = 2 * _peak([(operation, operation.shapes, 1) for operation in operations])
     pixels, classes = math.prod(image.shape), math.prod(plan.logits.extent)
     per_image, window = 2 * pixels + 2 * grid * classes, 2 * pixels + whole

@@ -98,6 +98,35 @@ def test_the_estimate_holds_for_any_network(name, kind):
         assert planned < needs.total(images, windows) - process
 
 
+def convolutions(k, channels, groups):
+    """Returns a network of three k x k convolutions, and the shapes of its weights."""
+
+    def fn(weights, x):
+        *kernels, head = weights
+        for kernel in kernels:
+            x = any_network.conv(x, kernel, groups=x.shape[-1] // kernel.shape[2])
+            x = jax.nn.relu(x)
+        return x.mean((1, 2)) @ head
+
+    middle = (k, k, channels // groups, channels)
+    shapes = (k, k, 3, channels), middle, middle, (channels, 5)
+    return fn, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize('name', ('full', 'incremental'))
+@pytest.mark.parametrize(
+    ('k', 'channels', 'groups'),
+    [(k, 64, 1) for k in (1, 3, 5, 7, 11)] + [(7, 8, 1), (3, 64, 64), (7, 64, 64)],
+)
+def test_the_estimate_holds_for_kernels_of_every_size(name, k, channels, groups):
+    geometry, windows = dict(size=8, stride=2, grid='cover'), 80
+    fn, variables = convolutions(k, channels, groups)
+    needs = needs_of(name, fn, variables, 24, **geometry)
+    process = memory._PROCESS // memory.sharers()
+    planned = bytes_planned(name, fn, variables, 24, 1, windows, **geometry)
+    assert planned < needs.total(1, windows) - process
+
+
 @pytest.mark.parametrize('name', ('full', 'incremental'))
 @pytest.mark.parametrize(('plan', 'side', 'size'), [(NARROW, 64, 16), (WIDE, 64, 16)])
 def test_a_window_more_takes_no_more_than_is_said(name, plan, side, size):
