@@ -124,7 +124,8 @@ class Run:
         elif self.description != description:
             raise UsageError(
                 f'{self.workdir} was made from other images than --data_dir={self.data_dir} now '
-                'holds: choose another --workdir, or delete that one.'
+                'holds: repeat the --data_dir that it had, or choose another --workdir, or, to lose '
+                'what is there, delete that one.'
             )
         return dataset
 

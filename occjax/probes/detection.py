@@ -78,7 +78,7 @@ def detect(run: Run, path: str | None, *, fpr: float = 0.05, output: str | None 
     if len(files) == len(unread) == 1:
         raise UsageError(f'Cannot read the image {files[0]}: {unread[0]["error"]}')
     if unread:
-        raise UsageError(f'{len(unread)} of {len(files)} files could not be read.')
+        raise UsageError(f'{len(unread)} of {counted(len(files), "file")} could not be read.')
 
 
 def _tell(folder, count, guards, calls, fpr):
