@@ -18,6 +18,9 @@ from occjax import attack, checks
 from occjax.attack import PIXELS, Bounds, Number
 from occjax.types import Array, LogitsFn
 
+# One number, so that all images are looked at after their last step.
+_STEPS = checks.Range(0, is_integer=True)
+
 MarginFn = Callable[[Array], Array]  # maps [B, H, W, C] to [B], above 0 for adversarial
 
 
@@ -28,6 +31,7 @@ class Evasion(NamedTuple):
     steps: Array  # i32[B], how many it took until the image evaded; -1 if it never did
 
 
+@checks.checked(steps=_STEPS)
 def joint_pgd(
     logits_fn: LogitsFn,
     margin_fn: MarginFn,
@@ -75,6 +79,7 @@ def joint_pgd(
     )
 
 
+@checks.checked(steps=_STEPS)
 def selective_pgd(
     logits_fn: LogitsFn,
     margin_fn: MarginFn,
@@ -104,6 +109,7 @@ def selective_pgd(
     )
 
 
+@checks.checked(steps=_STEPS)
 def orthogonal_pgd(
     logits_fn: LogitsFn,
     margin_fn: MarginFn,
@@ -148,21 +154,21 @@ def _evade(
 
     `pullback(a, b)` is the gradient of `a * odds + b * margin`, each image's own.
     """
-    images = checks.images(images, bounds)
-    labels, epsilon = checks.classes(labels, images), checks.number('epsilon', epsilon)
-    steps = checks.count('steps', steps)
+    dtype = images.dtype
+    images = images.astype(jnp.promote_types(dtype, jnp.float32))
+    logits_fn, margin_fn = (attack.widened(fn, dtype) for fn in (logits_fn, margin_fn))
     step_size = 2.5 * epsilon / max(steps, 1) if step_size is None else step_size
-    step_size = attack.per_image(checks.number('step_size', step_size), images)
+    step_size = attack.per_image(step_size, images)
 
     def step(state):
-        t, x, taken = state
+        t, x, taken, _ = state
 
         def both(x):
-            logits = checks.logits_fn(logits_fn, labels)(x)
-            is_wrong = (jnp.argmax(logits, -1) != labels) & ~jnp.isnan(logits).any(-1)
-            return (attack.log_odds(logits, labels), margin_fn(x)), is_wrong
+            logits = logits_fn(x)
+            rest = attack.is_wrong(logits, labels), checks.are_probabilities(logits)
+            return (attack.log_odds(logits, labels), margin_fn(x)), rest
 
-        (odds, margins), vjp, is_wrong = jax.vjp(both, x, has_aux=True)
+        (odds, margins), vjp, (is_wrong, flags) = jax.vjp(both, x, has_aux=True)
         taken = jnp.where((taken < 0) & is_wrong & (margins <= 0), t, taken)
 
         def pullback(a, b):
@@ -172,12 +178,13 @@ def _evade(
         moved = x + step_size * jnp.sign(direction)
         moved = attack.project(moved, images, epsilon=epsilon, bounds=bounds)
         # The step after the last is there to look at what the last one reached.
-        return t + 1, attack.select((taken < 0) & (t < steps), moved, x), taken
+        return t + 1, attack.select((taken < 0) & (t < steps), moved, x), taken, flags
 
     def is_going(state):
-        t, _, taken = state
+        t, _, taken, _ = state
         return (t <= steps) & (taken < 0).any()
 
-    state = (0, images, jnp.full(len(images), -1))
-    _, found, taken = jax.lax.while_loop(is_going, step, state)
-    return Evasion(found, taken)
+    state = (0, images, jnp.full(len(images), -1), jnp.zeros(len(images), bool))
+    _, found, taken, flags = jax.lax.while_loop(is_going, step, state)
+    checks.warn_of_probabilities(flags)
+    return Evasion(found.astype(dtype), taken)

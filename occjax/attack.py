@@ -12,19 +12,24 @@ By default it is `log_odds`, logsumexp(z_others) - z_label: its gradient has the
 cross-entropy's, which is (1 - p_label) times this and underflows where a network is confident.
 Where a gradient is NaN its pixel stays.
 
-Images out of `bounds` and labels that are no class are refused where their values are known; under
-`jit` such an image moves no further out, and such a label makes all classes the others.
+Of images in half precision the arithmetic is float32's, the network sees them in their own type,
+and so is the result.
+
+Images out of `bounds`, an `epsilon` that no two images are apart and labels that are no class are
+refused where their values are known; under `jit` such an image moves no further out, and such a
+label makes all classes the others.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from occjax import checks
+from occjax.checks import PIXELS
 from occjax.types import Array, LogitsFn
 
 Bounds = tuple[float, float] | None
@@ -32,7 +37,9 @@ Count = int | Array  # i32[] or i32[B]
 Number = float | Array  # f32[], f32[B] or f32[B, 1, 1, 1]
 LossFn = Callable[[Array, Array], Array]  # maps [B, K] logits and [B] labels to [B]
 
-PIXELS = (0.0, 1.0)
+
+# At these of 10,000 steps, or in proportion, the share of pixels in a square of `square` halves.
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 class Outcome(NamedTuple):
@@ -41,6 +48,31 @@ class Outcome(NamedTuple):
     correct_before: Array  # bool[B], the clean image was classified correctly
     successful: Array  # bool[B], correct before and wrong after (§III-C)
     predicted_after: Array  # i32[B], the class predicted for the attacked image
+
+
+def widened(fn: Callable[[Array], Array], dtype: Any) -> Callable[[Array], Array]:
+    """Returns a function that shows `fn` images of a type, and returns float32 or wider."""
+
+    def wide(images):
+        found = fn(images.astype(dtype))
+        return found.astype(jnp.promote_types(found.dtype, jnp.float32))
+
+    return wide
+
+
+def _attack(fn=None, **settings):
+    """Returns an attack whose arguments are checked, and whose arithmetic is float32's or wider."""
+    if fn is None:
+        return functools.partial(_attack, **settings)
+
+    @functools.partial(checks.checked, **settings)
+    @functools.wraps(fn)
+    def attack(logits_fn, images, labels, **numbers):
+        dtype = images.dtype
+        wide = images.astype(jnp.promote_types(dtype, jnp.float32))
+        return fn(widened(logits_fn, dtype), wide, labels, **numbers).astype(dtype)
+
+    return attack
 
 
 def log_odds(logits: Array, labels: Array) -> Array:
@@ -63,10 +95,16 @@ def dlr(logits: Array, labels: Array) -> Array:
     References:
         Croce & Hein, https://arxiv.org/abs/2003.01690, §5
     """
+    if logits.shape[-1] < 3:
+        raise ValueError(
+            f'Expected logits of three classes or more for dlr, got {logits.shape[-1]}: take '
+            'log_odds.'
+        )
     largest = jax.lax.top_k(logits, 3)[0]
     return -_lead(logits, labels) / jnp.maximum(largest[:, 0] - largest[:, 2], 1e-12)
 
 
+@_attack
 def fgsm(
     logits_fn: LogitsFn,
     images: Array,
@@ -100,11 +138,12 @@ def fgsm(
     References:
         Goodfellow et al., https://arxiv.org/abs/1412.6572
     """
-    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
+    epsilon = per_image(epsilon, images)
     step = epsilon * jnp.sign(_climb(logits_fn, loss_fn, images, labels).gradient)
     return _clip(images + step, images, bounds)
 
 
+@_attack
 def targeted_fgsm(
     logits_fn: LogitsFn,
     images: Array,
@@ -119,11 +158,12 @@ def targeted_fgsm(
     References:
         Kurakin et al., https://arxiv.org/abs/1611.01236
     """
-    images, targets, epsilon = _checked(logits_fn, images, targets, epsilon, bounds)
+    epsilon = per_image(epsilon, images)
     step = epsilon * jnp.sign(_climb(logits_fn, loss_fn, images, targets).gradient)
     return _clip(images - step, images, bounds)
 
 
+@_attack(order=2)
 def fgsm_l2(
     logits_fn: LogitsFn,
     images: Array,
@@ -140,11 +180,12 @@ def fgsm_l2(
     References:
         Dong et al., https://arxiv.org/abs/1710.06081, eq. (2)
     """
-    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
+    epsilon = per_image(epsilon, images)
     direction = unit(_climb(logits_fn, loss_fn, images, labels).gradient, order=2)
     return _clip(images + epsilon * direction, images, bounds)
 
 
+@_attack
 def bim(
     logits_fn: LogitsFn,
     images: Array,
@@ -172,6 +213,7 @@ def bim(
     return _ascend(logits_fn, loss_fn, images, labels, **settings)
 
 
+@_attack
 def pgd(
     logits_fn: LogitsFn,
     images: Array,
@@ -200,6 +242,7 @@ def pgd(
     return _ascend(logits_fn, loss_fn, images, labels, **settings, start_fn=start_fn, reach=2.5)
 
 
+@_attack(order=2)
 def pgd_l2(
     logits_fn: LogitsFn,
     images: Array,
@@ -236,6 +279,7 @@ def pgd_l2(
     return _ascend(logits_fn, loss_fn, images, labels, **settings)
 
 
+@_attack
 def mi_fgsm(
     logits_fn: LogitsFn,
     images: Array,
@@ -276,6 +320,7 @@ class _Apgd(NamedTuple):
     was_halved: Array  # then
 
 
+@_attack
 def apgd(
     logits_fn: LogitsFn,
     images: Array,
@@ -303,10 +348,10 @@ def apgd(
     References:
         Croce & Hein, https://arxiv.org/abs/2003.01690
     """
-    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
-    steps = jnp.broadcast_to(checks.count('steps', steps), len(images))
+    epsilon = per_image(epsilon, images)
+    steps = _counts(steps, images)
     # Of `steps`: the first gap, by how much the next are shorter, and the shortest.
-    first, less, least = (jnp.maximum(steps * n // 100, 1) for n in (22, 3, 6))
+    first, less, least = (jnp.maximum(share(steps, n, 100), 1) for n in (22, 3, 6))
     project_fn = functools.partial(project, centre=images, epsilon=epsilon, bounds=bounds)
     look = functools.partial(_climb, logits_fn, loss_fn, labels=labels)
     noise = _uniform(key, images)
@@ -358,6 +403,7 @@ def _apgd_step(look, project_fn, less, least, t, at):
     )
 
 
+@_attack
 def square(
     logits_fn: LogitsFn,
     images: Array,
@@ -384,17 +430,16 @@ def square(
     References:
         Andriushchenko et al., https://arxiv.org/abs/1912.00049
     """
-    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
+    epsilon = per_image(epsilon, images)
     height, width, channels = images.shape[1:]
-    steps = jnp.broadcast_to(checks.count('steps', steps), len(images))
+    steps = _counts(steps, images)
     keys = _keys(key, images)
 
     def attempt(t, key, image, best, epsilon, steps):
         sign_key, row_key, column_key = jax.random.split(jax.random.fold_in(key, t), 3)
-        # The share of pixels in a square halves at these of 10,000 steps, or in proportion.
-        halvings = jnp.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000]) * steps // 10_000
-        share = 0.8 * 0.5 ** jnp.sum(t - 1 > halvings).astype(image.dtype)
-        side = jnp.round(jnp.sqrt(share * height * width)).astype(int)
+        halvings = share(steps, jnp.array(_HALVINGS), 10_000)
+        part = 0.8 * 0.5 ** jnp.sum(t - 1 > halvings).astype(image.dtype)
+        side = jnp.round(jnp.sqrt(part * height * width)).astype(int)
         side = jnp.clip(side, 1, min(height, width))
 
         def span(key, length):
@@ -420,10 +465,10 @@ def square(
 
 def _margin(logits_fn, images, labels):
     """Returns by how much each label's logit leads, `[B]`; negative if and only if it does not."""
-    logits = checks.logits_fn(logits_fn, labels)(images)
+    logits = logits_fn(images)
     # Ties fall as in `outcome`.
     lead = _lead(logits, labels)
-    return lead - (jnp.argmax(logits, -1) != labels).astype(lead.dtype)
+    return lead - is_wrong(logits, labels).astype(lead.dtype)
 
 
 def _lead(logits, labels):
@@ -433,6 +478,7 @@ def _lead(logits, labels):
     return lead - logits.max(-1, where=~is_label, initial=-jnp.inf)
 
 
+@_attack
 def carlini_wagner(
     logits_fn: LogitsFn,
     images: Array,
@@ -464,7 +510,8 @@ def carlini_wagner(
     References:
         Carlini & Wagner, https://arxiv.org/abs/1608.04644, §VI.A
     """
-    images, labels = _labelled(logits_fn, images, labels, bounds)
+    if bounds is None:
+        raise ValueError('Expected bounds (lowest, highest) of pixels, which the tanh needs.')
     low, high = bounds
 
     def to_pixels(w):
@@ -477,7 +524,7 @@ def carlini_wagner(
 
     def loss(delta, const):
         x = to_pixels(centre + delta)
-        lead = _lead(checks.logits_fn(logits_fn, labels)(x), labels) + confidence
+        lead = _lead(logits_fn(x), labels) + confidence
         distance = jnp.sum((x - anchor) ** 2, axis=(1, 2, 3))
         return jnp.sum(distance + const * jnp.maximum(lead, 0)), (x, lead < 0)
 
@@ -488,9 +535,9 @@ def carlini_wagner(
         const = jnp.where(jnp.isinf(above), const * 10, (below + above) / 2)
         return (const, below, above, nearest), None
 
-    is_wrong = _margin(logits_fn, images, labels) <= -1 - confidence  # The lead is one higher.
+    are_wrong = _margin(logits_fn, images, labels) <= -1 - confidence  # The lead is one higher.
     one = jnp.ones(len(images), images.dtype)
-    nearest = images, jnp.where(is_wrong, 0, jnp.inf).astype(images.dtype)
+    nearest = images, jnp.where(are_wrong, 0, jnp.inf).astype(images.dtype)
     state = initial_const * one, 0 * one, jnp.inf * one, nearest
     return jax.lax.scan(search, state, length=binary_search_steps)[0][3][0]
 
@@ -511,6 +558,7 @@ def _descend(loss, images, optimizer, steps, const, nearest):
     return jax.lax.scan(step, state, length=steps)[0][2:]
 
 
+@_attack
 def deepfool(
     logits_fn: LogitsFn,
     images: Array,
@@ -536,19 +584,17 @@ def deepfool(
     References:
         Moosavi-Dezfooli et al., https://arxiv.org/abs/1511.04599
     """
-    images, labels = _labelled(logits_fn, images, labels, bounds)
-    steps = jnp.broadcast_to(checks.count('steps', steps), len(images))
-    checked_fn = checks.logits_fn(logits_fn, labels)
-    logits = checked_fn(images)
+    steps = _counts(steps, images)
+    logits = logits_fn(images)
     others = jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits)
     others = jax.lax.top_k(others, min(candidates, logits.shape[-1] - 1))[1]
 
     def behind(x):
         """Returns by how much each `[B, candidates]` logit is behind the label's."""
-        logits = checked_fn(x)
+        logits = logits_fn(x)
         label = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-        is_wrong = jnp.argmax(logits, -1) != labels
-        return label - jnp.take_along_axis(logits, others, axis=-1), is_wrong
+        gap = label - jnp.take_along_axis(logits, others, axis=-1)
+        return gap, is_wrong(logits, labels)
 
     def step(_, state):
         total, x, _ = state
@@ -570,6 +616,7 @@ def deepfool(
     return _iterate(step, state, steps, lambda state: state[2])[1]
 
 
+@checks.checked(bounds=None)
 def minimal_epsilon(
     attack_fn: Callable[..., Array],
     logits_fn: LogitsFn,
@@ -595,7 +642,6 @@ def minimal_epsilon(
         is misclassified already, infinite where even `most` is too little. And `[B]` booleans,
         whether it is finite.
     """
-    images, labels = _labelled(logits_fn, images, labels, None)
 
     def succeeds(epsilon):
         return _margin(logits_fn, attack_fn(images, labels, epsilon=epsilon), labels) < 0
@@ -606,13 +652,14 @@ def minimal_epsilon(
         is_enough = succeeds(middle)
         return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
 
-    whole = jnp.full(len(images), most, images.dtype)
-    is_wrong, success = _margin(logits_fn, images, labels) < 0, succeeds(whole)
+    whole = jnp.full(len(images), most, jnp.promote_types(images.dtype, jnp.float32))
+    are_wrong, success = _margin(logits_fn, images, labels) < 0, succeeds(whole)
     _, high = jax.lax.fori_loop(0, halvings, halve, (jnp.zeros_like(whole), whole))
-    success |= is_wrong
-    return jnp.where(is_wrong, 0, jnp.where(success, high, jnp.inf)), success
+    success |= are_wrong
+    return jnp.where(are_wrong, 0, jnp.where(success, high, jnp.inf)), success
 
 
+@checks.checked
 def sign_noise(images: Array, *, key: Array, epsilon: float, bounds: Bounds = PIXELS) -> Array:
     """Moves every pixel by epsilon, up or down at random: the size of FGSM's step, not its aim.
 
@@ -625,10 +672,15 @@ def sign_noise(images: Array, *, key: Array, epsilon: float, bounds: Bounds = PI
     Returns:
         `[B, H, W, C]`.
     """
-    images = checks.images(images, bounds)
-    epsilon = per_image(checks.number('epsilon', epsilon), images)
-    noise = jax.random.rademacher(key, images.shape, images.dtype)
-    return _clip(images + epsilon * noise, images, bounds)
+    wide = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+    noise = jax.random.rademacher(key, wide.shape, wide.dtype)
+    moved = wide + per_image(epsilon, wide) * noise
+    return _clip(moved, wide, bounds).astype(images.dtype)
+
+
+def is_wrong(logits: Array, labels: Array) -> Array:
+    """Returns `bool[B]`, whether `[B, K]` logits predict another class; with a NaN, none."""
+    return (jnp.argmax(logits, axis=-1) != labels) & ~jnp.isnan(logits).any(axis=-1)
 
 
 def outcome(clean_logits: Array, adversarial_logits: Array, labels: Array) -> Outcome:
@@ -636,33 +688,28 @@ def outcome(clean_logits: Array, adversarial_logits: Array, labels: Array) -> Ou
 
     Logits with a NaN among them predict nothing: they are neither correct nor a success.
     """
-    are_numbers, become_numbers = (
-        ~jnp.isnan(logits).any(axis=-1) for logits in (clean_logits, adversarial_logits)
-    )
+    labels = checks.classes(labels, clean_logits)
+    are_numbers = ~jnp.isnan(clean_logits).any(axis=-1)
     correct_before = are_numbers & (jnp.argmax(clean_logits, axis=-1) == labels)
+    successful = correct_before & is_wrong(adversarial_logits, labels)
     predicted_after = jnp.argmax(adversarial_logits, axis=-1)
-    successful = correct_before & become_numbers & (predicted_after != labels)
     return Outcome(correct_before, successful, predicted_after)
-
-
-def _checked(logits_fn, images, labels, epsilon, bounds):
-    """Returns the three as arrays, epsilon as `[B, 1, 1, 1]`, if they are what they should be."""
-    images, labels = _labelled(logits_fn, images, labels, bounds)
-    return images, labels, per_image(checks.number('epsilon', epsilon), images)
-
-
-def _labelled(logits_fn, images, labels, bounds):
-    """Returns images and labels as arrays; the labels are those predicted where there are none."""
-    images = checks.images(images, bounds)
-    if labels is None:
-        labels = jnp.argmax(checks.logits_fn(logits_fn)(images), axis=-1)
-    return images, checks.classes(labels, images)
 
 
 def per_image(value, images):
     """Returns one number, or one for each image, as `[B, 1, 1, 1]`."""
     value = jnp.asarray(value, images.dtype).reshape(-1, 1, 1, 1)
     return jnp.broadcast_to(value, (len(images), 1, 1, 1))
+
+
+def _counts(steps, images):
+    """Returns a number of steps for each image."""
+    return jnp.broadcast_to(jnp.asarray(steps).reshape(-1), len(images))
+
+
+def share(steps: Array, part: int | Array, whole: int) -> Array:
+    """Returns `steps * part // whole`, whose product may leave the integers' range."""
+    return steps // whole * part + steps % whole * part // whole
 
 
 def _keys(key, images):
@@ -684,19 +731,22 @@ class _Climb(NamedTuple):
     loss: Array  # f32[B]
     gradient: Array  # f32[B, H, W, C], 0 where it is NaN
     is_wrong: Array  # bool[B]
+    are_probabilities: Array  # bool[B], what should be logits
 
 
 def _climb(logits_fn, loss_fn, images, labels):
     """Returns each image's own loss and gradient."""
 
     def total(x):
-        logits = checks.logits_fn(logits_fn, labels)(x)
+        logits = logits_fn(x)
         losses = loss_fn(logits, labels)
         # Summed, not averaged: each image's gradient then ignores its batch.
-        return losses.sum(), (losses, jnp.argmax(logits, -1) != labels)
+        rest = is_wrong(logits, labels), checks.are_probabilities(logits)
+        return losses.sum(), (losses, *rest)
 
-    gradient, (losses, is_wrong) = jax.grad(total, has_aux=True)(images)
-    return _Climb(images, losses, jnp.nan_to_num(gradient), is_wrong)
+    gradient, (losses, are_wrong, flags) = jax.grad(total, has_aux=True)(images)
+    checks.warn_of_probabilities(flags)
+    return _Climb(images, losses, jnp.nan_to_num(gradient), are_wrong, flags)
 
 
 def unit(gradient: Array, *, order: int) -> Array:
@@ -772,21 +822,25 @@ def _ascend(
     order=jnp.inf,
 ):
     """Climbs the loss by steps in the ball, signed or along the gradient, `reach` radii in all."""
-    images, labels, epsilon = _checked(logits_fn, images, labels, epsilon, bounds)
-    steps = jnp.broadcast_to(checks.count('steps', steps), len(images))
+    epsilon = per_image(epsilon, images)
+    steps = _counts(steps, images)
     if step_size is None:
         step_size = reach * epsilon / per_image(jnp.maximum(steps, 1), images)
-    step_size = per_image(checks.number('step_size', step_size), images)
+    step_size = per_image(step_size, images)
 
     def step(_, state):
-        adversarial, before = state
-        direction = _climb(logits_fn, loss_fn, adversarial, labels).gradient
+        adversarial, before, _ = state
+        climb = _climb(logits_fn, loss_fn, adversarial, labels)
+        direction = climb.gradient
         if decay is not None:
-            kept = per_image(checks.number('decay', decay), images) * before
+            kept = per_image(decay, images) * before
             direction = kept + unit(direction, order=1)
         along = jnp.sign(direction) if order == jnp.inf else unit(direction, order=order)
         moved = adversarial + step_size * along
-        return project(moved, images, epsilon=epsilon, bounds=bounds, order=order), direction
+        moved = project(moved, images, epsilon=epsilon, bounds=bounds, order=order)
+        return moved, direction, climb.are_probabilities
 
-    start = start_fn(images, epsilon)
-    return _iterate(step, (start, jnp.zeros_like(images)), steps)[0]
+    start = start_fn(images, epsilon), jnp.zeros_like(images), jnp.zeros(len(images), bool)
+    found, _, flags = _iterate(step, start, steps)
+    checks.warn_of_probabilities(flags)
+    return found

@@ -27,6 +27,7 @@ class Curve(NamedTuple):
     curve: Array  # [B, steps + 1], from no pixel changed to all of them
 
 
+@checks.checked(slack=checks.NEAR)
 def rise(
     logits_fn: LogitsFn,
     images: Array,
@@ -71,11 +72,6 @@ def rise(
     References:
         Petsiuk et al., https://arxiv.org/abs/1806.07421, §3
     """
-    images = checks.images(images, slack=checks.NEAR)
-    if masks < 1:
-        raise ValueError(f'Expected masks >= 1, got {masks}.')
-    if checks.is_known(keep) and not 0 < keep <= 1:
-        raise ValueError(f'Expected 0 < keep <= 1, got {keep}.')
     cells = checks.sides('cells', cells)
     covers = fills.of(fill, images)
     mask_fn = functools.partial(_mask, key, images.shape[1:3], cells, keep)
@@ -117,6 +113,7 @@ def _weighed(weights, mask_fn):
     return total / len(numbers)
 
 
+@checks.checked(slack=checks.NEAR, steps=checks.COUNT)
 def deletion(
     logits_fn: LogitsFn,
     images: Array,
@@ -155,12 +152,12 @@ def deletion(
     References:
         Petsiuk et al., https://arxiv.org/abs/1806.07421, §4.1
     """
-    images = checks.images(images, slack=checks.NEAR)
     settings = dict(steps=steps, chunk_size=chunk_size, progress=progress)
     covers = fills.of(fill, images)
     return _curve(logits_fn, images, covers, classes, saliency, **settings)
 
 
+@checks.checked(slack=checks.NEAR, steps=checks.COUNT)
 def insertion(
     logits_fn: LogitsFn,
     images: Array,
@@ -187,7 +184,6 @@ def insertion(
     References:
         Petsiuk et al., https://arxiv.org/abs/1806.07421, §4.1
     """
-    images = checks.images(images, slack=checks.NEAR)
     settings = dict(steps=steps, chunk_size=chunk_size, progress=progress)
     covers = fills.of(fill, images)
     return _curve(logits_fn, covers, images, classes, saliency, **settings)
@@ -195,8 +191,6 @@ def insertion(
 
 def _curve(logits_fn, before, after, classes, saliency, *, steps, **settings):
     """Returns the curve from some images to others."""
-    if steps < 1:
-        raise ValueError(f'Expected steps >= 1, got {steps}.')
     ranks = _ranks(saliency, before.shape)
     counts = jnp.asarray(np.arange(steps + 1) * math.prod(ranks.shape[1:]) // steps, jnp.int32)
 
@@ -216,8 +210,7 @@ def _ranks(saliency, images_shape):
             f'Expected saliency {list(shape)}, or a heat map [{shape[0]}, h, w] of it, got shape '
             f'{list(saliency.shape)}.'
         )
-    if checks.is_known(saliency) and np.isnan(np.asarray(saliency)).any():
-        raise ValueError('Expected saliency to be numbers, got NaN.')
+    checks.finite('saliency', saliency)
     if saliency.shape != shape:
         saliency = jax.image.resize(saliency, shape, 'linear')
     order = jnp.argsort(saliency.reshape(shape[0], -1), axis=-1, descending=True)
@@ -226,13 +219,15 @@ def _ranks(saliency, images_shape):
 
 def _probabilities(logits_fn, images, classes, show_fn, count, *, chunk_size, progress):
     """Returns `[B, count]` probabilities of each image's class in as many forms of it."""
-    classes = checks.classes(classes, images, name='classes')
-    logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
     is_traced = not isinstance(logits_fn, jax.stages.Compiled)
     logits_fn = convolution.accelerate(logits_fn) if is_traced else logits_fn
 
     def seen(image, number):
-        return occlusion.probabilities(logits_fn(show_fn(image, number)), classes[image])
+        logits = logits_fn(show_fn(image, number))
+        flags = checks.are_probabilities(logits)
+        return occlusion.probabilities(logits, classes[image]), flags
 
     settings = dict(chunk_size=chunk_size, is_traced=is_traced, progress=progress)
-    return occlusion.map_pairs(seen, images.shape, count, **settings)
+    found, flags = occlusion.map_pairs(seen, images.shape, count, **settings)
+    checks.warn_of_probabilities(flags)
+    return found

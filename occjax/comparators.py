@@ -13,16 +13,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from occjax import checks
 from occjax.detector import Conv3x3, draw_kernels
 from occjax.types import Array, LogitsFn, promoting
 
 
+@checks.checked(slack=checks.NEAR, least=0)
 def squeeze_bits(images: Array, *, bits: int) -> Array:
     """Returns `[B, H, W, C]` pixels rounded to `2 ** bits` levels."""
     levels = 2**bits - 1
     return jnp.round(images * levels) / levels
 
 
+@checks.checked(slack=checks.NEAR, least=0, size=checks.COUNT)
 def squeeze_median(images: Array, *, size: int) -> Array:
     """Returns each pixel's median over a square of `size`, which is reflected at the edges.
 
@@ -36,6 +39,7 @@ def squeeze_median(images: Array, *, size: int) -> Array:
     return jnp.sort(jnp.stack(shifted), axis=0)[size**2 // 2]
 
 
+@checks.checked(slack=checks.NEAR, least=0, size=checks.COUNT)
 @promoting
 def feature_squeezing(logits_fn: LogitsFn, images: Array, *, bits: int, size: int) -> Array:
     """Returns `[B]`, how far squeezing moves the probabilities: the largest L1 distance of two.
@@ -57,6 +61,7 @@ def feature_squeezing(logits_fn: LogitsFn, images: Array, *, bits: int, size: in
     return jnp.max(jnp.stack([jnp.abs(plain - p).sum(-1) for p in others]), axis=0)
 
 
+@checks.checked(slack=checks.NEAR, least=0)
 def spectrum(images: Array) -> Array:
     """Returns `[B, H * (W // 2 + 1) * C]` magnitudes of each channel's Fourier transform.
 
@@ -69,6 +74,7 @@ def spectrum(images: Array) -> Array:
     return jnp.abs(jnp.fft.rfft2(images, axes=(1, 2))).reshape(len(images), -1)
 
 
+@checks.checked
 def multi_lid(features: Array, reference: Array, *, neighbours: int) -> Array:
     """Returns the logarithms of how much nearer the nearest references are than the last of them.
 
@@ -86,6 +92,17 @@ def multi_lid(features: Array, reference: Array, *, neighbours: int) -> Array:
         Ma et al., https://arxiv.org/abs/1801.02613, §3; Lorenz et al.,
         https://arxiv.org/abs/2212.06776
     """
+
+    features, reference = jnp.asarray(features), jnp.asarray(reference)
+    if features.ndim != 2 or reference.shape[1:] != features.shape[1:]:
+        raise ValueError(
+            f'Expected features [B, F] and reference [R, F], got {list(features.shape)} and '
+            f'{list(reference.shape)}.'
+        )
+    if neighbours > len(reference):
+        raise ValueError(f'Expected neighbours <= {len(reference)} references, got {neighbours}.')
+    checks.finite('features', features)
+    checks.finite('reference', reference)
 
     def one(row):
         distances = jnp.linalg.norm(reference - row, axis=-1)
@@ -110,6 +127,7 @@ class Autoencoder(nn.Module):
         return x
 
 
+@checks.checked
 @promoting
 def init_autoencoder(key: Array, *, channels: int) -> Any:
     """Returns fresh variables of an autoencoder for images of `channels`, whatever their size."""
@@ -175,6 +193,7 @@ def fit_autoencoder(
     return variables
 
 
+@checks.checked(slack=checks.NEAR, least=0)
 @promoting
 def magnet(
     logits_fn: LogitsFn, variables: Any, images: Array, *, temperature: float

@@ -18,6 +18,8 @@ Fill = float | str | Array
 @promoting
 def blur(images: Array, *, sigma: float) -> Array:
     """Returns images under a Gaussian of `sigma` pixels, cut at three of them; edges repeat."""
+    images = checks.floats(images)
+    checks.number('sigma', sigma, range=checks.NUMBERS['sigma'])
     reach = max(1, round(3 * sigma))
     weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
     weights = (weights / weights.sum()).astype(np.float32)
@@ -55,6 +57,7 @@ def of(fill: Fill, images: Array) -> Array:
     References:
         Fong & Vedaldi, https://arxiv.org/abs/1704.03296, for the blur.
     """
+    images = checks.floats(images)
     if not isinstance(fill, str):
         return checks.fill(fill, images)
     if fill not in FILLS:

@@ -184,29 +184,30 @@ def occluded_logits(
     is_traced = not isinstance(logits_fn, jax.stages.Compiled)
     settings = dict(chunk_size=chunk_size, is_traced=is_traced, progress=progress)
     logits = map_pairs(logits_of, images.shape, len(origins), **settings)
+    checks.warn_of_probabilities(checks.are_probabilities(logits))
     return logits.reshape(len(images), *grid_shape(images.shape[1:3], **geometry), -1)
 
 
 def map_pairs(
-    fn: Callable[[Array, Array], Array],
+    fn: Callable[[Array, Array], Any],
     images_shape: tuple[int, ...],
     count: int,
     *,
     chunk_size: int | None,
     is_traced: bool,
     progress: ProgressFn | None,
-) -> Array:
+) -> Any:
     """Returns `fn(image, number)`, `[B, count, ...]`, of every image with every number.
 
     Args:
-        fn: maps `[n]` images by their index, and `[n]` numbers, to an array of leading axis n; of
+        fn: maps `[n]` images by their index, and `[n]` numbers, to a pytree of leading axis n; of
             each pair it makes one image for the classifier.
         images_shape: `(B, H, W, C)`.
         count: how many numbers there are.
         chunk_size: n; None chooses for the device.
         is_traced, progress: see `map_chunks`.
     """
-    found = map_chunks(
+    mapped = map_chunks(
         lambda pairs: fn(pairs // count, pairs % count),
         images_shape[0] * count,
         chunk_size=default_chunk(images_shape[1:]) if chunk_size is None else chunk_size,
@@ -214,7 +215,7 @@ def map_pairs(
         is_traced=is_traced,
         progress=progress,
     )
-    return found.reshape(-1, count, *found.shape[1:])
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]), mapped)
 
 
 def map_chunks(
@@ -243,8 +244,7 @@ def map_chunks(
         progress: called with how many numbers are done, and `count`; None leaves nothing of it in
             the program.
     """
-    if chunk_size < 1:
-        raise ValueError(f'Expected chunk_size >= 1, got {chunk_size}.')
+    checks.number('chunk_size', chunk_size, range=checks.COUNT)
     chunks = math.ceil(count / chunk_size)
     size = min(chunk_size, count) if is_exact else math.ceil(count / chunks)
     # The last chunk is filled up with numbers from the start, which are cut off again.
@@ -319,4 +319,6 @@ def heatmaps_by(
     images = checks.images(images, slack=checks.NEAR)
     classes = checks.classes(classes, images, name='classes')
     logits_fn = checks.logits_fn(logits_fn, classes, name='classes')
-    return probabilities(occluded_fn(logits_fn, images, **settings), classes)
+    logits = occluded_fn(logits_fn, images, **settings)
+    checks.warn_of_probabilities(checks.are_probabilities(logits))
+    return probabilities(logits, classes)

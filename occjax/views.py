@@ -20,6 +20,7 @@ from occjax.types import Array, LogitsFn
 View = Callable[[Array], Array]  # maps [B, H, W, C] images in [0, 1] to such
 
 
+@checks.checked
 def viewed_logits(logits_fn: LogitsFn, images: Array, views: Sequence[View]) -> Array:
     """Returns the logits of each image under each view, `[B, V, K]`; a forward pass each.
 
@@ -32,23 +33,24 @@ def viewed_logits(logits_fn: LogitsFn, images: Array, views: Sequence[View]) -> 
     Raises:
         ValueError: if there is no view, or see `checks.images`.
     """
-    images = checks.images(images)
     if not views:
         raise ValueError('Expected at least one view, got none.')
-    logits_fn = checks.logits_fn(logits_fn)
     return jnp.stack([logits_fn(view(images)) for view in views], axis=1)
 
 
+@checks.checked(slack=checks.NEAR)
 def sharpen(images: Array, *, sigma: float) -> Array:
     """Returns images with what `blur` takes from them added once more."""
     return jnp.clip(2 * images - blur(images, sigma=sigma), 0, 1)
 
 
+@checks.checked(slack=checks.NEAR)
 def flip(images: Array) -> Array:
     """Returns images mirrored left to right."""
     return images[:, :, ::-1]
 
 
+@checks.checked(slack=checks.NEAR)
 def shift(images: Array, *, rows: int, columns: int) -> Array:
     """Returns images moved down and to the right; the edges that come in repeat the last pixel."""
     down, right = (
@@ -58,6 +60,7 @@ def shift(images: Array, *, rows: int, columns: int) -> Array:
     return images[:, down][:, :, right]
 
 
+@checks.checked(slack=checks.NEAR)
 def shrink(images: Array, *, factor: float) -> Array:
     """Returns images made smaller by a factor, each pixel an average, and large again."""
     sides = tuple(max(1, round(side / factor)) for side in images.shape[1:3])
@@ -65,6 +68,7 @@ def shrink(images: Array, *, factor: float) -> Array:
     return jax.image.resize(jax.image.resize(images, small, 'linear'), images.shape, 'linear')
 
 
+@checks.checked(slack=checks.NEAR)
 def round_bits(images: Array, *, bits: int) -> Array:
     """Returns pixels of a few bits, whose gradient is that of the images, not of steps: none.
 
@@ -74,11 +78,13 @@ def round_bits(images: Array, *, bits: int) -> Array:
     return images + jax.lax.stop_gradient(comparators.squeeze_bits(images, bits=bits) - images)
 
 
+@checks.checked(slack=checks.NEAR)
 def grey(images: Array) -> Array:
     """Returns images of which every pixel has the mean of its channels in all of them."""
     return jnp.broadcast_to(images.mean(axis=-1, keepdims=True), images.shape)
 
 
+@checks.checked(slack=checks.NEAR)
 def noise(images: Array, *, seed: int, epsilon: float) -> Array:
     """Returns images of which every pixel is moved by `epsilon`, all by the same random signs."""
     signs = jax.random.rademacher(jax.random.key(seed), images.shape[1:], images.dtype)

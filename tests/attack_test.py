@@ -1,6 +1,7 @@
 """Laws of the attacks."""
 
 import functools
+import inspect
 
 import hypothesis
 import jax
@@ -11,7 +12,7 @@ from absl.testing import parameterized
 from hypothesis import strategies as st
 
 import occjax
-from occjax import attack
+from occjax import adaptive, attack, names
 
 IMAGE_SHAPE = (6, 5, 3)
 KEYED = ('pgd', 'pgd_l2', 'apgd', 'square')
@@ -282,11 +283,14 @@ class EveryAttackTest(parameterized.TestCase):
             self.attack(name, labels=self.labels[:3])
         with self.assertRaisesRegex(ValueError, 'Expected images of floats, got uint8'):
             self.attack(name, jnp.zeros(self.images.shape, jnp.uint8))
-        with self.assertRaisesRegex(ValueError, r'broadcasting.*\[?3,1,1,1\b.*4,1,1,1'):
-            self.attack(name, epsilon=jnp.full(3, 0.1))
-        if name in ITERATED:
-            with self.assertRaisesRegex(ValueError, r'broadcasting.*3.*4'):
-                self.attack(name, steps=jnp.full(3, 2))
+        for given in ('epsilon', 'steps', 'step_size', 'decay'):
+            if given in inspect.signature(getattr(attack, name)).parameters:
+                for value in (np.full(3, 1), [1], np.full((4, 4), 1)):
+                    message = f'{given} to be an? .* or 4 of them, one for each image, got shape'
+                    with self.assertRaisesRegex(ValueError, message):
+                        self.attack(name, **{given: value})
+                    with self.assertRaisesRegex(ValueError, message):
+                        jax.jit(lambda x, k=given: self.attack(name, **{k: x}))(np.array(value))
 
     @pytest.mark.slow
     def test_a_classifier_can_be_trained_on_attacks(self):
@@ -899,3 +903,54 @@ class OutcomeTest(parameterized.TestCase):
         np.testing.assert_array_equal(outcome.correct_before, [True, True, False, False])
         np.testing.assert_array_equal(outcome.successful, [True, False, False, False])
         np.testing.assert_array_equal(outcome.predicted_after, [1, 0, 2, 0])
+
+
+HALVES = {
+    **dict.fromkeys(ATTACKS, {'epsilon': 0.1}),
+    'carlini_wagner': {'steps': 20, 'binary_search_steps': 3, 'learning_rate': 0.1},
+    'deepfool': {'steps': 10},
+    **dict.fromkeys(('joint_pgd', 'selective_pgd', 'orthogonal_pgd'), {'epsilon': 0.1, 'steps': 5}),
+}
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('name', HALVES)
+def test_images_of_half_precision_are_attacked_in_float32(name, dtype):
+    """The network sees images of their own type, and so what it sees last is the result."""
+    apply, weights = small_network(5)
+    images = jax.random.uniform(jax.random.key(6), (4, *IMAGE_SHAPE)).astype(dtype)
+    settings = HALVES[name] | (arguments(name) if name in ATTACKS else {})
+    seen = []
+
+    def logits_fn(x):
+        seen.append(x.dtype)
+        return apply(weights, x.astype(jnp.float32))
+
+    labels = logits_fn(images).argmax(-1)
+    seen.clear()
+
+    def run(images, logits_fn):
+        if hasattr(attack, name):
+            return getattr(attack, name)(logits_fn, images, labels, **settings)
+        margin_fn = lambda x: x.astype(jnp.float32).mean((1, 2, 3)) - 0.5  # noqa: E731
+        fn = getattr(adaptive, name)
+        return fn(logits_fn, margin_fn, images, labels, **settings).images
+
+    found = run(images, logits_fn)
+    assert found.dtype == dtype
+    assert {np.dtype(each) for each in seen} == {np.dtype(dtype)}
+    distance = np.abs(np.asarray(found, np.float32) - np.asarray(images, np.float32)).max()
+    assert distance > 0.005
+    if name not in names.NEAREST:
+        assert distance < 0.11
+        return
+    is_moved = (found != images).any((1, 2, 3))
+    assert (is_moved == (logits_fn(found).argmax(-1) != labels)).all()
+
+
+@pytest.mark.parametrize('steps', [0, 7, 9_999, 300_000, 2_000_000_000])
+@pytest.mark.parametrize(('part', 'whole'), [(22, 100), (10, 10_000), (8000, 10_000)])
+def test_schedules_hold_for_billions_of_steps(steps, part, whole):
+    """Against Python's integers, which have no end."""
+    found = attack.share(jnp.int32(steps), part, whole)
+    np.testing.assert_array_equal(found, steps * part // whole)

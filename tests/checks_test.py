@@ -10,7 +10,17 @@ import pytest
 from scipy import ndimage
 
 import occjax
-from occjax import adaptive, attack, fills, incremental, occlusion, vgg
+from occjax import (
+    adaptive,
+    attack,
+    attribution,
+    comparators,
+    fills,
+    incremental,
+    occlusion,
+    vgg,
+    views,
+)
 
 PLAN, SIDE = (4, 'M', 8, 'M'), 8
 VARIABLES = vgg.init(jax.random.key(0), image_size=SIDE, num_classes=3, hidden=8, plan=PLAN)
@@ -260,6 +270,7 @@ def test_a_model_in_training_mode_is_told_to_leave_it():
         (np.zeros((SIDE, 3)), 'fill to be a number'),
         (np.zeros((2, SIDE, SIDE, 3)), 'fill to be a number'),
         (np.nan, 'fill to be numbers, got NaN'),
+        (128.0, 'fill from 0 to 1, .* got 128 to 128: of 0 to 255 make fill / 255'),
         ('grey', "fill to be 'blur', 'mean', numbers or images, got 'grey'"),
     ],
 )
@@ -303,6 +314,169 @@ def test_fills_by_name_are_scipy_s(shape):
     one = occlusion.occlude(images, np.array([1, 2]), size=(5, 4), fill='mean')
     np.testing.assert_allclose(one[..., 1:6, 2:6, :], averages + np.zeros((5, 4, 1)), atol=1e-6)
     np.testing.assert_array_equal(one[..., 6:, :, :], images[..., 6:, :, :])
+
+
+def means(images):
+    """Returns logits of two classes, of images of any size."""
+    mean = images.mean((1, 2, 3))
+    return jnp.stack([mean, 0.5 - mean], axis=-1)
+
+
+def zeros(images):
+    return np.zeros(len(images), int)
+
+
+# All that takes images, as a function of them alone.
+TAKING = {
+    **{name: lambda x, fn=fn: fn(means, x, zeros(x), epsilon=0.1) for name, fn in ATTACKS.items()},
+    **{
+        name: lambda x, name=name: getattr(attack, name)(means, x, zeros(x), steps=1)
+        for name in ('carlini_wagner', 'deepfool')
+    },
+    **{
+        name: lambda x, name=name: getattr(attack, name)(
+            means, x, zeros(x), key=KEY, epsilon=0.1, steps=1
+        )
+        for name in ('pgd_l2', 'apgd')
+    },
+    'sign_noise': lambda x: attack.sign_noise(x, key=KEY, epsilon=0.1),
+    'minimal_epsilon': lambda x: attack.minimal_epsilon(
+        functools.partial(occjax.fgsm, means), means, x, zeros(x)
+    ),
+    **{
+        name: lambda x, fn=fn: fn(means, x, zeros(x), size=4, stride=4)
+        for name, fn in (
+            ('heatmaps', occjax.heatmaps),
+            ('occlusion.heatmaps', occlusion.heatmaps),
+            ('incremental.heatmaps', incremental.heatmaps),
+        )
+    },
+    **{
+        name: lambda x, fn=fn: fn(means, x, size=4, stride=4)
+        for name, fn in (
+            ('occluded_logits', occjax.occluded_logits),
+            ('occlusion.occluded_logits', occlusion.occluded_logits),
+            ('incremental.occluded_logits', incremental.occluded_logits),
+        )
+    },
+    'rise': lambda x: attribution.rise(means, x, zeros(x), key=KEY, masks=1),
+    **{
+        name: lambda x, name=name: getattr(attribution, name)(
+            means, x, zeros(x), np.zeros(x.shape[:3]), steps=1
+        )
+        for name in ('deletion', 'insertion')
+    },
+    'occlude': lambda x: occlusion.occlude(x, np.array([0, 0]), size=2),
+    'blur': lambda x: fills.blur(x, sigma=1.0),
+    **{f'fill {name}': lambda x, name=name: fills.of(name, x) for name in fills.FILLS},
+    'viewed_logits': lambda x: views.viewed_logits(means, x, [views.flip]),
+    **{f'view {name}': view for name, view in views.VIEWS.items()},
+    'squeeze_bits': lambda x: comparators.squeeze_bits(x, bits=4),
+    'feature_squeezing': lambda x: comparators.feature_squeezing(means, x, bits=4, size=2),
+    'spectrum': comparators.spectrum,
+    'magnet': lambda x: comparators.magnet(means, {}, x, temperature=10.0),
+}
+
+
+@pytest.mark.parametrize('name', TAKING)
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_a_pixel_that_is_no_number_is_refused_in_images_of_every_size(name, value):
+    """Reductions on a CPU lose NaN of 4,096 numbers and more, by its place."""
+    for shape in ((1, 8, 8, 3), (60, 8, 8, 3), (2, 224, 224, 3)):
+        size = np.prod(shape)
+        for place in (0, 1, 12_345 % size, size - 1):
+            images = np.full(shape, 0.5, np.float32)
+            images.flat[place] = value
+            for each in (images, jnp.asarray(images)):
+                with pytest.raises(ValueError, match='Expected pixels .*got (NaN|infinity)'):
+                    TAKING[name](each)
+
+
+@pytest.mark.parametrize('name', TAKING)
+def test_channels_first_are_told_where_channels_go(name):
+    if 'blur' in name or name in ('occlude', 'fill mean'):  # Of images in any number of axes.
+        return
+    with pytest.raises(ValueError, match=r'\[B, H, W, C\], channels last, got shape \(2, 3, 12'):
+        TAKING[name](np.full((2, 3, 12, 16), 0.5, np.float32))
+    with pytest.raises(ValueError, match=r'\[B, H, W, C\], channels last'):
+        TAKING[name](np.full((2, 1, 12, 12), 0.5, np.float32))
+
+
+def test_rows_of_many_channels_are_images():
+    """Such as a second of a heart's twelve leads; where its network fails the words are both."""
+    signals = np.full((2, 1, 16, 12), 0.5, np.float32)
+    assert occjax.fgsm(means, signals, zeros(signals), epsilon=0.1).shape == signals.shape
+    with pytest.raises(ValueError, match='channels last') as caught:
+        occjax.fgsm(lambda x: x @ jnp.ones((5, 2)), signals, zeros(signals), epsilon=0.1)
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+@each_attack
+@pytest.mark.parametrize('epsilon', [8, 1.1, np.array([0.1, 0.1, 8])])
+def test_an_epsilon_of_another_scale_is_refused(attack_fn, epsilon):
+    epsilon = 30 * epsilon if attack_fn is attack.fgsm_l2 else epsilon
+    with pytest.raises(
+        ValueError, match=r'epsilon <= .*0 to 255 make epsilon / 255, as in 8 / 255'
+    ):
+        attack_fn(logits_fn, IMAGES, LABELS, epsilon=epsilon)
+
+
+def test_an_epsilon_may_be_as_long_as_its_norm_and_bounds_allow():
+    occjax.fgsm(logits_fn, IMAGES, LABELS, epsilon=1)
+    occjax.fgsm(logits_fn, IMAGES, LABELS, epsilon=8, bounds=None)
+    occjax.fgsm(lambda x: logits_fn(x / 255), 255 * IMAGES, LABELS, epsilon=8, bounds=(0, 255))
+    attack.fgsm_l2(logits_fn, IMAGES, LABELS, epsilon=3.0)
+
+
+@pytest.mark.parametrize('name', ['fgsm', 'pgd', 'square', 'joint_pgd', 'heatmaps', 'rise'])
+def test_probabilities_are_warned_of_and_logits_are_not(name, recwarn):
+    def call(fn):
+        if name == 'heatmaps':
+            return occjax.heatmaps(fn, IMAGES, LABELS, **WINDOWS)
+        if name == 'rise':
+            return attribution.rise(fn, IMAGES, LABELS, key=KEY, masks=3)
+        return ATTACKS[name](fn, IMAGES, LABELS, epsilon=0.1)
+
+    call(logits_fn)
+    assert not recwarn
+    with pytest.warns(UserWarning, match='rows sum to 1 .*: logits_fn must return logits, before'):
+        call(lambda x: jax.nn.softmax(logits_fn(x)))
+    recwarn.clear()
+    jax.jit(lambda x: call(lambda x: jax.nn.softmax(logits_fn(x))))(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ('call', 'message'),
+    [
+        (lambda: attack.bim(logits_fn, IMAGES, LABELS, epsilon=0.1, steps=[2]), 'steps to be an'),
+        (lambda: ATTACKS['joint_pgd'](logits_fn, IMAGES, LABELS, epsilon=0.1, weight=-1), 'weight'),
+        (lambda: attack.pgd(logits_fn, IMAGES, epsilon=0.1, steps=1, key=0), 'random key, as jax'),
+        (lambda: attack.sign_noise(IMAGES, epsilon=0.1, key=np.zeros(3)), 'random key, as jax'),
+        (lambda: attribution.rise(logits_fn, IMAGES, LABELS, key=0), 'random key, as jax'),
+        (lambda: attribution.rise(logits_fn, IMAGES, LABELS, key=KEY, masks=1.5), 'masks to be'),
+        (lambda: comparators.init_autoencoder(0, channels=3), 'random key, as jax'),
+        (lambda: comparators.squeeze_bits(IMAGES, bits=0), 'bits >= 1, got 0'),
+        (lambda: comparators.squeeze_median(IMAGES, size=0), 'size >= 1, got 0'),
+        (lambda: comparators.magnet(logits_fn, {}, IMAGES, temperature=0), 'temperature > 0'),
+        (lambda: comparators.multi_lid(np.ones((2, 3)), np.ones((4, 3)), neighbours=5), '<= 4'),
+        (lambda: views.noise(IMAGES, seed=0, epsilon=8), 'epsilon <= 1'),
+        (lambda: views.shrink(IMAGES, factor=0), 'factor >= 1'),
+        (lambda: fills.blur(IMAGES, sigma=0), 'sigma > 0'),
+        (lambda: attack.fgsm(logits_fn, IMAGES, epsilon=0.1, bounds=(1, 0)), 'lowest, highest'),
+        (lambda: attack.carlini_wagner(logits_fn, IMAGES, steps=1, bounds=None), 'the tanh needs'),
+        (lambda: attack.carlini_wagner(logits_fn, IMAGES, steps=1, learning_rate=0), 'rate > 0'),
+        (lambda: attack.deepfool(logits_fn, IMAGES, steps=1, candidates=0), 'candidates >= 1'),
+        (lambda: occjax.fgsm(means, IMAGES, epsilon=0.1, loss_fn=attack.dlr), 'three classes'),
+        (
+            lambda: occjax.fgsm(lambda x: logits_fn(x).squeeze(), IMAGES[:1], epsilon=0.1),
+            'your function drops the batch axis of one image',
+        ),
+    ],
+)
+def test_arguments_are_refused_in_a_sentence(call, message):
+    with pytest.raises(ValueError, match=f'Expected .*{message}') as caught:
+        call()
+    assert '\n' not in str(caught.value)
 
 
 @each_map
