@@ -494,15 +494,14 @@ def carlini_wagner(
     """Finds a misclassified image that is near in L2 norm, by Adam (Carlini & Wagner).
 
     Minimises the squared distance plus a constant times the label's lead, in variables of which
-    the tanh is in bounds; the constant of each image is searched, tenfold until an attack succeeds
-    and by bisection then.
+    the tanh is in bounds; each image's constant grows tenfold until it succeeds, then by bisection.
 
     Args:
         logits_fn, images, labels: see `fgsm`.
         steps, learning_rate: of Adam for each constant.
         binary_search_steps, initial_const: how many constants are tried, and the first.
         confidence: by which another logit must lead.
-        bounds: lowest and highest pixel; the tanh needs some.
+        bounds: lowest and highest pixel.
 
     Returns:
         `[B, H, W, C]`, the nearest misclassified images that were met; the images if none was.
@@ -525,8 +524,8 @@ def carlini_wagner(
     def loss(delta, const):
         x = to_pixels(centre + delta)
         lead = _lead(logits_fn(x), labels) + confidence
-        distance = jnp.sum((x - anchor) ** 2, axis=(1, 2, 3))
-        return jnp.sum(distance + const * jnp.maximum(lead, 0)), (x, lead < 0)
+        total = jnp.sum((x - anchor) ** 2) + jnp.sum(const * jnp.maximum(lead, 0))
+        return total, (x, lead < 0)
 
     def search(state, _):
         const, below, above, nearest = state
@@ -537,7 +536,7 @@ def carlini_wagner(
 
     are_wrong = _margin(logits_fn, images, labels) <= -1 - confidence  # The lead is one higher.
     one = jnp.ones(len(images), images.dtype)
-    nearest = images, jnp.where(are_wrong, 0, jnp.inf).astype(images.dtype)
+    nearest = images, jnp.where(are_wrong, 0, jnp.inf * one)
     state = initial_const * one, 0 * one, jnp.inf * one, nearest
     return jax.lax.scan(search, state, length=binary_search_steps)[0][3][0]
 

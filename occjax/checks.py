@@ -118,15 +118,15 @@ def checked(
                 values[name] = number(name, values[name], batch, range=numbers[name])
                 if name in ('epsilon', 'step_size') and limits is not None:
                     _reach(name, values[name], limits, batch, order)
-        if 'logits_fn' in values:
-            values['logits_fn'] = logits_fn(values['logits_fn'])
         for name in {'labels', 'targets', 'classes'} & values.keys():
             if values[name] is None:
-                values[name] = jnp.argmax(values['logits_fn'](batch), axis=-1)
+                values[name] = jnp.argmax(logits_fn(values['logits_fn'])(batch), axis=-1)
             what = 'classes' if name == 'classes' else 'labels'
             values[name] = classes(values[name], batch, name=what)
             if 'logits_fn' in values:
                 values['logits_fn'] = logits_fn(values['logits_fn'], values[name], name=what)
+        if 'logits_fn' in values and not {'labels', 'targets', 'classes'} & values.keys():
+            values['logits_fn'] = logits_fn(values['logits_fn'])
         return fn(*bound.args, **bound.kwargs)
 
     return checking
@@ -417,7 +417,7 @@ def are_probabilities(logits: Array) -> Array:
 
 def warn_of_probabilities(flags: Array) -> None:
     """Warns if all of some rows of logits are known to be probabilities."""
-    if is_known(flags) and flags.all():
+    if is_known(flags) and flags.size and flags.all():
         warnings.warn(
             'rows sum to 1 and lie in [0, 1]: logits_fn must return logits, before softmax',
             stacklevel=1,  # So that it is said once.
