@@ -124,7 +124,7 @@ class Run:
         elif self.description != description:
             raise UsageError(
                 f'{self.workdir} was made from other images than --data_dir={self.data_dir} now '
-                'holds: repeat the --data_dir that it had, or choose another --workdir, or, to lose '
+                'holds: repeat the --data_dir it had, or choose another --workdir, or, to lose '
                 'what is there, delete that one.'
             )
         return dataset
