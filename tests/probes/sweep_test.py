@@ -200,7 +200,7 @@ def test_a_sweep_whose_attacks_fail_ends_with_a_table(finished, tmp_path):
     wanted.views, wanted.methods = ('flip',), ('detector', 'views_alone', 'input_mfs', 'multi_lid')
     wanted.occluders = ((4, 6, 0.0),)
     run = run.changed(config=dataclasses.replace(run.config, attack=Attack(epsilon=1e-6)))
-    assert '| Square, 1e-06 | 0 | 0.000 |' in sweep.sweep(run)
+    assert '| Square, 1e-06 | 0 | 0.000 ' in sweep.sweep(run)
     result = json.loads((run.workdir / 'sweep.json').read_text())
     assert result['search'] is None
     assert [set(row['auroc']) for row in result['occluders']] == [{'detector'}] * 3
