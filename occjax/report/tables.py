@@ -390,12 +390,13 @@ def words(name: str) -> str:
 def epsilon(value: float) -> str:
     """Returns what a reader sees for an epsilon: 8/255 where that is what it is, else 0.1.
 
-    >>> epsilon(8 / 255), epsilon(0.1), epsilon(0.2)
-    ('8/255', '0.1', '0.2')
+    >>> epsilon(8 / 255), epsilon(0.1), epsilon(0.2), epsilon(1e-6)
+    ('8/255', '0.1', '0.2', '1e-06')
     """
     steps = round(255 * value)
     is_short = abs(round(value, 3) - value) < 1e-9
-    return f'{value:.3g}' if is_short or abs(steps - 255 * value) > 1e-3 else f'{steps}/255'
+    is_steps = steps and abs(steps - 255 * value) < 1e-3
+    return f'{steps}/255' if is_steps and not is_short else f'{value:.3g}'
 
 
 def escape(text):
