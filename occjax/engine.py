@@ -10,8 +10,9 @@ Dimensions: B batch, H W C image, K classes, h w heatmap grid, P = h * w windows
 import math
 
 import jax
+import jax.numpy as jnp
 
-from occjax import checks, convolution, incremental, names, occlusion
+from occjax import checks, convolution, incremental, names, occlusion, programs
 from occjax.fills import Fill
 from occjax.incremental import Plan
 from occjax.occlusion import ProgressFn, Sides
@@ -70,20 +71,34 @@ def occluded_logits(
             `every` that an exact one lacks.
     """
     images = checks.images(images, slack=checks.NEAR)
-    geometry = dict(size=size, stride=stride, grid=grid)
     if engine != 'approximate' and (threshold, every) != (1, 1):
         raise ValueError(
             f'threshold {threshold} and every {every} make approximate maps: expected '
             f"engine 'approximate', got {engine!r}."
         )
-    if engine == 'auto':
-        engine = _engine_for(logits_fn, images, geometry)
-    if engine not in names.ENGINES:
+    if engine not in ('auto', *names.ENGINES):
         raise ValueError(f"Expected engine 'auto' or one of {names.ENGINES}, got {engine!r}.")
-    settings = geometry | dict(fill=fill, chunk_size=chunk_size, progress=progress)
+    settings = dict(size=size, stride=stride, grid=grid, chunk_size=chunk_size, progress=progress)
+    settings |= dict(engine=engine, threshold=threshold, every=every)
+    arrays = [images]
+    if isinstance(fill, str):
+        settings['fill'] = fill
+    else:
+        checks.fill(fill, images)
+        arrays.append(jnp.asarray(fill, images.dtype))
+    return programs.run(_occluded_logits, checks.logits_fn(logits_fn), *arrays, **settings)
+
+
+def _occluded_logits(logits_fn, images, fill, *, engine, threshold, every, **settings):
+    """Returns `occluded_logits`, of arguments that are checked."""
+    if engine == 'auto':
+        geometry = {name: settings[name] for name in ('size', 'stride', 'grid')}
+        engine = _engine_for(logits_fn, images, geometry)
+    settings |= dict(fill=fill)
     if engine != 'full':
-        knobs = dict(threshold=threshold, every=every)
-        return incremental.occluded_logits(logits_fn, images, **settings, **knobs)
+        return incremental.occluded_logits(
+            logits_fn, images, threshold=threshold, every=every, **settings
+        )
     if not isinstance(logits_fn, jax.stages.Compiled):
         logits_fn = convolution.accelerate(logits_fn)
     return occlusion.occluded_logits(logits_fn, images, **settings)

@@ -79,7 +79,8 @@ def trace(fn: Callable, *args: Any) -> Program:
     Arrays that `fn` closes over may be tracers: under `jit` weights stay its arguments. What has no
     part in the outputs, such as a print, is left out.
     """
-    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    # A function of its own, or JAX takes the trace before, though what `fn` closes over may differ.
+    closed, shape = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*args)
     operations = []
     arguments = tuple(Value(var.aval) for var in closed.jaxpr.invars)
 
