@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from occjax import checks
+from occjax import checks, tracing
 from occjax.checks import PIXELS
 from occjax.types import Array, LogitsFn
 
@@ -631,7 +631,8 @@ def minimal_epsilon(
     of the beginnings.
 
     Args:
-        attack_fn: called as `attack_fn(images, labels, epsilon=epsilon)`, with one for each image.
+        attack_fn: called as `attack_fn(images, labels, epsilon=epsilon)`, with one for each image;
+            traced, unless JAX can't (NumPy's, foolbox's).
         logits_fn, images, labels: see `fgsm`.
         most: the largest that is tried.
         halvings: of the interval from 0 to `most`.
@@ -653,7 +654,11 @@ def minimal_epsilon(
 
     whole = jnp.full(len(images), most, jnp.promote_types(images.dtype, jnp.float32))
     are_wrong, success = _margin(logits_fn, images, labels) < 0, succeeds(whole)
-    _, high = jax.lax.fori_loop(0, halvings, halve, (jnp.zeros_like(whole), whole))
+    ends = jnp.zeros_like(whole), whole
+    if tracing.is_traceable(succeeds, whole):
+        _, high = jax.lax.fori_loop(0, halvings, halve, ends)
+    else:  # It leaves JAX.
+        _, high = functools.reduce(lambda ends, i: halve(i, ends), range(halvings), ends)
     success |= are_wrong
     return jnp.where(are_wrong, 0, jnp.where(success, high, jnp.inf)), success
 

@@ -39,6 +39,9 @@ def squeeze_median(images: Array, *, size: int) -> Array:
     return jnp.sort(jnp.stack(shifted), axis=0)[size**2 // 2]
 
 
+SETTINGS = ('bits', 'median', 'temperature')  # of `scores`, which a guard keeps
+
+
 @checks.checked(slack=checks.NEAR, least=0, size=checks.COUNT)
 @promoting
 def feature_squeezing(logits_fn: LogitsFn, images: Array, *, bits: int, size: int) -> Array:
@@ -221,6 +224,31 @@ def magnet(
     middle = jnp.logaddexp(p, q) - jnp.log(2)
     divergence = [optax.losses.kl_divergence_with_log_targets(middle, x) for x in (p, q)]
     return error, sum(divergence) / 2
+
+
+def scores(
+    logits_fn: LogitsFn,
+    images: Array,
+    *,
+    autoencoder: Any = None,
+    bits: int = 5,
+    median: int = 2,
+    temperature: float = 10.0,
+) -> Array:
+    """Returns `[B, 3]` scores, those of `names.COMPARATORS`; MagNet's are NaN without autoencoder.
+
+    Args:
+        logits_fn, images: see `feature_squeezing`.
+        autoencoder: fitted, see `fit_autoencoder`.
+        bits, median: of squeezed pixels, and the side of the square.
+        temperature: see `magnet`.
+    """
+    found = [feature_squeezing(logits_fn, images, bits=bits, size=median)]
+    if autoencoder is None:
+        found += 2 * [jnp.full_like(found[0], jnp.nan)]
+    else:
+        found += magnet(logits_fn, autoencoder, images, temperature=temperature)
+    return jnp.stack(found, axis=-1)
 
 
 def autoencoder_flops(image_shape: tuple[int, int]) -> int:

@@ -1,64 +1,53 @@
 """A guard: all that it takes to tell attacked images of one classifier, as one pytree.
 
-`make` fits it, `judge` applies it (under `jit`, to batches of any size), `at_fpr` makes it stricter
-or milder, `save` and `load` keep it in one file. It works for any network: a function of images is
-all that it asks for. A finished run has its own, `detectors/<method>.guard.npz`.
+`make` fits it, `judge` applies it (under `jit`, to batches of any size), `evaluate` says what it
+finds, `at_fpr` makes it stricter or milder, `save` and `load` keep it in one file. It works for any
+network: a function of images is all that it asks for. A finished run has its own,
+`detectors/<method>.guard.npz`.
 
 Dimensions: B batch, N images, H W C image, K classes.
 """
 
-import collections
 import dataclasses
 import functools
-import io
-import json
-import os
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import attack, checks, detector, engine, metrics, names, verdict
-from occjax import views as views_lib
+from occjax import attack, checks, convolution, detector, guarding, metrics, tracing
 from occjax.fills import Fill
-from occjax.methods import METHODS
+from occjax.guard_file import from_arrays, load, save, to_arrays
+from occjax.guarding import METHODS, Guard, Verdict, at_fpr, check, judge, judge_maps, of_bank
+from occjax.metrics import Share
 from occjax.occlusion import ProgressFn
 from occjax.types import Array, HeatmapSet, LogitsFn
 
+__all__ = [
+    'ATTACKS',
+    'NOISE',
+    'Evaluation',
+    'Guard',
+    'Share',
+    'Verdict',
+    'at_fpr',
+    'check',
+    'evaluate',
+    'fgsm',
+    'from_arrays',
+    'judge',
+    'judge_maps',
+    'load',
+    'make',
+    'of_bank',
+    'pgd',
+    'save',
+    'to_arrays',
+]
+
 AttackFn = Callable[..., Array]  # called as attack_fn(logits_fn, images, labels, key=key)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=('bank', 'thresholds', 'fill', 'calibration', 'autoencoder'),
-    meta_fields=('method', 'views', 'windows', 'class_names'),
-)
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Guard:
-    """Detectors, their thresholds, and what they see."""
-
-    bank: detector.Bank
-    thresholds: Array  # f32[K]; infinite for a class with too few images to promise anything
-    fill: Array  # what covers a window, see `occlusion.occluded_logits`; `windows` may name it
-    calibration: metrics.Calibration  # what thresholds come from
-    method: str  # one of `methods.METHODS`
-    views: tuple[str, ...]  # some of `names.VIEWS`
-    windows: tuple[tuple[str, Any], ...]  # what `verdict.margins` takes of them: size, stride, …
-    class_names: tuple[str, ...]
-    autoencoder: Any = None  # of the view `reconstruction`, see `comparators`
-
-
-class Verdict(NamedTuple):
-    """What a guard says of images."""
-
-    predicted: Array  # i32[B], the classes that the classifier predicts
-    probability: Array  # f32[B], how probable it takes them to be
-    score: Array  # f32[B], higher for more adversarial
-    threshold: Array  # f32[B]
-    is_adversarial: Array  # bool[B], whether the score is above the threshold
 
 
 def fgsm(epsilon: float) -> AttackFn:
@@ -67,7 +56,7 @@ def fgsm(epsilon: float) -> AttackFn:
     def attack_fn(logits_fn, images, labels, *, key):
         return attack.fgsm(logits_fn, images, labels, epsilon=epsilon)
 
-    return attack_fn
+    return _named(attack_fn, f'FGSM {_size(epsilon)}')
 
 
 def pgd(epsilon: float, *, steps: int = 10) -> AttackFn:
@@ -76,10 +65,22 @@ def pgd(epsilon: float, *, steps: int = 10) -> AttackFn:
     def attack_fn(logits_fn, images, labels, *, key):
         return attack.pgd(logits_fn, images, labels, key=key, epsilon=epsilon, steps=steps)
 
-    return attack_fn
+    return _named(attack_fn, f'PGD {_size(epsilon)}')
+
+
+def _named(fn, name):
+    fn.__name__ = name
+    return fn
+
+
+def _size(epsilon):
+    """Returns how an epsilon is written: 8/255 where that is what it is, else 0.1."""
+    levels = round(255 * epsilon, 3)
+    return f'{levels:g}/255' if levels == round(levels) else f'{epsilon:g}'
 
 
 ATTACKS = (*map(fgsm, (4 / 255, 8 / 255, 16 / 255, 0.1)), *map(pgd, (4 / 255, 8 / 255)))
+NOISE = (8 / 255, 0.1)
 
 
 def make(
@@ -94,7 +95,7 @@ def make(
     autoencoder: Any = None,
     fill: Fill = 0.5,
     attacks: Sequence[AttackFn] = ATTACKS,
-    noise: Sequence[float] = (8 / 255, 0.1),
+    noise: Sequence[float] = NOISE,
     fpr: float = 0.05,
     steps: int = 1000,
     batch_size: int = 64,
@@ -103,20 +104,30 @@ def make(
 ) -> Guard:
     """Attacks images, fits detectors on what that does to the classifier, and sets thresholds.
 
-    Two thirds of the images fit detectors, the rest set thresholds: a fresh clean image is called
+    Two thirds of the images fit detectors, the rest set thresholds: a fresh clean image is flagged
     with probability at most `fpr`, see `metrics.class_thresholds`. Images that the classifier gets
-    wrong do not count, nor do attacks that fail.
+    wrong do not count, nor do attacks that fail. Nothing depends on `batch_size` but for rounding.
+
+    Each image costs as many passes as the method sees (13 for `views_alone`, windows + 1 for
+    `detector`) for each kind: itself, each attack, each noise; and the gradients of the attacks.
+    By default that is 9 kinds of 13 passes and 24 gradients.
 
     Args:
         key: JAX random key.
         logits_fn: maps `[B, H, W, C]` images in [0, 1] to `[B, K]` logits, each on its own.
-        images: `[N, H, W, C]` in [0, 1], or bytes; best ones that it was not trained on.
+        images: `[N, H, W, C]` in [0, 1], or bytes; best ones that it was not trained on. They stay
+            on the host, but for a batch.
         labels, class_names: `[N]` classes, None takes the predicted ones; K names.
         method, views: what detectors see, of `methods.METHODS` and `names.VIEWS`; None is all views
-            but `reconstruction`, or none if the method sees none.
-        autoencoder: fitted, see `comparators.fit_autoencoder`; the view `reconstruction` needs it.
-        fill, **windows: of `engine.occluded_logits`, and `top_classes` of `types.condense`.
-        attacks: to fit on, each called as `attack_fn(logits_fn, images, labels, key=key)`.
+            but `reconstruction`, or none if the method sees none. Or one of `metrics.BASELINES`,
+            of which only thresholds are to be found.
+        autoencoder: fitted, see `comparators.fit_autoencoder`; the view `reconstruction` needs it,
+            and so does MagNet.
+        fill, **windows: of `engine.occluded_logits`, and `top_classes` of `types.condense`; of
+            `comparators.scores` for one of its scores.
+        attacks: to fit on, each called as `attack_fn(logits_fn, images, labels, key=key)`: under
+            `jit`, image by image with a key of its own. One that JAX can't trace (NumPy's,
+            foolbox's) is called on whole batches instead.
         noise: sizes of random signs under which images are clean nevertheless.
         fpr: from 0 to 1.
         steps, batch_size: of fitting; images at once.
@@ -124,248 +135,232 @@ def make(
 
     Raises:
         ValueError: if images, labels, names or settings do not fit, or nothing is left to fit on.
+
+    Warns:
+        UserWarning: if there are too few images for a threshold in some classes, or in all.
     """
     metrics.threshold_at_fpr(np.zeros(1), fpr)  # Refuses what is none, before all else.
-    seen = _seen(method, views, windows, autoencoder)
-    sees = dict(autoencoder=autoencoder, fill=fill)
-    attack_key, order_key, init_key, fit_key = jax.random.split(key, 4)
-    see_fn = functools.partial(_see, logits_fn, **seen, **sees)
-    attempt_fn = jax.jit(functools.partial(_attempts, logits_fn, see_fn, attacks, noise))
-    maps, kinds = _gather(attack_key, attempt_fn, images, labels, batch_size, progress)
-    _check_names(maps, class_names)
+    checks.count('steps', steps, least=1)
+    seen = guarding.sees(method, views, windows, autoencoder)
+    settings = dict(autoencoder=autoencoder, fill=fill)
+    attack_key, order_key, init_key, fit_key = jax.random.split(checks.key(key), 4)
+    shape = np.shape(images)[1:]
+    probe_logits = _probed(logits_fn, images)
+    guarding.check_names(len(probe_logits), class_names)
+    see_fn = functools.partial(guarding.see, **seen, **settings)
+    tries = _Tries(attacks, noise, batch_size, progress)
+    maps, kinds = _gathered(attack_key, logits_fn, see_fn, images, labels, tries)
     is_fitted = np.asarray(jax.random.permutation(order_key, len(images)) % 3 > 0)[maps.image_id]
     fits, sets = maps.select(is_fitted), maps.select(~is_fitted & (kinds == _CLEAN))
     bank = _fitted(init_key, fit_key, METHODS[method], fits, steps)
-    known = _calibrated(bank, METHODS[method], fits, sets)
-    sees |= dict(method=method, views=seen['views'])
-    return of_bank(bank, known, fpr=fpr, class_names=class_names, **sees, **windows)
+    calibration = _calibrated(bank, METHODS[method], fits, sets)
+    settings |= dict(method=method, views=seen['views'], image_shape=shape, fpr=fpr)
+    settings |= dict(probe_logits=probe_logits, class_names=class_names)
+    guard = of_bank(bank, calibration, **settings, **windows)
+    guarding.warn_of_lacking(guard)
+    return guard
 
 
-def of_bank(
-    bank: detector.Bank,
-    calibration: metrics.Calibration,
+class Evaluation(NamedTuple):
+    """How many images of each kind a guard flags; prints as a table."""
+
+    clean: Share  # that the classifier gets right
+    misclassified: Share  # clean, that it gets wrong
+    noise: dict[str, Share]  # by size, of images that are classified correctly under it
+    attacks: dict[str, Share]  # by name, of successful ones
+
+    def __repr__(self):
+        rows = {'clean': self.clean, 'clean, misclassified': self.misclassified}
+        rows |= {f'noise {name}': share for name, share in self.noise.items()}
+        rows |= {f'{name}, successful': share for name, share in self.attacks.items()}
+        width = max(map(len, rows))
+        lines = [f'{"":{width}}  flagged  95 % interval      of']
+        for name, share in rows.items():
+            numbers = f'{"–":>7}  {"–":^13}'
+            if share.n:
+                low, high = share.interval
+                numbers = f'{share.rate:7.3f}  {f"{low:.3f} to {high:.3f}":>13}'
+            lines.append(f'{name:{width}}  {numbers}  {share.n:6}')
+        return '\n'.join(lines)
+
+
+def evaluate(
+    guard: Guard,
+    logits_fn: LogitsFn,
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
     *,
-    fpr: float = 0.05,
-    fill: Fill = 0.5,
-    class_names: Sequence[str],
-    method: str,
-    views: Sequence[str] = (),
-    autoencoder: Any = None,
-    **windows: Any,
-) -> Guard:
-    """Returns a guard of detectors that are fitted already.
+    attacks: Sequence[AttackFn] = ATTACKS,
+    noise: Sequence[float] = NOISE,
+    key: Array,
+    batch_size: int = 64,
+    progress: ProgressFn | None = None,
+) -> Evaluation:
+    """Returns what a guard finds of attacks and flags falsely, on images that it never saw.
 
-    Args:
-        bank: K detectors, or one if the method is pooled.
-        calibration: scores of clean images on which nothing was fitted; they set thresholds.
-        fpr, fill, class_names, method, views, autoencoder, **windows: see `make`.
-
-    Raises:
-        ValueError: if settings do not fit.
-    """
-    if isinstance(fill, str):
-        windows, fill = windows | dict(fill=fill), 0.0
-    fixed = _seen(method, views, windows, autoencoder) | dict(class_names=tuple(class_names))
-    arrays = dict(fill=jnp.asarray(fill, jnp.float32), thresholds=jnp.zeros(len(class_names)))
-    arrays |= dict(bank=bank, autoencoder=autoencoder)
-    return at_fpr(Guard(calibration=calibration, **arrays, **fixed), fpr)
-
-
-def at_fpr(guard: Guard, fpr: float) -> Guard:
-    """Returns the same guard with the thresholds of another false positive rate, from 0 to 1.
-
-    A fresh clean image is called with probability at most `fpr`, see `metrics.class_thresholds`.
-    """
-    known = jax.tree.map(np.asarray, guard.calibration)
-    return dataclasses.replace(guard, thresholds=jnp.asarray(known.thresholds(fpr), jnp.float32))
-
-
-def judge(guard: Guard, logits_fn: LogitsFn, images: Array) -> Verdict:
-    """Returns what a guard says of images; a pure function, to be jitted with weights as arguments.
+    `print(evaluate(guard, logits_fn, images, labels, key=jax.random.key(1)))` is a table.
 
     Args:
         guard: from `make` or `load`.
-        logits_fn: the classifier that it was made for.
-        images: `[B, H, W, C]` in [0, 1].
+        logits_fn, images, labels, attacks, noise, key, batch_size, progress: see `make`.
 
     Raises:
-        ValueError: see `checks.images`; or if the classifier has another number of classes.
+        ValueError: see `make` and `judge`.
     """
-    wanted = ('method', 'views', 'windows', 'fill', 'autoencoder')
-    seen = {name: getattr(guard, name) for name in wanted}
-    return judge_maps(guard, _see(logits_fn, checks.images(images), **seen))
+    _probed(logits_fn, images)
+    check(guard, logits_fn)
+    guarding.warn_of_lacking(guard)
+    tries = _Tries(attacks, noise, batch_size, progress)
+    judge_fn = functools.partial(judge, guard)
+    flagged: dict[tuple, list] = {kind: [] for kind in tries.kinds}
+    for kind, _, said in _tried(checks.key(key), logits_fn, judge_fn, images, labels, tries):
+        flagged[kind].append(said.is_adversarial)
+    every = {kind: np.concatenate(parts) for kind, parts in flagged.items()}
+    found = {kind: Share(int(rows.sum()), len(rows)) for kind, rows in every.items()}
+    of_kind = {k: {name: found[k, name] for kind, name in found if kind == k} for k, _ in found}
+    clean, wrong = of_kind[_CLEAN][''], of_kind[_WRONG]['']
+    return Evaluation(clean, wrong, of_kind.get(_NOISE, {}), of_kind.get(_ATTACK, {}))
 
 
-def judge_maps(guard: Guard, maps: HeatmapSet) -> Verdict:
-    """Returns what a guard says of images by what it sees of them."""
-    _check_names(maps, guard.class_names)
-    scores = _scores(guard.bank, METHODS[guard.method], maps)
-    thresholds = jnp.asarray(guard.thresholds)[maps.predicted]
-    return Verdict(maps.predicted, maps.max_probability, scores, thresholds, scores > thresholds)
+_CLEAN, _WRONG, _NOISE, _ATTACK = 'clean', 'misclassified', 'noise', 'attack'
 
 
-def save(guard: Guard, path: str | os.PathLike):
-    """Writes a guard to one file; it appears whole or not at all."""
-    content = io.BytesIO()
-    np.savez(content, **to_arrays(guard))
-    path = pathlib.Path(path)
-    draft = path.with_name(f'.{path.name}.draft')
-    draft.write_bytes(content.getvalue())
-    draft.replace(path)
+class _Tries(NamedTuple):
+    """What images are tried with, and how."""
+
+    attacks: Sequence[AttackFn]
+    noise: Sequence[float]
+    batch_size: int
+    progress: ProgressFn | None
+
+    @property
+    def kinds(self) -> dict[tuple[str, str], Any]:
+        """What makes each kind of images, None of those that are left as they are."""
+        found = {(_CLEAN, ''): None, (_WRONG, ''): None}
+        found |= {(_NOISE, _size(epsilon)): _noise(epsilon) for epsilon in self.noise}
+        for fn in self.attacks:
+            name = getattr(getattr(fn, 'func', fn), '__name__', type(fn).__name__)
+            again = sum(other.partition(' #')[0] == name for _, other in found)
+            found[_ATTACK, f'{name} #{again + 1}' if again else name] = fn
+        return found
 
 
-_FIXED = ('method', 'views', 'windows', 'class_names')
+def _noise(epsilon):
+    def noise_fn(logits_fn, images, labels, *, key):
+        return attack.sign_noise(images, key=key, epsilon=epsilon)
+
+    return noise_fn
 
 
-def to_arrays(guard: Guard) -> dict[str, np.ndarray]:
-    """Returns all of a guard as named arrays, for `from_arrays`."""
-    arrays = {'thresholds': guard.thresholds, 'fill': guard.fill}
-    arrays |= {f'calibration/{name}': a for name, a in guard.calibration._asdict().items()}
-    for tree in ('bank', 'autoencoder'):
-        for where, leaf in jax.tree_util.tree_flatten_with_path(getattr(guard, tree))[0]:
-            arrays['/'.join([tree, *(str(part.key) for part in where)])] = leaf
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    return arrays | {
-        'meta': np.asarray(json.dumps({name: getattr(guard, name) for name in _FIXED}))
-    }
+def _probed(logits_fn, images):
+    """Returns the logits of `guarding.probe`; images and classifier are looked at first."""
+    if np.ndim(images) != 4 or not len(images):
+        raise ValueError(f'Expected images [N, H, W, C], at least one, got {np.shape(images)}.')
+    return guarding.probe(logits_fn, np.shape(images)[1:])
 
 
-def from_arrays(arrays: dict[str, np.ndarray]) -> Guard:
-    """Returns the guard of `to_arrays`; other arrays are left alone."""
-    meta, parts = json.loads(str(arrays['meta'])), collections.defaultdict(dict)
-    for name, array in arrays.items():
-        first, *where = name.split('/')
-        if where:
-            tree = functools.reduce(
-                lambda tree, part: tree.setdefault(part, {}), where[:-1], parts[first]
-            )
-            tree[where[-1]] = np.asarray(array) if first == 'calibration' else jnp.asarray(array)
-    return Guard(
-        bank=parts['bank'],
-        autoencoder=parts.get('autoencoder'),
-        calibration=metrics.Calibration(**parts['calibration']),
-        method=meta['method'],
-        windows=tuple((name, _hashable(value)) for name, value in meta['windows']),
-        **{name: jnp.asarray(arrays[name]) for name in ('thresholds', 'fill')},
-        **{name: tuple(meta[name]) for name in ('views', 'class_names')},
-    )
+def _tried(key, logits_fn, see_fn, images, labels, tries) -> Iterator[tuple]:
+    """Yields kinds, batch by batch: the ids of the images that count, and what is seen of them.
 
-
-def _hashable(value):
-    """Returns NumPy's numbers as Python's, and a list, as JSON makes one of a tuple, as that."""
-    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
-
-
-def load(path: str | os.PathLike) -> Guard:
-    """Returns a guard from its file; nothing in it is executed.
-
-    Raises:
-        ValueError: if the file holds no guard.
+    No image depends on its batch. Weights are arguments of what is compiled, and each program is
+    compiled once: what sees images, and each attack.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return from_arrays(dict(file))
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f'{path} holds no guard: {error}') from None
-
-
-def _seen(method, views, windows, autoencoder):
-    """Returns what detectors see, as a guard has it."""
-    if views is None:
-        views = views_lib.VIEWS if method in names.VIEWING else ()
-    if autoencoder is None and 'reconstruction' in views:
-        raise ValueError('The view reconstruction needs a fitted autoencoder.')
-    unknown = {*views} - {*names.VIEWS} or {method} & {*names.RIVALS} or {method} - {*METHODS}
-    if unknown:
-        raise ValueError(f'{sorted(unknown)} is no view, or no method, that a guard can have.')
-    other = {*windows} - {'fill', 'top_classes', *engine.SETTINGS}
-    if other:
-        raise ValueError(f'{sorted(other)} is no argument of a guard, nor of its windows.')
-    geometry = {*windows} - {'fill', 'top_classes'}
-    if geometry and not METHODS[method].windows:
-        raise ValueError(f'{method} sees no windows: leave out {", ".join(sorted(geometry))}.')
-    if views and method not in names.VIEWING:
-        raise ValueError(f'{method} sees no views of an image: leave them out.')
-    windows = tuple((name, _hashable(value)) for name, value in windows.items())
-    return dict(method=method, views=tuple(views), windows=windows)
-
-
-def _check_names(maps, class_names):
-    if maps.unoccluded.shape[-1] != len(class_names):
-        raise ValueError(
-            f'Expected as many classes as names, {len(class_names)}, got logits of '
-            f'{maps.unoccluded.shape[-1]}.'
-        )
-
-
-def _see(logits_fn, images, *, method, views, windows, fill, autoencoder):
-    """Returns what detectors see of images."""
-    seen = views_lib.of_names(views, autoencoder)
-    settings = dict(fill=fill) | dict(windows)
-    return verdict.observe(logits_fn, images, method=METHODS[method], views=seen, **settings)
-
-
-_CLEAN, _NOISY, _ATTACKED = range(3)
-
-
-def _attempts(logits_fn, see_fn, attacks, noise, key, images, labels):
-    """Returns, for each kind of image, what is seen of it and which of them count."""
-    clean = see_fn(images)
-    labels = clean.predicted if labels is None else labels
-    is_right, found = clean.predicted == labels, []
-
-    def keep(kind, maps, chosen):
-        arrays = {name: getattr(maps, name) for name in ('logits', 'unoccluded', 'views')}
-        found.append((kind, (arrays | {'label': labels}, chosen)))
-
-    keep(_CLEAN, clean, is_right)
-    keys = iter(jax.random.split(key, len(attacks) + len(noise)))
-    for attack_fn in attacks:
-        maps = see_fn(attack_fn(logits_fn, images, labels, key=next(keys)))
-        keep(_ATTACKED, maps, is_right & (maps.predicted != labels))
-    for epsilon in noise:
-        maps = see_fn(attack.sign_noise(images, key=next(keys), epsilon=epsilon))
-        keep(_NOISY, maps, is_right & (maps.predicted == labels))
-    return found
-
-
-def _gather(key, attempt_fn, images, labels, batch_size, progress):
-    """Returns what is seen of all images and their attacks, and the kind of each."""
+    checks.count('batch_size', tries.batch_size, least=1)
     images = np.asarray(images)
-    images = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
-    images = checks.images(images)
-    labels = labels if labels is None else checks.classes(labels, images)
-    parts, kinds = [], []
+    labels = labels if labels is None else np.asarray(checks.classes(labels, images))
+    batch_size = min(tries.batch_size, len(images))
+    shape = jax.ShapeDtypeStruct((1, *images.shape[1:]), np.float32)
+    lifted, weights = tracing.lift(checks.logits_fn(tracing.plain(logits_fn)), shape)
+
+    @jax.jit
+    def seen(weights, images):
+        return see_fn(functools.partial(lifted, weights), images)
+
+    kinds = tries.kinds
+    attempt_fns = {
+        kind: _attempt(fn, lifted, weights, logits_fn, shape) for kind, fn in kinds.items() if fn
+    }
     for start in range(0, len(images), batch_size):
-        ids = np.arange(start, start + batch_size)
-        is_real, ids = ids < len(images), ids % len(images)  # The last batch begins anew.
-        here = None if labels is None else labels[ids]
-        for kind, (arrays, chosen) in attempt_fn(jax.random.fold_in(key, start), images[ids], here):
-            parts.append(_maps(arrays, np.asarray(chosen) & is_real, ids, kind == _ATTACKED))
-            kinds.append(np.full(len(parts[-1]), kind))
-        if progress is not None:
-            progress(start + int(is_real.sum()), len(images))
-    return HeatmapSet.concatenate(parts), np.concatenate(kinds)
+        ids = np.arange(start, min(start + batch_size, len(images)))
+        rows = np.resize(ids, batch_size)  # The last batch repeats its own.
+        batch = _pixels(images[rows])
+        clean = seen(weights, batch)
+        truth = np.asarray(clean.predicted if labels is None else labels[rows])
+        is_right = np.asarray(clean.predicted) == truth
+        for i, kind in enumerate(kinds):
+            if kind in attempt_fns:
+                keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, i)))(
+                    rows
+                )
+                changed = seen(weights, attempt_fns[kind](batch, truth, keys))
+                is_same = np.asarray(changed.predicted) == truth
+                counts = is_right & (is_same if kind[0] == _NOISE else ~is_same)
+            else:
+                changed, counts = clean, is_right if kind[0] == _CLEAN else ~is_right
+            chosen = np.flatnonzero(counts[: len(ids)])
+            yield kind, ids[chosen], jax.tree.map(lambda a, c=chosen: np.asarray(a)[c], changed)
+        if tries.progress is not None:
+            tries.progress(int(ids[-1]) + 1, len(images))
 
 
-def _maps(arrays, chosen, ids, is_adversarial):
-    """Returns those that count, on the host."""
-    arrays = {n: np.asarray(a)[chosen] for n, a in arrays.items() if a is not None}
-    kinds = np.full(chosen.sum(), is_adversarial)
-    return HeatmapSet(image_id=ids[chosen], is_adversarial=kinds, **arrays)
+def _pixels(images):
+    """Returns a batch of images in [0, 1] on the device."""
+    images = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
+    return checks.images(images)
+
+
+def _attempt(attack_fn, lifted, weights, logits_fn, shape):
+    """Returns a function of images, labels and keys, which attacks each image on its own."""
+
+    def one(weights, image, label, key):
+        fast_fn = convolution.accelerate(functools.partial(lifted, weights))
+        return attack_fn(fast_fn, image[None], label[None], key=key)[0]
+
+    each = jax.vmap(one, in_axes=(None, 0, 0, 0))
+    like = jax.ShapeDtypeStruct((1,), np.int32), jax.eval_shape(lambda: jax.random.key(0)[None])
+    many = jax.jit(each) if tracing.is_traceable(each, weights, shape, *like) else None
+
+    def attempt(images, labels, keys):
+        if many is not None:
+            found = many(weights, images, labels, keys)
+        else:
+            found = jnp.asarray(attack_fn(logits_fn, images, jnp.asarray(labels), key=keys[0]))
+        if found.shape != images.shape:
+            raise ValueError(
+                f'Expected an attack to return {list(images.shape)} images, got '
+                f'{list(found.shape)}.'
+            )
+        return checks.images(found, bounds=None).astype(images.dtype)
+
+    return attempt
+
+
+def _gathered(key, logits_fn, see_fn, images, labels, tries):
+    """Returns what is seen of right images and their attacks, and the kind of each.
+
+    They are in the order of their kinds and images, whatever the batches.
+    """
+    parts: dict[tuple, list] = {kind: [] for kind in tries.kinds if kind[0] != _WRONG}
+    for kind, ids, maps in _tried(key, logits_fn, see_fn, images, labels, tries):
+        if kind in parts:
+            is_adversarial = np.full(len(ids), kind[0] == _ATTACK)
+            part = dataclasses.replace(maps, image_id=ids, is_adversarial=is_adversarial)
+            parts[kind].append(part)
+    every = [(kind, maps) for (kind, _), several in parts.items() for maps in several]
+    kinds = np.concatenate([np.full(len(maps), kind, '<U16') for kind, maps in every])
+    return HeatmapSet.concatenate([maps for _, maps in every]), kinds
 
 
 def _fitted(init_key, fit_key, method, maps, steps):
-    """Returns a bank that is fitted on maps of both kinds."""
+    """Returns a bank that is fitted on maps of both kinds; an empty one where nothing is fitted."""
     counts = np.bincount(maps.is_adversarial, minlength=2)
     if not counts.all():
         raise ValueError(
             f'{counts[0]} clean images and {counts[1]} successful attacks are left to fit on: more '
             'images, other attacks, or labels that the classifier agrees with.'
         )
+    if not hasattr(method, 'inputs_fn'):
+        return {}
     inputs = method.inputs_fn(maps).astype(np.float32)
     count = method.num_networks(maps)
     groups = detector.group_by_class(
@@ -383,11 +378,7 @@ def _fitted(init_key, fit_key, method, maps, steps):
 def _calibrated(bank, method, fits, sets):
     """Returns what thresholds come from: clean maps of classes that had something to learn from."""
     count = fits.unoccluded.shape[-1]
-    judges = np.ones(count, bool) if method.pooled else metrics.has_both_kinds(fits, count)
+    learns_by_class = not getattr(method, 'pooled', True)
+    judges = metrics.has_both_kinds(fits, count) if learns_by_class else np.ones(count, bool)
     sets = sets.select(judges[sets.predicted])
-    return metrics.Calibration(np.asarray(_scores(bank, method, sets)), sets.predicted, judges)
-
-
-def _scores(bank, method, maps):
-    """Returns `[M]`."""
-    return detector.score(bank, method.inputs_fn(maps), method.predicted(maps))
+    return metrics.Calibration(np.asarray(method.score(bank, sets)), sets.predicted, judges)

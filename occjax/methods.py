@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from occjax.detector import MLP
-from occjax.types import HeatmapSet, condense
+from occjax.detector import MLP, Bank, score
+from occjax.types import Array, HeatmapSet, condense
 
 
 class Method(NamedTuple):
@@ -35,6 +35,10 @@ class Method(NamedTuple):
     def predicted(self, maps: HeatmapSet) -> np.ndarray:
         """Returns `[M]`, whose network judges each map."""
         return np.zeros(len(maps), np.int32) if self.pooled else maps.predicted
+
+    def score(self, bank: Bank, maps: HeatmapSet) -> Array:
+        """Returns the `[M]` scores that a bank gives to maps."""
+        return score(bank, self.inputs_fn(maps), self.predicted(maps))
 
     def num_networks(self, maps: HeatmapSet) -> int:
         """Returns how many networks a bank has."""

@@ -9,7 +9,7 @@ Dimensions: M heatmaps.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -25,6 +25,15 @@ class Baseline(NamedTuple):
     score_fn: Callable[[HeatmapSet], np.ndarray]
     passes: int | None = None  # None: one for every window, and one more
 
+    @property
+    def windows(self) -> bool:
+        """Whether it sees any."""
+        return self.passes is None
+
+    def score(self, bank: Any, maps: HeatmapSet) -> np.ndarray:
+        """Returns `[M]` scores, as `methods.Method` does; there is nothing in the bank."""
+        return self.score_fn(maps)
+
 
 # What a detector must beat: a cell is a confidence, so "darker" may only mean "less confident". The
 # spreads are ML-LOO's (https://arxiv.org/abs/1906.03499), there of feature attributions; the last
@@ -34,7 +43,7 @@ BASELINES = {
     'map_mean': Baseline(lambda maps: -maps.maps.mean(axis=(1, 2))),
     'map_minimum': Baseline(lambda maps: -maps.maps.min(axis=(1, 2))),
     'map_deviation': Baseline(lambda maps: maps.maps.std(axis=(1, 2))),
-    'map_iqr': Baseline(lambda maps: np.subtract(*np.quantile(maps.cells, (0.75, 0.25), axis=1))),
+    'map_iqr': Baseline(lambda maps: _iqr(maps.cells)),
     'map_mad': Baseline(lambda maps: _mad(maps.cells)),
 } | {
     name: Baseline(lambda maps, i=i: maps.comparators[:, i], passes)
@@ -44,9 +53,16 @@ BASELINES = {
 SCORES = BASELINES | {'pid': Baseline(lambda maps: _surprise(maps.twin, maps.predicted), passes=2)}
 
 
+def _iqr(cells: np.ndarray) -> np.ndarray:
+    """Returns the `[M]` distances of the quartiles of `[M, P]` cells."""
+    quantile = cells.__array_namespace__().quantile
+    return quantile(cells, 0.75, axis=1) - quantile(cells, 0.25, axis=1)
+
+
 def _mad(cells: np.ndarray) -> np.ndarray:
     """Returns the `[M]` medians of the distances of `[M, P]` cells from their median."""
-    return np.median(np.abs(cells - np.median(cells, axis=1, keepdims=True)), axis=1)
+    xp = cells.__array_namespace__()
+    return xp.median(abs(cells - xp.median(cells, axis=1, keepdims=True)), axis=1)
 
 
 def _surprise(logits: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -141,6 +157,30 @@ def best_threshold(scores: np.ndarray, is_adversarial: np.ndarray) -> float:
     )
     # Scikit-learn flags scores from the threshold on, we those above it.
     return float(np.nextafter(thresholds[np.argmax(tpr - fpr)], -np.inf))
+
+
+class Share(NamedTuple):
+    """How many of some images are flagged.
+
+    >>> [round(end, 3) for end in Share(9, 10).interval], Share(0, 0).interval
+    ([0.596, 0.982], None)
+    """
+
+    flagged: int
+    n: int
+
+    @property
+    def rate(self) -> float | None:
+        """The share, None of no images."""
+        return self.flagged / self.n if self.n else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Its 95 % interval, Wilson's, which lies in [0, 1]; None of no images."""
+        if not self.n:
+            return None
+        ends = stats.binomtest(int(self.flagged), int(self.n)).proportion_ci(method='wilson')
+        return float(ends.low), float(ends.high)
 
 
 class Thresholds(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, Literal
 
 _CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'checkpoint', 'remat2')
 
@@ -100,6 +100,50 @@ def trace(fn: Callable, *args: Any) -> Program:
     return Program(arguments, kept[::-1], tuple(outputs), jax.tree.structure(shape))
 
 
+def lift(fn: Callable, *args: Any) -> tuple[Callable, list[jax.Array]]:
+    """Returns `lifted` and the arrays that `fn` closes over: `lifted(arrays, *args) == fn(*args)`.
+
+    Under `jit` such arrays are then arguments, instead of constants in the program's text. Those
+    that `fn` makes anew at every call stay constants.
+
+    Args:
+        fn: maps arrays to one array.
+        args: arrays or shapes at which it is traced once.
+    """
+    arrays: list[Any] = []
+
+    def find(closed):
+        arrays.extend(x for x in closed.consts if all(x is not array for array in arrays))
+        for eqn in closed.jaxpr.eqns:
+            inner = called(eqn.primitive, eqn.params)
+            if inner:
+                find(ClosedJaxpr(*inner))
+
+    find(jax.make_jaxpr(fn)(*args))
+    places = {id(array): i for i, array in enumerate(arrays)}
+
+    def lifted(values, *args):
+        def place(x):
+            return values[places[id(x)]] if id(x) in places else x
+
+        def record(primitive, params, operands, results):
+            return bind(primitive, params, operands)
+
+        closed = jax.make_jaxpr(fn)(*args)
+        return _walk(closed.jaxpr, closed.consts, args, record, place)[0]
+
+    return lifted, arrays
+
+
+def is_traceable(fn: Callable, *args: Any) -> bool:
+    """Returns whether JAX can trace a function: one that leaves JAX, for NumPy say, it can't."""
+    try:
+        jax.eval_shape(fn, *args)
+    except Exception:  # Whatever is wrong with it shows where it is called.
+        return False
+    return True
+
+
 def called(primitive: Any, params: dict) -> tuple[Any, Sequence] | None:
     """Returns the jaxpr and constants that a primitive does nothing but call, or None."""
     if primitive.name not in _CALLS:
@@ -125,9 +169,13 @@ def primitives(name: str, params: dict) -> Iterator[str]:
             yield from primitives(eqn.primitive.name, eqn.params)
 
 
-def _walk(jaxpr, consts, operands, fn):
-    """Returns a jaxpr's outputs, its calls opened: `fn(primitive, params, operands, results)`."""
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *operands], strict=True))
+def _walk(jaxpr, consts, operands, fn, const_fn=lambda x: x):
+    """Returns a jaxpr's outputs, its calls opened: `fn(primitive, params, operands, results)`.
+
+    Its constants, and those of its calls, are read through `const_fn`.
+    """
+    operands = [*map(const_fn, consts), *operands]
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], operands, strict=True))
 
     def read(atom):
         return atom.val if isinstance(atom, Literal) else env[atom]
@@ -135,7 +183,7 @@ def _walk(jaxpr, consts, operands, fn):
     for eqn in jaxpr.eqns:
         operands, inner = [read(x) for x in eqn.invars], called(eqn.primitive, eqn.params)
         if inner:
-            results = _walk(*inner, operands, fn)
+            results = _walk(*inner, operands, fn, const_fn)
         else:
             results = fn(eqn.primitive, eqn.params, operands, eqn.outvars)
         env.update(zip(eqn.outvars, results, strict=True))

@@ -5,7 +5,7 @@ Dimensions: B batch, H W C image, K classes.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +24,13 @@ def observe(
     method: Method,
     views: Sequence[View] = (),
     top_classes: int = 0,
+    compare_fn: Callable[[LogitsFn, Array], Array] | None = None,
     **settings: Any,
 ) -> HeatmapSet:
-    """Returns what detectors of a method see of images; the arguments are those of `margins`."""
+    """Returns what detectors of a method see of images; the arguments are those of `margins`.
+
+    And `compare_fn`, which returns `[B, 3]` scores that need no heat map, see `comparators.scores`.
+    """
     plain_fn = convolution.accelerate(logits_fn)
     unoccluded = plain_fn(images)
     windows = jnp.zeros((len(images), 0, 0, unoccluded.shape[-1]), unoccluded.dtype)
@@ -36,6 +40,7 @@ def observe(
         logits=windows,
         unoccluded=unoccluded,
         views=viewed_logits(plain_fn, images, views) if views else None,
+        comparators=compare_fn(plain_fn, images) if compare_fn else None,
         # What follows is not known of an image in use, and no detector sees it.
         label=jnp.zeros(len(images), int),
         image_id=jnp.zeros(len(images), int),
@@ -54,8 +59,7 @@ def effects(bank: detector.Bank, maps: HeatmapSet, *, method: Method) -> Array:
     h, w = maps.logits.shape[1:3]
 
     def score(logits):
-        seen = dataclasses.replace(maps, logits=logits)
-        return detector.score(bank, method.inputs_fn(seen), method.predicted(seen))
+        return method.score(bank, dataclasses.replace(maps, logits=logits))
 
     def without(window):
         here = (jnp.arange(h * w) == window).reshape(h, w, 1)
@@ -88,5 +92,4 @@ def margins(
             those of `engine.occluded_logits`: engine, size, stride, fill, grid, chunk_size.
     """
     maps = observe(logits_fn, images, method=method, views=views, **settings)
-    scores = detector.score(bank, method.inputs_fn(maps), method.predicted(maps))
-    return scores - jnp.asarray(thresholds)[maps.predicted]
+    return method.score(bank, maps) - jnp.asarray(thresholds)[maps.predicted]

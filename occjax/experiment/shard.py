@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from occjax import attack, comparators, data
@@ -122,27 +121,22 @@ def control_parts(
     }
 
 
-@functools.partial(jax.jit, static_argnames=('network', 'bits', 'size'))
-def compare_batch(variables, autoencoder, images, *, network, bits, size, temperature):
+@functools.partial(jax.jit, static_argnames=('network', 'bits', 'median'))
+def compare_batch(variables, autoencoder, images, *, network, **settings):
     """Returns `[B, 3]` scores, `names.COMPARATORS`."""
     logits_fn = network.classifier(variables)
-    squeezing = comparators.feature_squeezing(logits_fn, images, bits=bits, size=size)
-    magnet = comparators.magnet(logits_fn, autoencoder, images, temperature=temperature)
-    return jnp.stack([squeezing, *magnet], axis=-1)
+    return comparators.scores(logits_fn, images, autoencoder=autoencoder, **settings)
 
 
 def comparing(run: Run, variables: Any, autoencoder: Any) -> Callable[[Array], Array]:
     """Returns what gives `compare_batch`'s scores of images."""
-    wanted = run.config.comparators
-    return functools.partial(
-        compare_batch,
-        variables,
-        autoencoder,
-        network=run.network,
-        bits=wanted.bits,
-        size=wanted.median,
-        temperature=wanted.temperature,
-    )
+    settings = compare_settings(run)
+    return functools.partial(compare_batch, variables, autoencoder, network=run.network, **settings)
+
+
+def compare_settings(run: Run) -> dict[str, Any]:
+    """Returns what `comparators.scores` takes of the config."""
+    return {name: getattr(run.config.comparators, name) for name in comparators.SETTINGS}
 
 
 def collect(

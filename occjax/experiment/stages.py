@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from occjax import classifier, comparators, data, guard, names, vgg
+from occjax import classifier, comparators, data, guard, guard_file, guarding, names, vgg
 from occjax.config import Classifier
 from occjax.experiment import devices, hosts, judging, shard, storage, store
 from occjax.experiment import results as results_lib
@@ -356,7 +356,10 @@ def load_guard(run: Run, name: str, division: judging.Division | None = None) ->
     path = guard_path(run, name)
     if name in names.VIEWING:
         made_from = store.classifier_origin(run)
-        return guard.from_arrays(storage.load_arrays(path, mode='sweep', made_from=made_from))
+        arrays = storage.load_arrays(path, mode='sweep', made_from=made_from)
+        if not guard_file.is_current(arrays):
+            raise UsageError(f'{path} is of another version of occjax: run --mode=sweep again.')
+        return guard.from_arrays(arrays)
 
     def make():
         held_out = store.divide(run, 'held_out') if division is None else division
@@ -366,19 +369,27 @@ def load_guard(run: Run, name: str, division: judging.Division | None = None) ->
 
     if not path.exists() and not os.access(run.workdir, os.W_OK):
         return guard.from_arrays(make())  # It is made each time where nothing can be stored.
-    known = dict(mode='detectors', made_from=store.heatmaps_origin(run))
-    return guard.from_arrays(storage.cached(path, make, **known))
+    made_from = store.heatmaps_origin(run)
+    arrays = storage.cached(path, make, mode='detectors', made_from=made_from)
+    if not guard_file.is_current(arrays):
+        arrays = make()
+        storage.save_arrays(path, arrays, made_from=made_from)
+    return guard.from_arrays(arrays)
 
 
 def guard_of(run: Run, *found: Any, method: str, **settings: Any) -> guard.Guard:
     """Returns `guard.of_bank` with the windows of a run, for a method that sees any."""
     fill, top_classes = run.config.occlusion.fill, run.config.occlusion.top_classes
+    variables = load_variables(run)
+    shape = (*run.image_shape, 3)
     if METHODS[method].windows:
         settings |= run.geometry | ({'engine': 'approximate'} | run.knobs if run.knobs else {})
     return guard.of_bank(
         *found,
         method=method,
-        fill=np.array(fill) if fill else shard.fill_of(run, load_variables(run)),
+        fill=np.array(fill) if fill else shard.fill_of(run, variables),
+        image_shape=shape,
+        probe_logits=guarding.probe(run.network.classifier(variables), shape),
         class_names=run.description['class_names'],
         **settings,
         **({'top_classes': top_classes} if top_classes else {}),

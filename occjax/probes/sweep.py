@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from occjax import averages, guard, metrics, names
+from occjax import averages, guard, guard_file, metrics, names
 from occjax.experiment import judging, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
@@ -151,6 +151,7 @@ def deployed(run: Run, variables: Any, method: str, sets: Mapped | None = None) 
 def _deployed_path(run, method):
     """Returns where detectors of the mixture are, which no other settings share."""
     settings = [dataclasses.asdict(run.config.sweep), dataclasses.asdict(run.config.detector)]
+    settings.append({'format': guard_file.FORMAT})
     images = run.config.sweep.images
     settings[0]['images'] = min(images, run.config.occlusion.test_images or images)
     for each in settings:
