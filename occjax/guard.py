@@ -106,57 +106,41 @@ def make(
 
     Two thirds of the images fit detectors, the rest set thresholds: a fresh clean image is flagged
     with probability at most `fpr`, see `metrics.class_thresholds`. Images that the classifier gets
-    wrong do not count, nor do attacks that fail. Nothing depends on `batch_size` but for rounding.
-
-    Each image costs as many passes as the method sees (13 for `views_alone`, windows + 1 for
-    `detector`) for each kind: itself, each attack, each noise; and the gradients of the attacks.
-    By default that is 9 kinds of 13 passes and 24 gradients.
+    wrong do not count, nor do attacks that fail. Warns where images are too few for thresholds.
+    Cost: for each image as it is, attacked and noisy the passes of the method (13 of `views_alone`,
+    windows + 1 of `detector`), and the attacks' gradients; by default 9 * 13 passes, 24 gradients.
 
     Args:
         key: JAX random key.
         logits_fn: maps `[B, H, W, C]` images in [0, 1] to `[B, K]` logits, each on its own.
-        images: `[N, H, W, C]` in [0, 1], or bytes; best ones that it was not trained on. They stay
-            on the host, but for a batch.
+        images: `[N, H, W, C]` in [0, 1], or bytes; best ones that it was not trained on.
         labels, class_names: `[N]` classes, None takes the predicted ones; K names.
-        method, views: what detectors see, of `methods.METHODS` and `names.VIEWS`; None is all views
-            but `reconstruction`, or none if the method sees none. Or one of `metrics.BASELINES`,
-            of which only thresholds are to be found.
-        autoencoder: fitted, see `comparators.fit_autoencoder`; the view `reconstruction` needs it,
-            and so does MagNet.
-        fill, **windows: of `engine.occluded_logits`, and `top_classes` of `types.condense`; of
-            `comparators.scores` for one of its scores.
-        attacks: to fit on, each called as `attack_fn(logits_fn, images, labels, key=key)`: under
-            `jit`, image by image with a key of its own. One that JAX can't trace (NumPy's,
-            foolbox's) is called on whole batches instead.
+        method, views: of `METHODS` and `names.VIEWS`; None is all views but `reconstruction`, or
+            none if the method sees none. One of `metrics.BASELINES` only gets thresholds.
+        autoencoder: of `reconstruction` and MagNet, see `comparators.fit_autoencoder`.
+        fill, **windows: of `engine.occluded_logits`, `types.condense` and `comparators.scores`.
+        attacks: to fit on, each called as `attack_fn(logits_fn, images, labels, key=key)`, under
+            `jit` and image by image; if JAX can't trace it (NumPy's, foolbox's) on batches.
         noise: sizes of random signs under which images are clean nevertheless.
         fpr: from 0 to 1.
-        steps, batch_size: of fitting; images at once.
+        steps, batch_size: of fitting; images at once, of which nothing depends but rounding.
         progress: called with how many images are attacked, and how many there are.
 
     Raises:
-        ValueError: if images, labels, names or settings do not fit, or nothing is left to fit on.
-
-    Warns:
-        UserWarning: if there are too few images for a threshold in some classes, or in all.
+        ValueError: if arguments do not fit, or nothing is left to fit on.
     """
     metrics.threshold_at_fpr(np.zeros(1), fpr)  # Refuses what is none, before all else.
-    checks.count('steps', steps, least=1)
+    _check_counts(batch_size=batch_size, steps=steps)
     seen = guarding.sees(method, views, windows, autoencoder)
-    settings = dict(autoencoder=autoencoder, fill=fill)
-    attack_key, order_key, init_key, fit_key = jax.random.split(checks.key(key), 4)
-    shape = np.shape(images)[1:]
-    probe_logits = _probed(logits_fn, images)
-    guarding.check_names(len(probe_logits), class_names)
-    see_fn = functools.partial(guarding.see, **seen, **settings)
     tries = _Tries(attacks, noise, batch_size, progress)
-    maps, kinds = _gathered(attack_key, logits_fn, see_fn, images, labels, tries)
-    is_fitted = np.asarray(jax.random.permutation(order_key, len(images)) % 3 > 0)[maps.image_id]
-    fits, sets = maps.select(is_fitted), maps.select(~is_fitted & (kinds == _CLEAN))
-    bank = _fitted(init_key, fit_key, METHODS[method], fits, steps)
-    calibration = _calibrated(bank, METHODS[method], fits, sets)
-    settings |= dict(method=method, views=seen['views'], image_shape=shape, fpr=fpr)
-    settings |= dict(probe_logits=probe_logits, class_names=class_names)
-    guard = of_bank(bank, calibration, **settings, **windows)
+    tried_key, *keys = jax.random.split(checks.key(key), 4)
+    probe_logits = _probed(logits_fn, images, class_names)
+    see_fn = functools.partial(guarding.see, **seen, autoencoder=autoencoder, fill=fill)
+    observed = _observed(tried_key, logits_fn, see_fn, images, labels, tries)
+    bank, calibration = _fitted(keys, METHODS[method], *observed, len(images), steps)
+    sees = dict(method=method, views=seen['views'], autoencoder=autoencoder, fill=fill, **windows)
+    known = dict(image_shape=np.shape(images)[1:], probe_logits=probe_logits, fpr=fpr)
+    guard = of_bank(bank, calibration, class_names=class_names, **known, **sees)
     guarding.warn_of_lacking(guard)
     return guard
 
@@ -207,7 +191,8 @@ def evaluate(
     Raises:
         ValueError: see `make` and `judge`.
     """
-    _probed(logits_fn, images)
+    _check_counts(batch_size=batch_size)
+    _probed(logits_fn, images, guard.class_names)
     check(guard, logits_fn)
     guarding.warn_of_lacking(guard)
     tries = _Tries(attacks, noise, batch_size, progress)
@@ -252,11 +237,18 @@ def _noise(epsilon):
     return noise_fn
 
 
-def _probed(logits_fn, images):
-    """Returns the logits of `guarding.probe`; images and classifier are looked at first."""
+def _check_counts(**counts):
+    for name, value in counts.items():
+        checks.number(name, value, range=checks.COUNT)
+
+
+def _probed(logits_fn, images, class_names):
+    """Returns the logits of `guarding.probe`, after a look at the shapes of all."""
     if np.ndim(images) != 4 or not len(images):
         raise ValueError(f'Expected images [N, H, W, C], at least one, got {np.shape(images)}.')
-    return guarding.probe(logits_fn, np.shape(images)[1:])
+    logits = guarding.probe(logits_fn, np.shape(images)[1:])
+    guarding.check_names(len(logits), class_names)
+    return logits
 
 
 def _tried(key, logits_fn, see_fn, images, labels, tries) -> Iterator[tuple]:
@@ -265,7 +257,6 @@ def _tried(key, logits_fn, see_fn, images, labels, tries) -> Iterator[tuple]:
     No image depends on its batch. Weights are arguments of what is compiled, and each program is
     compiled once: what sees images, and each attack.
     """
-    checks.count('batch_size', tries.batch_size, least=1)
     images = np.asarray(images)
     labels = labels if labels is None else np.asarray(checks.classes(labels, images))
     batch_size = min(tries.batch_size, len(images))
@@ -335,7 +326,7 @@ def _attempt(attack_fn, lifted, weights, logits_fn, shape):
     return attempt
 
 
-def _gathered(key, logits_fn, see_fn, images, labels, tries):
+def _observed(key, logits_fn, see_fn, images, labels, tries):
     """Returns what is seen of right images and their attacks, and the kind of each.
 
     They are in the order of their kinds and images, whatever the batches.
@@ -351,16 +342,23 @@ def _gathered(key, logits_fn, see_fn, images, labels, tries):
     return HeatmapSet.concatenate([maps for _, maps in every]), kinds
 
 
-def _fitted(init_key, fit_key, method, maps, steps):
-    """Returns a bank that is fitted on maps of both kinds; an empty one where nothing is fitted."""
-    counts = np.bincount(maps.is_adversarial, minlength=2)
+def _fitted(keys, method, maps, kinds, count, steps):
+    """Returns a bank fitted on two thirds of the images, and what of the rest sets thresholds."""
+    order_key, *keys = keys
+    is_fitted = np.asarray(jax.random.permutation(order_key, count) % 3 > 0)[maps.image_id]
+    fits, sets = maps.select(is_fitted), maps.select(~is_fitted & (kinds == _CLEAN))
+    counts = np.bincount(fits.is_adversarial, minlength=2)
     if not counts.all():
         raise ValueError(
             f'{counts[0]} clean images and {counts[1]} successful attacks are left to fit on: more '
             'images, other attacks, or labels that the classifier agrees with.'
         )
-    if not hasattr(method, 'inputs_fn'):
-        return {}
+    bank = _bank(*keys, method, fits, steps) if hasattr(method, 'inputs_fn') else {}
+    return bank, _calibrated(bank, method, fits, sets)
+
+
+def _bank(init_key, fit_key, method, maps, steps):
+    """Returns a bank that is fitted on maps of both kinds."""
     inputs = method.inputs_fn(maps).astype(np.float32)
     count = method.num_networks(maps)
     groups = detector.group_by_class(

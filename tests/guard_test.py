@@ -306,7 +306,7 @@ def test_an_attack_that_leaves_jax_is_called_as_it_is():
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
-        (dict(key=0), 'a JAX random key, such as .*, got 0'),
+        (dict(key=0), 'one JAX random key, as .* got 0'),
         (dict(batch_size=0), 'batch_size >= 1'),
         (dict(steps=0), 'steps >= 1'),
         (dict(batch_size=2.5), 'batch_size to be an integer'),
