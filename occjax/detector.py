@@ -378,7 +378,8 @@ def score(bank: Bank, maps: Array, predicted: Array) -> Array:
         ValueError: if `predicted` is not one class for each map; where classes are not known, the
             score of one without a detector is NaN.
     """
-    maps, num_classes = jnp.asarray(maps), len(jax.tree.leaves(bank)[0])
+    bank, maps = jax.tree.map(jnp.asarray, bank), jnp.asarray(maps)
+    num_classes = len(jax.tree.leaves(bank)[0])
     predicted = checks.classes(predicted, maps, num_classes, name='predicted classes')
     if len(maps) < num_classes:  # Each map's weights are fewer than the bank's.
         one = jax.checkpoint(lambda pair: apply(detector_for(bank, pair[1]), pair[0][None])[0])
