@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from occjax import checks, convolution, incremental, names, occlusion, programs
+from occjax import checks, convolution, incremental, names, occlusion, programs, tracing
 from occjax.fills import Fill
 from occjax.incremental import Plan
 from occjax.occlusion import ProgressFn, Sides
@@ -93,7 +93,10 @@ def _occluded_logits(logits_fn, images, fill, *, engine, threshold, every, **set
     """Returns `occluded_logits`, of arguments that are checked."""
     if engine == 'auto':
         geometry = {name: settings[name] for name in ('size', 'stride', 'grid')}
-        engine = _engine_for(logits_fn, images, geometry)
+        if plan := _plan_that_pays(logits_fn, images, geometry):
+            few = {name: settings[name] for name in ('size', 'chunk_size', 'progress')}
+            return incremental.evaluate(plan, images, fill=fill, **few)
+        engine = 'full'
     settings |= dict(fill=fill)
     if engine != 'full':
         return incremental.occluded_logits(
@@ -104,15 +107,17 @@ def _occluded_logits(logits_fn, images, fill, *, engine, threshold, every, **set
     return occlusion.occluded_logits(logits_fn, images, **settings)
 
 
-def _engine_for(logits_fn, images, geometry):
-    """Returns the engine with less to do for any function."""
+def _plan_that_pays(logits_fn, images, geometry):
+    """Returns the plan of any function; None where it runs in full."""
     if isinstance(logits_fn, jax.stages.Compiled):
-        return 'full'
+        return None
     occlusion.window_origins(images.shape[1:3], **geometry)  # Mistakes of these are told first.
     try:
-        return choose('auto', incremental.planned(logits_fn, images.shape[1:], **geometry))
+        traced = incremental.traced(logits_fn, images.shape[1:], images.dtype)
     except Exception:  # Whatever a function raises of a single image, if not in full.
-        return 'full'
+        return None
+    plan = incremental.plan_of(tracing.program(*traced), **geometry)
+    return plan if choose('auto', plan) == 'incremental' else None
 
 
 def heatmaps(

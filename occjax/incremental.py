@@ -140,21 +140,41 @@ def plan(
         threshold, every: see `occluded_logits`.
         dtype: of the images.
     """
+    program = tracing.program(*traced(logits_fn, image_shape, dtype))
+    settings = dict(size=size, stride=stride, grid=grid, threshold=threshold, every=every)
+    return plan_of(program, **settings)
+
+
+def traced(logits_fn: LogitsFn, image_shape: tuple[int, int, int], dtype: Any) -> tuple:
+    """Returns the jaxpr of a function of one image, and the shape of its logits."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), dtype)
+    checked = checks.logits_fn(tracing.plain(logits_fn))
+    return tracing.jaxpr_of(checked, image)
+
+
+def plan_of(
+    program: Program,
+    *,
+    size: Sides,
+    stride: Sides,
+    grid: str = 'paper',
+    threshold: float = 1.0,
+    every: int = 1,
+) -> Plan:
+    """Returns `plan` of the program of a function of one image."""
     if not 0 < threshold <= 1:
         raise ValueError(f'Expected 0 < threshold <= 1, got {threshold}.')
     if every < 1:
         raise ValueError(f'Expected every >= 1, got {every}.')
-    geometry = dict(size=size, stride=stride, grid=grid)
-    origins = occlusion.window_origins(image_shape[:2], **geometry)
-    shape = occlusion.grid_shape(image_shape[:2], **geometry)
+    geometry, (image,) = dict(size=size, stride=stride, grid=grid), program.arguments
+    origins = occlusion.window_origins(image.shape[1:3], **geometry)
+    shape = occlusion.grid_shape(image.shape[1:3], **geometry)
     knots = tuple(sorted({*range(0, count, every), count - 1}) for count in shape)
     origins = origins.reshape(*shape, 2)[np.ix_(*knots)].reshape(-1, 2)
-    image = jax.ShapeDtypeStruct((1, *image_shape), dtype)
-    program = tracing.trace(checks.logits_fn(tracing.plain(logits_fn)), image)
     low = np.pad(origins.astype(np.int64), ((0, 0), (1, 1)))
-    stop = low + [1, *checks.sides('size', size), image_shape[-1]]
+    stop = low + [1, *checks.sides('size', size), image.shape[-1]]
     # Of the image itself: a window's box is its own size, whatever share that is.
-    regions, steps = {program.arguments[0]: _region(low, stop, image.shape, whole=math.inf)}, []
+    regions, steps = {image: _region(low, stop, image.shape, whole=math.inf)}, []
     for operation in program.operations:
         step = _step(operation, regions, threshold)
         steps += [step] if step else []
@@ -336,7 +356,9 @@ def occluded_logits(
             on its own. It is traced for one image, and mapped over by `vmap`.
         images: `[B, H, W, C]` in [0, 1]; H and W may differ.
         size, stride, fill, grid: see `occlusion.occluded_logits`.
-        chunk_size: windows that are computed at once; None chooses for the device.
+        chunk_size: windows that are computed at once; None chooses for the device. Unoccluded
+            values are made and kept for the images of a chunk alone, so that memory does not grow
+            with images; a gradient keeps those of all.
         progress: called with how many windows of all images are done, and how many are computed,
             see `occlusion.map_chunks`.
         threshold: share of a side, in (0, 1], to which what a window changes may grow.
@@ -351,14 +373,47 @@ def occluded_logits(
     images = checks.images(images, slack=checks.NEAR)
     settings = dict(size=size, stride=stride, grid=grid, threshold=threshold, every=every)
     found = plan(logits_fn, images.shape[1:], **settings, dtype=images.dtype)
-    chunk_size = occlusion.default_chunk(images.shape[1:]) if chunk_size is None else chunk_size
-    covers = fills.of(fill, images)
-    logits = _evaluate(found, images, covers, checks.sides('size', size), chunk_size, progress)
-    logits = logits.reshape(len(images), *map(len, found.knots), -1)
-    if every == 1:
+    return evaluate(found, images, size=size, fill=fill, chunk_size=chunk_size, progress=progress)
+
+
+def evaluate(
+    plan: Plan,
+    images: Array,
+    *,
+    size: Sides,
+    fill: Fill,
+    chunk_size: int | None,
+    progress: ProgressFn | None,
+    form: str | None = None,
+) -> Array:
+    """Returns `occluded_logits` of a plan; `form` is `loop_of`'s unless it is given."""
+    form = form or loop_of(len(images))
+    if chunk_size is None:
+        chunk_size = occlusion.default_chunk(images.shape[1:])
+        # Of images at once each has its unoccluded values beside the window's.
+        chunk_size = max(1, chunk_size // 8) if form == 'images' else chunk_size
+    logits = _evaluate(plan, images, fill, checks.sides('size', size), chunk_size, progress, form)
+    logits = logits.reshape(len(images), *map(len, plan.knots), -1)
+    if math.prod(plan.grid) == len(plan.origins):
         return logits
-    rows, columns = map(_weights, found.grid, found.knots)
+    rows, columns = map(_weights, plan.grid, plan.knots)
     return jnp.einsum('bijk,hi,wj->bhwk', logits, rows, columns, precision='highest')
+
+
+def loop_of(count: int) -> str:
+    """Returns what is computed at once of that many images: their 'windows', or 'images'.
+
+    Windows at once have corners of their own, which a TPU cuts out one after another; a window of
+    several images at once has the same, but fills a TPU only from some images on. On CPU and GPU
+    windows at once are as fast or faster.
+    """
+    return 'images' if jax.default_backend() == 'tpu' and count >= 8 else 'windows'
+
+
+def images_at_once(count: int, windows: int, chunk_size: int, form: str) -> int:
+    """Returns of how many images unoccluded values are kept at once."""
+    most = chunk_size if form == 'images' else math.ceil(chunk_size / windows)
+    return math.ceil(count / math.ceil(count / most)) if count else 1
 
 
 def _weights(count, knots):
@@ -374,23 +429,29 @@ def _weights(count, knots):
     return weights.astype(np.float32)
 
 
-def _evaluate(found, images, fill, size, chunk_size, progress):
-    """Returns the `[B * P, K]` logits under all windows."""
-    program, windows, (argument,) = found.program, len(found.origins), found.program.arguments
-    values = [argument, *(x for operation in program.operations for x in operation.results)]
+def _evaluate(plan, images, fill, size, chunk_size, progress, form):
+    """Returns the `[B * P, K]` logits under all windows, of some images after others."""
+    count, windows, (argument,) = len(images), len(plan.origins), plan.program.arguments
+    at_once = images_at_once(count, windows, chunk_size, form)
+    groups, pairs = math.ceil(count / at_once), at_once * windows
+    values = [argument, *(x for operation in plan.program.operations for x in operation.results)]
+    reads = [read for step in plan.steps for read in step.reads] + [plan.logits]
+    reads = {read.key: read for read in reads if read.pads is not None}
+    of_image = {key: 0 if isinstance(read.source, Value) else None for key, read in reads.items()}
+    corners = np.pad(plan.origins, ((0, 0), (0, 1)))
+    head, tail = plan.steps[: plan.tail], plan.steps[plan.tail :]
+    made = {argument, *(x for step in head for x in step.operation.results)}
+    needed = [read for step in tail for read in step.reads] + [plan.logits]
+    live = list(dict.fromkeys(r.source for r in needed if isinstance(r.source, Value)))
+    live = [x for x in live if x in made]
 
     def unoccluded(image):
         env = {argument: image[None]}
-        for operation in program.operations:
+        for operation in plan.program.operations:
             tracing.run(operation, env, convolution.bind)
         return [env[x] for x in values]
 
-    # Whatever no window reads, XLA leaves out.
-    clean = dict(zip(values, jax.vmap(unoccluded)(images), strict=True))
-    reads = [read for step in found.steps for read in step.reads] + [found.logits]
-    padded = {read.key: _padded(read, clean) for read in reads if read.pads is not None}
-
-    def take(steps, env, image, window):
+    def take(steps, env, padded, image, window):
         for step in steps:
             operands = [_boxed(read, env, padded, image, window) for read in step.reads]
             primitive, results = step.operation.primitive, step.operation.results
@@ -398,31 +459,43 @@ def _evaluate(found, images, fill, size, chunk_size, progress):
             bind_fn = tracing.bind_pointwise if is_own else convolution.bind
             env.update(zip(results, bind_fn(primitive, step.params, operands), strict=True))
 
-    head, tail = found.steps[: found.tail], found.steps[found.tail :]
-    made = {argument, *(x for step in head for x in step.operation.results)}
-    wanted = [read for step in tail for read in step.reads] + [found.logits]
-    live = list(dict.fromkeys(r.source for r in wanted if isinstance(r.source, Value)))
-    live = [x for x in live if x in made]
-
-    def one(pair):
-        image, window = pair // windows, pair % windows
-        corner = jnp.asarray(found.origins)[window]
-        corner = (image, *corner, np.int32(0))
-        box = lax.dynamic_slice(fill, corner, (1, *size, fill.shape[-1]))
-        env = {argument: box}
-        take(head, env, image, window)
+    def one(cover, padded, window, image=None):
+        env = {argument: _cut(cover, corners, (*size, cover.shape[-1]), window, image)[None]}
+        take(head, env, padded, image, window)
         return [env[x] for x in live]
 
-    def finish(pair, values):
-        image, window = pair // windows, pair % windows
-        env = dict(zip(live, values, strict=True))
-        take(tail, env, image, window)
-        return _boxed(found.logits, env, padded, image, window)[0]
+    def of_group(numbers):
+        some, first = images[numbers % count], numbers[0]
+        cover = fills.of(fill, some) if isinstance(fill, str) else covers[numbers % count]
+        # Whatever no window reads, XLA leaves out.
+        clean = dict(zip(values, jax.vmap(unoccluded)(some), strict=True))
+        padded = {key: _padded(read, clean) for key, read in reads.items()}
+        settings = dict(progress=progress, before=first * windows, total=count * windows)
 
-    count = len(images) * windows
-    settings = dict(chunk_size=chunk_size, progress=progress)
-    values = occlusion.map_chunks(jax.vmap(one), count, **settings)
-    return jax.vmap(finish)(jnp.arange(count, dtype=jnp.int32), values)
+        def of_pairs(pairs):
+            by_pair = jax.vmap(one, in_axes=(None, None, 0, 0))
+            return by_pair(cover, padded, pairs % windows, pairs // windows)
+
+        def of_window(window):  # [1]
+            by_image = jax.vmap(one, in_axes=(0, of_image, None))
+            return [x[None] for x in by_image(cover, padded, window[0])]
+
+        def finish(pair, here):
+            env, image, window = dict(zip(live, here, strict=True)), pair // windows, pair % windows
+            take(tail, env, padded, image, window)
+            return _boxed(plan.logits, env, padded, image, window)[0]
+
+        if form == 'images':
+            here = occlusion.map_chunks(of_window, windows, chunk_size=1, each=at_once, **settings)
+            here = [x.swapaxes(0, 1).reshape(pairs, *x.shape[2:]) for x in here]
+        else:
+            here = occlusion.map_chunks(of_pairs, pairs, chunk_size=chunk_size, **settings)
+        return jax.vmap(finish)(jnp.arange(pairs, dtype=jnp.int32), here)
+
+    covers = None if isinstance(fill, str) else fills.of(fill, images)
+    numbers = jnp.arange(groups * at_once, dtype=jnp.int32).reshape(groups, at_once)
+    logits = lax.map(of_group, numbers)
+    return logits.reshape(-1, logits.shape[-1])[: count * windows]
 
 
 def _padded(read, clean):

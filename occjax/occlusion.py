@@ -226,6 +226,9 @@ def map_chunks(
     is_exact: bool = False,
     is_traced: bool = True,
     progress: ProgressFn | None = None,
+    before: int | Array = 0,
+    each: int = 1,
+    total: int | None = None,
 ) -> Any:
     """Returns `fn(arange(count))`, computed for at most `chunk_size` numbers at once.
 
@@ -243,6 +246,8 @@ def map_chunks(
         is_traced: whether `fn` may be traced.
         progress: called with how many numbers are done, and `count`; None leaves nothing of it in
             the program.
+        before, each, total: where they are a part of something longer: how many are done before
+            them, for how many each of them counts, and how many there are in all.
     """
     checks.number('chunk_size', chunk_size, range=checks.COUNT)
     chunks = math.ceil(count / chunk_size)
@@ -250,14 +255,18 @@ def map_chunks(
     # The last chunk is filled up with numbers from the start, which are cut off again.
     numbers = (jnp.arange(chunks * size, dtype=jnp.int32) % count).reshape(chunks, size)
 
-    def tell(first, _):
-        progress(min(int(first) + size, count), count)
+    total = count if total is None else total
+
+    def tell(before, first, _):
+        progress(min(int(before) + each * min(int(first) + size, count), total), total)
 
     def telling(fn):
         def told(some):
             found = fn(some)
             # With a number of each result, so that it is there when it is told of.
-            jax.debug.callback(tell, some[0], [x.ravel()[0] for x in jax.tree.leaves(found)])
+            jax.debug.callback(
+                tell, before, some[0], [x.ravel()[0] for x in jax.tree.leaves(found)]
+            )
             return found
 
         return fn if progress is None else told

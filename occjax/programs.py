@@ -48,7 +48,10 @@ def run(
     if isinstance(logits_fn, jax.stages.Compiled) or not _are_known(operands):
         return fn(logits_fn, *operands, **settings)
     logits_fn = tracing.plain(logits_fn)
-    closed = _trace(logits_fn, jax.ShapeDtypeStruct(images.shape, images.dtype))
+    try:
+        closed = _trace(logits_fn, jax.ShapeDtypeStruct(images.shape, images.dtype))
+    except Exception:  # It may take batches of another size; if not, `fn` raises it again.
+        return fn(logits_fn, *operands, **settings)
     weights = tuple(_constants(closed.jaxpr, closed.consts))
     if not _are_known(weights):
         return fn(logits_fn, *operands, **settings)

@@ -79,8 +79,17 @@ def trace(fn: Callable, *args: Any) -> Program:
     Arrays that `fn` closes over may be tracers: under `jit` weights stay its arguments. What has no
     part in the outputs, such as a print, is left out.
     """
+    return program(*jaxpr_of(fn, *args))
+
+
+def jaxpr_of(fn: Callable, *args: Any) -> tuple[Any, Any]:
+    """Returns the jaxpr of a function, and the shapes of its outputs: what `trace` looks into."""
     # A function of its own, or JAX takes the trace before, though what `fn` closes over may differ.
-    closed, shape = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*args)
+    return jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*args)
+
+
+def program(closed: Any, shape: Any) -> Program:
+    """Returns the program of what `jaxpr_of` returns."""
     operations = []
     arguments = tuple(Value(var.aval) for var in closed.jaxpr.invars)
 

@@ -582,3 +582,72 @@ def test_refuses():
         incremental.heatmaps(fn, images, np.array([0, 1]), size=3, stride=2)
     with pytest.raises(ValueError, match='exceeds the image side'):
         incremental.flop_ratio(fn, (8, 8, 3), size=9, stride=2)
+
+
+@pytest.mark.parametrize('fill', [0.5, 'mean'])
+@pytest.mark.parametrize('form', ['windows', 'images'])
+def test_memory_does_not_grow_with_the_images(form, fill):
+    """Beyond what they and their maps take: unoccluded values are made for a few at a time."""
+    logits_fn = any_network.bound('wide vgg')
+
+    def temporaries(count):
+        images = jax.ShapeDtypeStruct((count, 32, 32, 3), jnp.float32)
+
+        @jax.jit
+        def maps(images):
+            plan = incremental.plan(logits_fn, images.shape[1:], size=8, stride=8)
+            settings = dict(size=8, fill=fill, chunk_size=4, progress=None)
+            return incremental.evaluate(plan, images, **settings, form=form)
+
+        return maps.lower(images).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(32) < 1.1 * temporaries(8)
+
+
+@pytest.mark.parametrize('name', ['resnet', 'squeeze and excite', 'crops', 'attention'])
+@pytest.mark.parametrize('count', [1, 5])
+def test_images_at_once_are_windows_at_once(name, count):
+    """Whichever of the two is computed at once, in groups that leave a rest."""
+    images = jax.random.uniform(jax.random.key(0), (count, 24, 24, 3))
+    told = []
+    plan = incremental.plan(any_network.bound(name), (24, 24, 3), size=8, stride=5)
+    settings = dict(size=8, fill='blur', chunk_size=2)
+    found, expected = (
+        incremental.evaluate(
+            plan, images, **settings, form=form, progress=lambda *done: told.append(done)
+        )
+        for form in ('images', 'windows')
+    )
+    jax.effects_barrier()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    everything = count * len(plan.origins)
+    assert {total for _, total in told} == {everything}
+    assert [done for done, _ in told].count(everything) >= 2
+
+
+def test_a_tpu_takes_several_images_at_once_and_others_windows(monkeypatch):
+    found = {}
+    for backend in ('cpu', 'gpu', 'tpu'):
+        monkeypatch.setattr(jax, 'default_backend', lambda backend=backend: backend)
+        found[backend] = [incremental.loop_of(count) for count in (1, 8)]
+    assert found == dict(cpu=['windows'] * 2, gpu=['windows'] * 2, tpu=['windows', 'images'])
+
+
+def test_a_fault_of_planning_is_no_slower_map(monkeypatch):
+    """What a function raises of one image makes it run in full, what we raise is raised."""
+
+    def of_several(images):
+        if len(images) == 1:
+            raise IndexError('of the function')
+        return images.mean((1, 2))
+
+    images, settings = np.zeros((2, 8, 8, 3), np.float32), dict(size=4, stride=4)
+    assert engine.occluded_logits(of_several, images, **settings).shape == (2, 1, 1, 3)
+
+    def broken(operation):
+        raise IndexError('of a rule')
+
+    for owner, name in ((tracing, '_walk'), (incremental, '_region')):
+        with monkeypatch.context() as patch, pytest.raises(IndexError, match='of a rule'):
+            patch.setattr(owner, name, lambda *_, **__: broken(None))
+            engine.occluded_logits(any_network.bound('vgg'), images, **settings)

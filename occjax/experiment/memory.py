@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from occjax import convolution
+from occjax import convolution, incremental
 from occjax.incremental import Plan
 from occjax.tracing import Value
 from occjax.types import UsageError
@@ -29,16 +29,20 @@ _FLOAT = 4
 
 
 class Needs(NamedTuple):
-    """Bytes that mapping takes on one device: in any case, for each image, for each window."""
+    """Bytes that mapping takes on one device."""
 
-    fixed: int
-    image: int
-    window: int
+    fixed: int  # in any case
+    image: int  # for each image that is there
+    unoccluded: int  # for each image whose windows are computed
+    window: int  # for each window at once
     grid: int  # windows of an image
 
     def total(self, images: int, windows: int) -> int:
         """Returns the bytes for some images and windows at once."""
-        return self.fixed + images * self.image + windows * self.window
+        form = incremental.loop_of(images)
+        mapped = incremental.images_at_once(images, self.grid, windows, form)
+        variable = images * self.image + mapped * self.unoccluded + windows * self.window
+        return self.fixed + variable
 
     def fit(self, limit: int, *, images: int, windows: int, devices: int = 1) -> tuple[int, int]:
         """Returns how many images and windows at once stay below `limit`, at most those given.
@@ -125,6 +129,7 @@ def needs(name: str, plan: Plan, variables: Any) -> Needs:
     whole = 2 * _peak([(operation, operation.shapes, 1) for operation in operations])
     pixels, classes = math.prod(image.shape), math.prod(plan.logits.extent)
     per_image, window = 2 * pixels + 2 * grid * classes, 2 * pixels + whole
+    unoccluded = 0
     if name != 'full':
         # Unoccluded values are kept as they are and padded; what the last layers read, of every
         # window, twice where it is laid out anew, and what they make of it.
@@ -132,13 +137,14 @@ def needs(name: str, plan: Plan, variables: Any) -> Needs:
         clean = {read.key: math.prod(np.shape(read.source)) for read in reads}
         last = plan.steps[plan.tail :]
         waiting = sum(math.prod(step.reads[0].extent) + math.prod(step.shape) for step in last)
-        per_image += 2 * sum(clean.values()) + whole + 3 * grid * waiting
+        unoccluded = 2 * pixels + 2 * sum(clean.values()) + whole + 3 * grid * waiting
         first = plan.steps[: plan.tail]
         window = 2 * _peak(
             [(s.operation, [read.extent for read in s.reads], s.share) for s in first]
         )
     process = _PROCESS // sharers() if on_cpu else 0
-    return Needs(_FLOAT * fixed + process, _FLOAT * per_image, _FLOAT * window, grid)
+    sizes = (_FLOAT * size for size in (per_image, unoccluded, window))
+    return Needs(_FLOAT * fixed + process, *sizes, grid)
 
 
 def _peak(steps):
