@@ -438,12 +438,8 @@ def _evaluate(plan, images, fill, size, chunk_size, progress, form):
     reads = [read for step in plan.steps for read in step.reads] + [plan.logits]
     reads = {read.key: read for read in reads if read.pads is not None}
     of_image = {key: 0 if isinstance(read.source, Value) else None for key, read in reads.items()}
-    corners = np.pad(plan.origins, ((0, 0), (0, 1)))
+    corners, live = np.pad(plan.origins, ((0, 0), (0, 1))), _live(plan)
     head, tail = plan.steps[: plan.tail], plan.steps[plan.tail :]
-    made = {argument, *(x for step in head for x in step.operation.results)}
-    needed = [read for step in tail for read in step.reads] + [plan.logits]
-    live = list(dict.fromkeys(r.source for r in needed if isinstance(r.source, Value)))
-    live = [x for x in live if x in made]
 
     def unoccluded(image):
         env = {argument: image[None]}
@@ -451,17 +447,9 @@ def _evaluate(plan, images, fill, size, chunk_size, progress, form):
             tracing.run(operation, env, convolution.bind)
         return [env[x] for x in values]
 
-    def take(steps, env, padded, image, window):
-        for step in steps:
-            operands = [_boxed(read, env, padded, image, window) for read in step.reads]
-            primitive, results = step.operation.primitive, step.operation.results
-            is_own = step.shape != results[0].shape and primitive.name == 'custom_jvp_call'
-            bind_fn = tracing.bind_pointwise if is_own else convolution.bind
-            env.update(zip(results, bind_fn(primitive, step.params, operands), strict=True))
-
     def one(cover, padded, window, image=None):
         env = {argument: _cut(cover, corners, (*size, cover.shape[-1]), window, image)[None]}
-        take(head, env, padded, image, window)
+        _take(head, env, padded, image, window)
         return [env[x] for x in live]
 
     def of_group(numbers):
@@ -482,7 +470,7 @@ def _evaluate(plan, images, fill, size, chunk_size, progress, form):
 
         def finish(pair, here):
             env, image, window = dict(zip(live, here, strict=True)), pair // windows, pair % windows
-            take(tail, env, padded, image, window)
+            _take(tail, env, padded, image, window)
             return _boxed(plan.logits, env, padded, image, window)[0]
 
         if form == 'images':
@@ -496,6 +484,25 @@ def _evaluate(plan, images, fill, size, chunk_size, progress, form):
     numbers = jnp.arange(groups * at_once, dtype=jnp.int32).reshape(groups, at_once)
     logits = lax.map(of_group, numbers)
     return logits.reshape(-1, logits.shape[-1])[: count * windows]
+
+
+def _live(plan):
+    """Returns the changed values that the tail of a plan reads of what is before it."""
+    before = {x for step in plan.steps[: plan.tail] for x in step.operation.results}
+    before |= set(plan.program.arguments)
+    reads = [read for step in plan.steps[plan.tail :] for read in step.reads] + [plan.logits]
+    sources = (read.source for read in reads if isinstance(read.source, Value))
+    return [x for x in dict.fromkeys(sources) if x in before]
+
+
+def _take(steps, env, padded, image, window):
+    """Adds the boxes that steps make of one window."""
+    for step in steps:
+        operands = [_boxed(read, env, padded, image, window) for read in step.reads]
+        primitive, results = step.operation.primitive, step.operation.results
+        is_own = step.shape != results[0].shape and primitive.name == 'custom_jvp_call'
+        bind_fn = tracing.bind_pointwise if is_own else convolution.bind
+        env.update(zip(results, bind_fn(primitive, step.params, operands), strict=True))
 
 
 def _padded(read, clean):
