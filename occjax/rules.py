@@ -64,6 +64,19 @@ def _along(name):
     return rule
 
 
+def _stack(operation):
+    axis = operation.params['axis'] % len(operation.results[0].shape)
+    return Rule(
+        tuple({i: Link(i + (i >= axis)) for i in range(len(shape))} for shape in operation.shapes)
+    )
+
+
+def _unstack(operation):
+    (shape,) = operation.shapes
+    axis = operation.params['axis'] % len(shape)
+    return Rule(({i: Link(i - (i > axis)) for i in range(len(shape)) if i != axis},))
+
+
 def _custom_jvp(operation):
     is_pointwise = tracing.is_pointwise(operation.primitive, operation.params)
     return _same_axes(operation) if is_pointwise else None
@@ -186,4 +199,8 @@ RULES: dict[str, Callable[[Operation], Rule | None]] = {
     'rev': _along('dimensions'),
     **dict.fromkeys(('split', 'cumsum', 'cumprod', 'cummax', 'cummin'), _along('axis')),
     'cumlogsumexp': _along('axis'),
+    'sort': _along('dimension'),
+    'stack': _stack,
+    'unstack': _unstack,
+    'tile': _same_axes,  # A tiled axis is longer than it was, so that it is read whole.
 }

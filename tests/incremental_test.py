@@ -651,3 +651,27 @@ def test_a_fault_of_planning_is_no_slower_map(monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(IndexError, match='of a rule'):
             patch.setattr(owner, name, lambda *_, **__: broken(None))
             engine.occluded_logits(any_network.bound('vgg'), images, **settings)
+
+
+@pytest.mark.parametrize(
+    'local_fn',
+    [
+        lambda x: jnp.stack([x[..., i] / (i + 1) for i in range(3)], -1),
+        lambda x: sum(jnp.unstack(x, axis=-1))[..., None] * x,
+        lambda x: jnp.tile(x, (1, 1, 1, 2))[..., 1:4],
+        lambda x: jnp.sort(x, axis=-1),
+    ],
+)
+def test_what_moves_no_pixel_keeps_the_saving(local_fn):
+    network, settings = any_network.bound('channels first'), dict(size=8, stride=8)
+    images = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3))
+    ratios = [
+        incremental.flop_ratio(fn, (32, 32, 3), **settings)
+        for fn in (network, lambda x: network(local_fn(x)))
+    ]
+    np.testing.assert_allclose(*ratios, rtol=0.01)
+    found, expected = (
+        module.occluded_logits(lambda x: network(local_fn(x)), images, **settings)
+        for module in (incremental, occlusion)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
