@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from occjax import checks, tracing
+from occjax import checks, convolution, programs, tracing
 from occjax.checks import PIXELS
 from occjax.types import Array, LogitsFn
 
@@ -61,14 +61,19 @@ def widened(fn: Callable[[Array], Array], dtype: Any) -> Callable[[Array], Array
 
 
 def _attack(fn=None, **settings):
-    """Returns an attack whose arguments are checked, and whose arithmetic is float32's or wider."""
+    """Returns an attack whose arguments are checked, and whose arithmetic is float32's or wider.
+
+    The network runs in the forms of `convolution.accelerate`, which a loop on a CPU needs most, and
+    eager calls share compiled programs, see `programs`.
+    """
     if fn is None:
         return functools.partial(_attack, **settings)
 
     @functools.partial(checks.checked, **settings)
+    @programs.shared
     @functools.wraps(fn)
     def attack(logits_fn, images, labels, **numbers):
-        dtype = images.dtype
+        dtype, logits_fn = images.dtype, convolution.accelerate(logits_fn)
         wide = images.astype(jnp.promote_types(dtype, jnp.float32))
         return fn(widened(logits_fn, dtype), wide, labels, **numbers).astype(dtype)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import checks, convolution, fills, occlusion
+from occjax import checks, convolution, fills, occlusion, programs
 from occjax.fills import Fill
 from occjax.occlusion import ProgressFn, Sides
 from occjax.types import Array, LogitsFn
@@ -28,6 +28,7 @@ class Curve(NamedTuple):
 
 
 @checks.checked(slack=checks.NEAR)
+@programs.shared
 def rise(
     logits_fn: LogitsFn,
     images: Array,
@@ -114,6 +115,7 @@ def _weighed(weights, mask_fn):
 
 
 @checks.checked(slack=checks.NEAR, steps=checks.COUNT)
+@programs.shared
 def deletion(
     logits_fn: LogitsFn,
     images: Array,
@@ -158,6 +160,7 @@ def deletion(
 
 
 @checks.checked(slack=checks.NEAR, steps=checks.COUNT)
+@programs.shared
 def insertion(
     logits_fn: LogitsFn,
     images: Array,
@@ -220,7 +223,7 @@ def _ranks(saliency, images_shape):
 def _probabilities(logits_fn, images, classes, show_fn, count, *, chunk_size, progress):
     """Returns `[B, count]` probabilities of each image's class in as many forms of it."""
     is_traced = not isinstance(logits_fn, jax.stages.Compiled)
-    logits_fn = convolution.accelerate(logits_fn) if is_traced else logits_fn
+    logits_fn = convolution.accelerate(logits_fn)
 
     def seen(image, number):
         logits = logits_fn(show_fn(image, number))

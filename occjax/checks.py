@@ -9,6 +9,7 @@ the numbers of `NUMBERS` are the same everywhere.
 Dimensions: B batch, H W C image, K classes.
 """
 
+import contextvars
 import functools
 import inspect
 import math
@@ -415,8 +416,32 @@ def are_probabilities(logits: Array) -> Array:
     return is_one & (wide >= 0).all(-1) & (wide <= 1 + slack).all(-1)
 
 
+_later: contextvars.ContextVar[list | None] = contextvars.ContextVar('later', default=None)
+
+
+def _trace_state():
+    """Returns what tells one trace from another, a loop's body from the function around it."""
+    return jax.core.get_opaque_trace_state(convention='nnx')
+
+
+def warned_later(fn: Callable) -> Callable:
+    """Returns a function to be jitted: its result, and flags for `warn_of_probabilities`."""
+
+    def collecting(*args, **kwargs):
+        token = _later.set([_trace_state()])
+        try:
+            return fn(*args, **kwargs), _later.get()[1:]
+        finally:
+            _later.reset(token)
+
+    return collecting
+
+
 def warn_of_probabilities(flags: Array) -> None:
-    """Warns if all of some rows of logits are known to be probabilities."""
+    """Warns if all of some rows of logits are known to be probabilities, or `warned_later`."""
+    later = _later.get()
+    if later is not None and not is_known(flags) and later[0] == _trace_state():
+        later.append(flags)
     if is_known(flags) and flags.size and flags.all():
         warnings.warn(
             'rows sum to 1 and lie in [0, 1]: logits_fn must return logits, before softmax',

@@ -368,6 +368,8 @@ def accelerate(fn: Callable) -> Callable:
         fn: maps arrays, or pytrees of them, to such. It is traced, as by `jax.jit`, and arrays that
             it closes over may be tracers.
     """
+    if isinstance(fn, jax.stages.Compiled):
+        return fn  # It cannot be looked into.
     fn = tracing.plain(fn)
 
     @functools.wraps(fn)

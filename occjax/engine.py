@@ -102,9 +102,7 @@ def _occluded_logits(logits_fn, images, fill, *, engine, threshold, every, **set
         return incremental.occluded_logits(
             logits_fn, images, threshold=threshold, every=every, **settings
         )
-    if not isinstance(logits_fn, jax.stages.Compiled):
-        logits_fn = convolution.accelerate(logits_fn)
-    return occlusion.occluded_logits(logits_fn, images, **settings)
+    return occlusion.occluded_logits(convolution.accelerate(logits_fn), images, **settings)
 
 
 def _plan_that_pays(logits_fn, images, geometry):

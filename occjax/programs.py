@@ -16,13 +16,36 @@ from typing import Any
 import jax
 import numpy as np
 
-from occjax import tracing
+from occjax import checks, tracing
 from occjax.types import Array, LogitsFn
 
 MOST = 64  # programs that are kept: those used last
 
 _kept: collections.OrderedDict = collections.OrderedDict()
 _lock = threading.Lock()
+
+
+def shared(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function `fn(logits_fn, images, …)`, whose eager calls go through `run`.
+
+    Its arguments by name are arrays if they are made of arrays alone, else settings.
+    """
+
+    def named_fn(logits_fn, images, named, *arrays, **settings):
+        return fn(logits_fn, images, *arrays, **named, **settings)
+
+    @functools.wraps(fn)
+    def call(logits_fn, images, *arrays, **values):
+        named = {name: value for name, value in values.items() if _is_of_arrays(value)}
+        settings = {name: value for name, value in values.items() if name not in named}
+        return run(named_fn, logits_fn, images, named, *arrays, **settings)
+
+    return call
+
+
+def _is_of_arrays(tree):
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and all(isinstance(x, jax.Array | np.ndarray) for x in leaves)
 
 
 def run(
@@ -60,13 +83,17 @@ def run(
     with _lock:
         program, _ = _kept.pop(key, (None, None))
     if program is None:
-        program = jax.jit(functools.partial(_call, fn, logits_fn, settings))
+        bound = functools.partial(_call, fn, logits_fn, settings)
+        program = jax.jit(checks.warned_later(bound))
         program = program.lower(weights, operands).compile()
     with _lock:
         _kept[key] = program, keeps
         while len(_kept) > MOST:
             _kept.popitem(last=False)
-    return program(weights, operands)
+    result, flags = program(weights, operands)
+    for each in flags:
+        checks.warn_of_probabilities(each)
+    return result
 
 
 def _call(fn, logits_fn, settings, weights, operands):
