@@ -471,6 +471,7 @@ def square(
 def _margin(logits_fn, images, labels):
     """Returns by how much each label's logit leads, `[B]`; negative if and only if it does not."""
     logits = logits_fn(images)
+    checks.warn_of_probabilities(checks.are_probabilities(logits))
     # Ties fall as in `outcome`.
     lead = _lead(logits, labels)
     return lead - is_wrong(logits, labels).astype(lead.dtype)

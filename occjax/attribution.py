@@ -213,7 +213,6 @@ def _ranks(saliency, images_shape):
             f'Expected saliency {list(shape)}, or a heat map [{shape[0]}, h, w] of it, got shape '
             f'{list(saliency.shape)}.'
         )
-    checks.finite('saliency', saliency)
     if saliency.shape != shape:
         saliency = jax.image.resize(saliency, shape, 'linear')
     order = jnp.argsort(saliency.reshape(shape[0], -1), axis=-1, descending=True)

@@ -114,6 +114,11 @@ def checked(
             batch = values['images'] = images(values['images'], limits, slack=slack, least=least)
         if 'key' in values:
             key(values['key'])
+        if 'saliency' in values:
+            values['saliency'] = jnp.asarray(values['saliency'])
+            finite('saliency', values['saliency'])
+        if batch is not None and not isinstance(values.get('fill', ''), str):
+            fill(values['fill'], batch)
         for name in numbers.keys() & values.keys():
             if values[name] is not None or signature.parameters[name].default is not None:
                 values[name] = number(name, values[name], batch, range=numbers[name])

@@ -101,8 +101,7 @@ def _call(fn, logits_fn, settings, weights, operands):
 
     def network(images):
         closed = _trace(logits_fn, images)
-        given = iter(weights)
-        return _evaluate(closed.jaxpr, closed.consts, [images], given)[0]
+        return _evaluate(closed.jaxpr, closed.consts, [images], iter(weights))[0]
 
     return fn(network, *operands, **settings)
 
