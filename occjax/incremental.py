@@ -407,7 +407,7 @@ def loop_of(count: int) -> str:
     several images at once has the same, but fills a TPU only from some images on. On CPU and GPU
     windows at once are as fast or faster.
     """
-    return 'images' if jax.default_backend() == 'tpu' and count >= 8 else 'windows'
+    return 'images' if occlusion.platform() == 'tpu' and count >= 8 else 'windows'
 
 
 def images_at_once(count: int, windows: int, chunk_size: int, form: str) -> int:

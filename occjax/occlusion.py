@@ -6,9 +6,11 @@ class while one window is covered: high means the covered pixels did not matter.
 Dimensions: B batch, H W C image, K classes, h w heatmap grid, P = h * w windows.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -117,13 +119,31 @@ def occlude(images: Array, origin: Array, *, size: Sides, fill: Fill = 0.5) -> A
     return jnp.where(covered[..., None], fill, images)
 
 
-def default_chunk(image_shape: tuple[int, ...], platform: str | None = None) -> int:
-    """Returns how many masked images one call of the classifier should see, by default here."""
+_compiled_for: contextvars.ContextVar[str | None] = contextvars.ContextVar('target', default=None)
+
+
+def platform() -> str:
+    """Returns what programs are compiled for: 'cpu', 'gpu', 'cuda' or 'tpu'."""
+    return _compiled_for.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(name: str) -> Iterator[None]:
+    """Makes `platform` another one than this process runs on, whose compiler is asked."""
+    token = _compiled_for.set(name)
+    try:
+        yield
+    finally:
+        _compiled_for.reset(token)
+
+
+def default_chunk(image_shape: tuple[int, ...]) -> int:
+    """Returns how many masked images one call of the classifier should see."""
     # On CPU a chunk pays only as far as its activations stay in the cache. At 32 pixels 1,024
     # windows took 1.02 s by 128, 1.09 by 512, 1.26 by 32; at 224 in full by 14 no more than by 7 or
     # 28, and incrementally 1.51 s a map (size 32, stride 14) by 14 windows, 1.57 by 28, 1.78 by 7.
     values = math.prod(image_shape)
-    if (platform or jax.default_backend()) == 'cpu':
+    if platform() == 'cpu':
         return max(1, min(128, 14 * 224**2 * 3 // values))
     return max(1, 2**25 // values)
 

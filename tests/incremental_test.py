@@ -280,7 +280,7 @@ def test_attention_leaves_nothing_to_save():
     plan = incremental.planned(any_network.bound('attention'), (32, 32, 3), size=8, stride=4)
     assert plan.ratio == pytest.approx(1, abs=0.35)
     wider = incremental.planned(any_network.bound('attention'), (32, 32, 3), size=30, stride=1)
-    assert engine.choose('auto', wider) == 'full'
+    assert engine.choose('auto', wider, 1) == 'full'
 
 
 def test_an_operation_without_a_rule_is_computed_whole(monkeypatch):
@@ -398,7 +398,7 @@ def test_what_calls_the_host_runs_in_full():
         return jax.pure_callback(lambda x: np.float32(x).sum((1, 2)), shape, x)
 
     plan = incremental.planned(logits_fn, (24, 24, 3), **geometry)
-    assert engine.choose('auto', plan) == 'full'
+    assert engine.choose('auto', plan, 1) == 'full'
     expected = occlusion.occluded_logits(logits_fn, images, **geometry)
     np.testing.assert_array_equal(engine.occluded_logits(logits_fn, images, **geometry), expected)
 
@@ -625,11 +625,11 @@ def test_images_at_once_are_windows_at_once(name, count):
     assert [done for done, _ in told].count(everything) >= 2
 
 
-def test_a_tpu_takes_several_images_at_once_and_others_windows(monkeypatch):
+def test_a_tpu_takes_several_images_at_once_and_others_windows():
     found = {}
-    for backend in ('cpu', 'gpu', 'tpu'):
-        monkeypatch.setattr(jax, 'default_backend', lambda backend=backend: backend)
-        found[backend] = [incremental.loop_of(count) for count in (1, 8)]
+    for platform in ('cpu', 'gpu', 'tpu'):
+        with occlusion.compiling_for(platform):
+            found[platform] = [incremental.loop_of(count) for count in (1, 8)]
     assert found == dict(cpu=['windows'] * 2, gpu=['windows'] * 2, tpu=['windows', 'images'])
 
 

@@ -128,7 +128,6 @@ class Programs:
     variables: Any  # of the classifier, or their shapes
     mesh: jax.sharding.Mesh
     images: int  # on each device
-    platform: str  # whose default chunk is taken
 
     def makers(self) -> dict[str, Callable[[], Program]]:
         """Returns what traces each program, by its name."""
@@ -181,7 +180,7 @@ class Programs:
     @property
     def windows(self) -> dict[str, Any]:
         """Where the windows are, and how many are computed at once."""
-        chunk = occlusion.default_chunk(self.pixels.shape[1:], self.platform)
+        chunk = occlusion.default_chunk(self.pixels.shape[1:])
         return self.run.geometry | dict(chunk_size=self.run.speed.chunk_size or chunk)
 
     def of_images(self, fn: Callable, tree: Any, *arguments: Any) -> Program:
@@ -251,13 +250,15 @@ def benchmark(run: Run, timing: Timing) -> str:
     """
     chosen = target(timing.target)
     variables = variable_shapes(run)
-    makers = Programs(run, variables, chosen.mesh, timing.images, chosen.platform).makers()
+    makers = Programs(run, variables, chosen.mesh, timing.images).makers()
     rows = {}
     for name, make in makers.items():
         if name.startswith('maps, ') and run.speed.engine not in ('auto', name[6:]):
             continue
         say(f'benchmark: compiling {name} for {chosen.mesh.size} x {chosen.kind}')
-        began, program = time.monotonic(), make()
+        began = time.monotonic()
+        with occlusion.compiling_for(chosen.platform):
+            program = make()
         compiled = program.compiled(chosen.platform, chosen.options)
         rows[name] = read(compiled, program, chosen) | {'seconds': time.monotonic() - began}
     versions = {name: _version(name) for name in ('jax', 'libtpu', 'jax-cuda13-plugin')}

@@ -42,7 +42,7 @@ def benchmark(run: Run, timing: Timing) -> str:
         say(f'scaling: compiling for {count} of {len(every)} devices')
         axis_types = (jax.sharding.AxisType.Auto,)
         mesh = jax.make_mesh((count,), ('data',), axis_types=axis_types, devices=every[:count])
-        makers = compilers.Programs(run, variables, mesh, timing.images, _FORMS).makers()
+        makers = compilers.Programs(run, variables, mesh, timing.images).makers()
         programs = {short: makers[name]().compiled(_FORMS) for short, name in _PROGRAMS.items()}
         row = {'devices': count, 'images': count * timing.images}
         for name, program in programs.items():

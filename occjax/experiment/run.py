@@ -227,11 +227,12 @@ class Run:
             )
         wanted = 'approximate' if self.knobs else self.speed.engine
         plan = self.planned(variables)
-        engine = engine or engine_lib.choose(wanted, plan)
+        count = self.map_batch_size // jax.local_device_count()
+        engine = engine or engine_lib.choose(wanted, plan, count)
         needs = memory.needs(engine, plan, variables)
         images, windows = needs.fit(
             self.speed.memory_limit or memory.available(),
-            images=self.map_batch_size // jax.local_device_count(),
+            images=count,
             windows=self.speed.chunk_size or occlusion.default_chunk((*self.image_shape, 3)),
             devices=memory.sharers(),
         )

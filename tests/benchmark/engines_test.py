@@ -145,9 +145,18 @@ def test_flops_by_hand():
 )
 def test_auto_takes_what_pays(side, size, stride, expected):
     plan = planned(side, vgg.VGG11, size=size, stride=stride)
-    assert engine.choose('auto', plan) == expected
+    assert engine.choose('auto', plan, 1) == expected
     for name in ('full', 'incremental'):
-        assert engine.choose(name, plan) == name
+        assert engine.choose(name, plan, 1) == name
+
+
+def test_on_a_tpu_auto_takes_what_its_compiler_calls_faster():
+    small = planned(32, vgg.VGG11, size=15, stride=5)
+    large = planned(224, vgg.VGG11, size=32, stride=14)
+    with occlusion.compiling_for('tpu'):
+        assert engine.choose('auto', large, 32) == 'incremental'
+        assert engine.choose('auto', large, 2) == engine.choose('auto', small, 256) == 'full'
+    assert engine.choose('auto', large, 2) == 'incremental'
 
 
 @pytest.mark.parametrize('name', ('full', 'incremental'))

@@ -74,7 +74,7 @@ def test_maps_need_no_word_between_devices_and_training_only_sums(tmp_path, four
     run, mesh = make_run(tmp_path / 'run'), devices.mesh()
     assert mesh.size == 4
     variables = compilers.variable_shapes(run)
-    programs = compilers.Programs(run, variables, mesh, 2, 'tpu').makers()
+    programs = compilers.Programs(run, variables, mesh, 2).makers()
     maps, step = (programs[name]().compiled('tpu') for name in ('maps, full', 'training step'))
     assert compilers.collectives(maps.as_text()) == {}
     found = compilers.collectives(step.as_text())
