@@ -165,9 +165,15 @@ _PROFILE_DIR = define_path(
 )
 _IMAGES = define_path('images', 'What --mode=detect judges: an image file, or a folder of them.')
 _FPR = flags.DEFINE_float(
-    'fpr', 0.05, 'Share of clean, correctly classified images that may be called.', 0.0, 1.0
+    'fpr', 0.05, 'Share of clean, correctly classified images that may be flagged.', 0.0, 1.0
 )
 flags.register_validator('fpr', lambda share: share <= 1, 'no number')  # NaN.
+_DETECTORS = flags.DEFINE_list(
+    'detectors',
+    None,
+    "Whom --mode=detect asks, such as detector,magnet_divergence; default: the paper's, the best "
+    'of the run, and those of a sweep.',
+)
 _OUTPUT = define_path(
     'output',
     'Where --mode=detect puts verdicts.csv and detect.html; default: in the work directory.',
@@ -319,7 +325,11 @@ def run_modes(config, limit, shares):
     )
     modes = stages.STAGES | {
         'detect': lambda run: detection.detect(
-            run, _IMAGES.value, fpr=_FPR.value, output=_OUTPUT.value
+            run,
+            _IMAGES.value,
+            fpr=_FPR.value,
+            output=_OUTPUT.value,
+            detectors=_DETECTORS.value,
         ),
         'benchmark': lambda run: benchmark_module().benchmark(run, timing),
         'fidelity': lambda run: fidelity.fidelity(run, timing, shares),

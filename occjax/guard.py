@@ -27,6 +27,7 @@ from occjax.types import Array, HeatmapSet, LogitsFn
 
 __all__ = [
     'ATTACKS',
+    'METHODS',
     'NOISE',
     'Evaluation',
     'Guard',

@@ -43,8 +43,6 @@ METHODS = (
     'conv_logits',
 )
 
-DEPLOYED = ('detector', 'all_logits')  # Those of them that `--mode=detect` asks.
-
 # The same of a sweep's, which stores other views beside the windows; and other people's.
 VIEWING = ('all_views', 'views_alone')
 RIVALS = ('input_mfs', 'multi_lid', 'sid')

@@ -28,6 +28,10 @@ from occjax.types import UsageError
 TRAIN = ('train', 'training')  # What the splits of a folder may be called, the first found first.
 TEST = ('test', 'testing', 'val', 'valid', 'validation', 'eval', 'evaluation', 'dev')
 DIGITS = ('Zero', 'One', 'Two', 'Three', 'Four', 'Five', 'Six', 'Seven', 'Eight', 'Nine')
+CIFAR10 = (
+    *('Airplane', 'Automobile', 'Bird', 'Cat', 'Deer'),
+    *('Dog', 'Frog', 'Horse', 'Ship', 'Truck'),
+)
 SYNSETS = {
     'n01440764': 'Tench',
     'n02102040': 'English Springer',
@@ -240,9 +244,8 @@ def folder(root: Path | None, *, resplit: bool = False) -> Source:
             found += [(path, k) for path in paths]
             sizes.append(len(paths))
     tell_skipped(root, skipped)
-    human = collections.Counter(map(_human, labels))
     return Source(
-        tuple(_human(label) if human[_human(label)] == 1 else label for label in labels),
+        _class_names(labels),
         num_train=sum(sizes[: len(labels)]),
         num_images=len(found),
         files=[path for path, _ in found],
@@ -482,6 +485,15 @@ def _imagenette(archive, split):
             if member.isfile() and path.parts[1:2] == (split,) and path.suffix == '.JPEG':
                 image = tar.extractfile(member).read()
                 yield path.name, {'image': image, 'label': path.parts[2]}
+
+
+def _class_names(labels):
+    """Returns the names of a folder's classes: its own, but for those of the paper's data sets."""
+    human = tuple(map(_human, labels))
+    if {*human} == {*CIFAR10}:
+        return human
+    found = [SYNSETS.get(label, label) for label in labels]
+    return tuple(name if found.count(name) == 1 else labels[k] for k, name in enumerate(found))
 
 
 def _human(class_name):

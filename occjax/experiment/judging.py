@@ -253,6 +253,16 @@ def score_banks(banks: detector.Bank, method: Method, maps: HeatmapSet) -> np.nd
     return scores
 
 
+def check_reserved(division: Division):
+    """Raises `UsageError` if no maps are reserved for thresholds."""
+    if not division.is_reserved[0].any():
+        raise UsageError(
+            'No images are left for the thresholds of detectors in use, which must not come from '
+            'those that they were fitted on: set config.detector.held_out_threshold_fraction to '
+            '0.2 or so, in another --workdir.'
+        )
+
+
 def first(
     banks: detector.Bank, division: Division, method: Method
 ) -> tuple[detector.Bank, metrics.Calibration]:
@@ -261,12 +271,7 @@ def first(
     Raises:
         UsageError: if no maps are reserved for thresholds.
     """
-    if not division.is_reserved[0].any():
-        raise UsageError(
-            'No images are left for the thresholds of detectors in use, which must not come from '
-            'those that they were fitted on: set config.detector.held_out_threshold_fraction to '
-            '0.2 or so, in another --workdir.'
-        )
+    check_reserved(division)
     known = division.known(0, score_banks(banks, method, division.maps)[0])
     num_classes = division.maps.unoccluded.shape[-1]
     calibration = metrics.calibration(num_classes=num_classes, learns=True, **known)

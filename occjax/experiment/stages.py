@@ -22,11 +22,11 @@ import optax
 
 from occjax import classifier, comparators, data, guard, guard_file, guarding, names, vgg
 from occjax.config import Classifier
-from occjax.experiment import devices, hosts, judging, shard, storage, store
+from occjax.experiment import deployment, devices, hosts, judging, shard, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run, make_parts
-from occjax.methods import METHODS
 from occjax.progress import Progress, say
+from occjax.report import tables
 from occjax.streams import Stream
 from occjax.types import UsageError
 
@@ -323,17 +323,39 @@ def detectors(run: Run):
                 directory, run.config.detector.steps, banks, made_from=made_from
             )
             if protocol == 'held_out':
-                storage.discard(guard_path(run, name))  # That of banks before these.
+                for path in (guard_path(run, name), _choice_path(run)):
+                    storage.discard(path)  # Those of banks before these.
             say(f'detectors ({protocol}, {name}): fitted in {time.monotonic() - began:.0f} s')
         if protocol == 'held_out' and division.is_reserved[0].any():
-            for name in deployed(run):
+            for name in deployed(run, division):
                 load_guard(run, name, division)
     storage.keep_config(run.workdir, run.config)
 
 
-def deployed(run: Run) -> list[str]:
-    """Returns the methods of `names.DEPLOYED` that the config fits."""
-    return [name for name in names.DEPLOYED if name in run.config.detector.methods]
+def deployed(run: Run, division: judging.Division | None = None) -> tuple[str, ...]:
+    """Returns the paper's detector and the best that the run has, see `choice`."""
+    found = deployment.PAPERS, deployment.best(choice(run, division))
+    return tuple(dict.fromkeys(found))
+
+
+def choice(run: Run, division: judging.Division | None = None) -> dict[str, float]:
+    """Returns what the best is chosen by, `deployment.aurocs`, from the store or anew."""
+    path, candidates = _choice_path(run), [*deployment.candidates(run)]
+    made_from = store.heatmaps_origin(run)
+    if path.exists():
+        record = storage.read_record(path, mode='detectors')
+        if record['made_from'] == made_from and record['candidates'] == candidates:
+            return record['aurocs']
+    division = store.divide(run, 'held_out') if division is None else division
+    aurocs = deployment.aurocs(run, division, store.load_controls(run)['noise'])
+    if os.access(run.workdir, os.W_OK):
+        record = {'aurocs': aurocs, 'candidates': candidates, 'made_from': made_from}
+        storage.write_record(path, record)
+    return aurocs
+
+
+def _choice_path(run):
+    return run.workdir / 'detectors' / 'choice.json'
 
 
 def guard_path(run: Run, name: str) -> pathlib.Path:
@@ -343,10 +365,10 @@ def guard_path(run: Run, name: str) -> pathlib.Path:
 
 
 def load_guard(run: Run, name: str, division: judging.Division | None = None) -> guard.Guard:
-    """Returns the detectors of a method as one would deploy them, from their file or made anew.
+    """Returns one of `deployment.candidates` as one would deploy it, from its file or made anew.
 
-    They are those of the first seed under the protocol `held_out`, at the thresholds that let 5 %
-    of the clean maps they come from pass for adversarial. Those that see views a sweep has made.
+    Detectors are those of the first seed under the protocol `held_out`, at thresholds of 5 % false
+    positives. Those that see views a sweep has made.
 
     Args:
         run: the experiment.
@@ -363,9 +385,11 @@ def load_guard(run: Run, name: str, division: judging.Division | None = None) ->
 
     def make():
         held_out = store.divide(run, 'held_out') if division is None else division
-        banks = store.load_banks(run, held_out, 'held_out', name)
-        found = judging.first(banks, held_out, METHODS[name])
-        return guard.to_arrays(guard_of(run, *found, method=name))
+        scored = deployment.scored(run, name, held_out)
+        attacks = f'FGSM attacks of ε = {tables.epsilon(run.config.attack.epsilon)}'
+        unseen = deployment.held_out(scored.score_fn, held_out, store.load_controls(run))
+        known = dict(held_out=unseen, attacks=attacks)
+        return guard.to_arrays(guard_of(run, *scored[:2], method=name, **known))
 
     if not path.exists() and not os.access(run.workdir, os.W_OK):
         return guard.from_arrays(make())  # It is made each time where nothing can be stored.
@@ -382,7 +406,9 @@ def guard_of(run: Run, *found: Any, method: str, **settings: Any) -> guard.Guard
     fill, top_classes = run.config.occlusion.fill, run.config.occlusion.top_classes
     variables = load_variables(run)
     shape = (*run.image_shape, 3)
-    if METHODS[method].windows:
+    if method in names.COMPARATORS:
+        settings |= shard.compare_settings(run) | dict(autoencoder=load_autoencoder(run))
+    if guard.METHODS[method].windows:
         settings |= run.geometry | ({'engine': 'approximate'} | run.knobs if run.knobs else {})
     return guard.of_bank(
         *found,

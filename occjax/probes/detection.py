@@ -27,12 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from occjax import guard, metrics, names, occlusion, sources, verdict
-from occjax.experiment import devices, hosts, shard, stages, storage, store
+from occjax.experiment import deployment, devices, hosts, shard, stages, storage, store
 from occjax.experiment.run import Run, parts
-from occjax.methods import METHODS
 from occjax.probes import conditions
 from occjax.progress import counted, printable, say
-from occjax.report import verdicts
+from occjax.report import tables, verdicts
 from occjax.types import HeatmapSet, UsageError, condense
 
 _NAME = 32  # letters of a part's name
@@ -40,7 +39,14 @@ _PART = 64  # images that are kept together, at least
 _TELLING = 3  # windows of an image that are named
 
 
-def detect(run: Run, path: str | None, *, fpr: float = 0.05, output: str | None = None):
+def detect(
+    run: Run,
+    path: str | None,
+    *,
+    fpr: float = 0.05,
+    output: str | None = None,
+    detectors: Sequence[str] | None = None,
+):
     """Prints what each image is, how probable, and what each detector says of it.
 
     On a terminal that is a table, else a line of JSON each. The same is in `verdicts.csv`, and with
@@ -50,23 +56,26 @@ def detect(run: Run, path: str | None, *, fpr: float = 0.05, output: str | None 
         run: a finished one.
         path: a file or a folder of images.
         fpr: the share of fresh clean images, of those that the classifier gets right, that each
-            detector may call adversarial.
+            detector may flag.
         output: the folder of these files; None for one in the work directory.
+        detectors: whom to ask, see `deployment.candidates`; None for the paper's, the best of them
+            and those that a sweep has fitted.
 
     Raises:
         UsageError: if `--images` names nothing that can be read, or a stage is missing. If it is
             only some of the files that cannot be read, all others are judged first.
     """
     files = _files(path)
-    swept = [name for name in names.VIEWING if stages.guard_path(run, name).exists()]
-    guards = {
-        name: guard.at_fpr(stages.load_guard(run, name), fpr)
-        for name in [*stages.deployed(run), *swept]
-    }
+    asked = _asked(run, detectors)
+    guards = {name: guard.at_fpr(stages.load_guard(run, name), fpr) for name in asked}
+    finds = [verdicts.finds(name, each) for name, each in guards.items()]
+    for sentence in finds:
+        say(sentence)
     unread, calls = [], collections.Counter()
     with _folder(run, path, output) as folder:
         told = _judged(run, folder, files, guards)
-        with _written(run, folder, Path(path).expanduser(), str(files[0]), guards, fpr) as write:
+        known = dict(fpr=fpr, finds=finds)
+        with _written(run, folder, Path(path).expanduser(), guards, **known) as write:
             for entry in told:
                 write(entry)
                 if 'error' in entry:
@@ -81,14 +90,34 @@ def detect(run: Run, path: str | None, *, fpr: float = 0.05, output: str | None 
         raise UsageError(f'{len(unread)} of {counted(len(files), "file")} could not be read.')
 
 
+def _asked(run, detectors):
+    """Returns the names of the detectors to ask, and says of the best why it is."""
+    swept = [name for name in names.VIEWING if stages.guard_path(run, name).exists()]
+    if detectors is not None:
+        known = [*deployment.candidates(run), *swept]
+        for name in detectors:
+            if name not in known:
+                raise UsageError(f'--detectors={name}: choose from {", ".join(known)}.')
+        return tuple(dict.fromkeys(detectors))
+    aurocs, chosen = stages.choice(run), stages.deployed(run)
+    if aurocs:
+        best = deployment.best(aurocs)
+        say(
+            f'Asked: {tables.words(deployment.PAPERS)}, and the best of {len(aurocs)} scores of '
+            f'this run: {tables.words(best)}. It has the highest AUROC, {aurocs[best]:.3f}, '
+            'against clean and noisy images, on those test images that set thresholds.'
+        )
+    return (*chosen, *swept)
+
+
 def _tell(folder, count, guards, calls, fpr):
-    """Says how many were called, how many could not be, and where the page is."""
-    called = ', '.join(f'{calls[name, verdicts.ADVERSARIAL]} by {name}' for name in guards)
-    say(f'{counted(count, "image")} judged; called adversarial: {called}.')
-    unknown = [f'{n} by {name}' for name in guards if (n := calls[name, verdicts.UNKNOWN])]
+    """Says how many were flagged, how many could not be, and where the page is."""
+    flagged = '; '.join(f'{calls[n, verdicts.FLAGGED]} by {tables.words(n)}' for n in guards)
+    say(f'{counted(count, "image")} judged; flagged: {flagged}.')
+    unknown = [f'{n} by {tables.words(k)}' for k in guards if (n := calls[k, verdicts.UNKNOWN])]
     if unknown and fpr > 0:
         say(
-            f'Not judged, for want of a threshold: {", ".join(unknown)}. At --fpr={fpr:g} it takes '
+            f'Not judged, for want of a threshold: {"; ".join(unknown)}. At --fpr={fpr:g} it takes '
             f'{metrics.fewest(fpr)} clean maps that no detector was fitted on, and of the class '
             'maps of both kinds that they were: more test images, or a larger --fpr.'
         )
@@ -133,9 +162,8 @@ def _judged(run, folder, files, guards) -> Iterator[dict]:
     judge_fn = functools.partial(_judge, few, functools.cache(lambda: stages.load_variables(few)))
     made_from = store.heatmaps_origin(run)
     for name in guards:
-        content = guard.to_arrays(guards[name])
-        content.pop('thresholds')  # These follow from the scores.
-        made_from[name] = storage.digest_of(content)
+        at_one_rate = guard.at_fpr(guards[name], 0.0)  # Thresholds follow from the scores.
+        made_from[name] = storage.digest_of(guard.to_arrays(at_one_rate))
     wanted = []
     for start in range(0, len(files), size):
         here = files[start : start + size]
@@ -184,13 +212,13 @@ def _judge(run, load_fn, files, guards) -> dict[str, np.ndarray]:
     if not images:
         return found
     images = np.array(images, np.float32) / 255
-    seen, said, effects = {(): _see(run, load_fn(), images)}, [], []
+    seen, said, effects = {(): _see(run, load_fn(), images, guards)}, [], []
     for name, each in guards.items():
         if each.views not in seen:
             seen[each.views] = _view(run, load_fn(), each, images, seen[()])
         maps = seen[each.views]
         said.append(guard.judge_maps(each, maps))
-        method, none = METHODS[name], np.zeros((len(images), *run.grid))
+        method, none = guard.METHODS[name], np.zeros((len(images), *run.grid))
         effects.append(verdict.effects(each.bank, maps, method=method) if method.windows else none)
     return found | {
         'predicted': np.asarray(maps.predicted),
@@ -201,8 +229,8 @@ def _judge(run, load_fn, files, guards) -> dict[str, np.ndarray]:
     }
 
 
-def _see(run, variables, images) -> HeatmapSet:
-    """Returns the maps of images that nothing else is known of."""
+def _see(run, variables, images, guards) -> HeatmapSet:
+    """Returns the maps of images that nothing else is known of, and other scores if one asks."""
     predict_fn = functools.partial(conditions.logits_batch, variables, network=run.network)
     devices_here = jax.local_device_count()
     batch_size = min(run.batch_size, -(-len(images) // devices_here) * devices_here)
@@ -214,7 +242,18 @@ def _see(run, variables, images) -> HeatmapSet:
         label=unknown,
         image_id=unknown,
         is_adversarial=unknown.astype(bool),
+        comparators=_compared(run, variables, images, guards),
     )
+
+
+def _compared(run, variables, images, guards):
+    """Returns `names.COMPARATORS` of images, None where no detector is one of them."""
+    learnt = [each.autoencoder for name, each in guards.items() if name in names.COMPARATORS]
+    if not learnt:
+        return None
+    compare_fn = shard.comparing(run, variables, learnt[0])
+    batch_size = min(run.batch_size, len(images))
+    return jnp.asarray(devices.in_batches(compare_fn, images, batch_size=batch_size))
 
 
 def _view(run, variables, each, images, maps):
@@ -258,34 +297,42 @@ def _entries(run, arrays, guards) -> Iterator[dict[str, Any]]:
 
 def _said(name, score, threshold, effect):
     """Returns what a detector says of an image, and the windows that moved its score most."""
-    order = np.abs(effect).argsort(axis=None)[::-1][: _TELLING * METHODS[name].windows]
+    order = np.abs(effect).argsort(axis=None)[::-1][: _TELLING * guard.METHODS[name].windows]
     rows, columns = np.unravel_index(order, effect.shape)
-    word = verdicts.ADVERSARIAL if score > threshold else verdicts.CLEAN
+    word = verdicts.FLAGGED if score > threshold else verdicts.NO_ALARM
     known = bool(threshold < np.inf)
     return {
-        'score': round(float(score), 4),
-        'threshold': round(float(threshold), 4) if np.isfinite(threshold) else None,
+        'score': _rounded(score),
+        'threshold': _rounded(threshold) if np.isfinite(threshold) else None,
         'verdict': word if known else verdicts.UNKNOWN,
         'windows': [
-            {'row': int(r), 'column': int(c), 'effect': round(float(effect[r, c]), 4)}
+            {'row': int(r), 'column': int(c), 'effect': _rounded(effect[r, c])}
             for r, c in zip(rows, columns, strict=True)
         ],
     }
 
 
+def _rounded(value):
+    """Returns a number of six digits; some scores are of the order of 1e-5."""
+    return float(f'{value:.6g}')
+
+
 @contextlib.contextmanager
-def _written(run, folder, path, first, guards, fpr):
-    """Yields a function that adds an entry to what is printed, to the table and to the page."""
+def _written(run, folder, path, guards, *, fpr, finds):
+    """Yields a function that adds an entry to what is printed, to the table and to the page.
+
+    Table and page name files from the folder on that was given, so that they can be shared.
+    """
     origins = occlusion.window_origins(run.image_shape, **run.geometry)
-    root = os.path.join(path, '')
+    root = path.parent if path.is_file() else path
     known = dict(
         title=f'Verdicts on {path.name or path}',
         detectors=list(guards),
         fpr=fpr,
+        finds=finds,
         image_size=run.config.data.image_size,
         window_size=run.config.occlusion.size,
         origins=origins.tolist(),
-        root=root if first.startswith(root) else '',
     )
     row_fn = verdicts.line if sys.stdout.isatty() else _json
     with (
@@ -294,9 +341,12 @@ def _written(run, folder, path, first, guards, fpr):
     ):
         page.write(verdicts.head(**known).encode(errors='backslashreplace'))
         table.write(_csv(verdicts.columns(guards)))
+        if sys.stdout.isatty():
+            print(*verdicts.heading(guards), sep='\n', flush=True)
 
         def write(entry):
             print(printable(row_fn(entry)), flush=True)
+            entry = entry | {'file': os.path.relpath(entry['file'], root)}
             table.write(_csv(verdicts.cells(entry, guards)))
             page.write(verdicts.row(entry).encode())
 

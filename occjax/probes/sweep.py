@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from occjax import averages, guard, guard_file, metrics, names
-from occjax.experiment import judging, stages, storage, store
+from occjax.experiment import deployment, judging, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
 from occjax.methods import METHODS
@@ -136,11 +136,15 @@ def deployed(run: Run, variables: Any, method: str, sets: Mapped | None = None) 
     def make():
         division, noise = mixed(run, sets or mapped(run, variables), run.config.sweep.mixture)
         banks = store.fit_banks(run, division, method, noise)
-        found = judging.first(banks, division, METHODS[method])
+        scored = deployment.of_banks(banks, method, division)
+        controls = {} if noise is None else {'noise': noise}
+        mixture = ', '.join(map(tables.words, run.config.sweep.mixture))
+        known = dict(attacks=f'attacks ({mixture})')
+        known['held_out'] = deployment.held_out(scored.score_fn, division, controls)
         views = run.config.sweep.views
         autoencoder = stages.load_autoencoder(run) if 'reconstruction' in views else None
         sees = dict(views=views, autoencoder=autoencoder)
-        made = stages.guard_of(run, *found, method=method, **sees)
+        made = stages.guard_of(run, *scored[:2], method=method, **sees, **known)
         clean = division.is_judged[0] & ~division.maps.is_adversarial
         return guard.to_arrays(made) | {'judged': division.maps.image_id[clean]}
 

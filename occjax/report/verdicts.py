@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from occjax.report import page
+from occjax import guarding
+from occjax.progress import counted
+from occjax.report import page, tables
 
-ADVERSARIAL, CLEAN, UNKNOWN = 'adversarial', 'clean', 'no threshold'
+FLAGGED, NO_ALARM, UNKNOWN = 'flagged', 'no alarm', 'no threshold'
 UNREAD = 'not read'
 _SHOWN = 128  # pixels a side of a picture in the page; smaller ones are kept as they are
 
@@ -35,9 +37,39 @@ def thumbnail(image: np.ndarray) -> bytes:
     return content.getvalue()
 
 
+def finds(name: str, guard: guarding.Guard) -> str:
+    """Returns what a run's own held-out images say that a detector finds at its thresholds."""
+    detector, shares = tables.words(name), guarding.shares(guard)
+    if shares is None:
+        return f'Nothing says how many attacks {detector} finds.'
+    clean, attacked = shares['clean'], shares['attacked']
+    count = counted(clean.n + shares['misclassified'].n, 'test image')
+    kinds = {'noisy': 'noisy ones', 'misclassified': 'those that are misclassified'}
+    others = [f'{_percent(shares[k])} of {text}' for k, text in kinds.items() if shares[k].n]
+    *flags, last = [f'{_percent(clean)} of clean ones', *others]
+    flags = f'{", ".join(flags)} and {last}' if flags else last
+    text = f'On {count} of this run, which neither fitted it nor set its thresholds, {detector} '
+    text += f'finds {_percent(attacked)} of successful {guard.attacks} and flags {flags}.'
+    if attacked.n and clean.n and attacked.interval[0] <= clean.interval[1]:
+        text += ' Warning: it is not shown to find more attacks than it flags clean images.'
+    return text
+
+
+def _percent(share):
+    """Returns a share, its interval and of how many images it is."""
+    if not share.n:
+        return '– (n = 0)'
+    low, high = (f'{100 * end:.0f}' for end in share.interval)
+    return f'{100 * share.rate:.0f} % ({low} to {high} %, n = {share.n})'
+
+
 def columns(detectors: Iterable[str]) -> list[str]:
     """Returns the head of the table of `cells`."""
-    of_each = [f'{name}_{what}' for name in detectors for what in ('score', 'threshold', 'verdict')]
+    of_each = [
+        f'{tables.words(name)}: {what}'
+        for name in detectors
+        for what in ('score', 'threshold', 'verdict')
+    ]
     return ['file', 'class', 'probability', *of_each, 'error']
 
 
@@ -59,11 +91,19 @@ def line(entry: dict[str, Any]) -> str:
         return f'{UNREAD:<12}  {entry["file"]}: {entry["error"]}'
     said = []
     for name, found in entry['detectors'].items():
-        margin = '' if found['threshold'] is None else found['score'] - found['threshold']
-        by = f' ({margin:+.2f})' if margin != '' else ''
-        said.append(f'{name}: {found["verdict"]}{by}'.ljust(len(name) + 22))
+        by = ''
+        if found['threshold'] is not None:
+            by = f' ({found["score"] - found["threshold"]:+.3g})'
+        said.append(f'{found["verdict"]}{by}'.ljust(max(18, len(tables.words(name)))))
     known = f'{entry["class"]} ({entry["probability"]:.3f})'
     return f'{known:<22}  {"  ".join(said)}  {entry["file"]}'
+
+
+def heading(detectors: Iterable[str]) -> tuple[str, str]:
+    """Returns the two lines that a terminal shows above those of images."""
+    named = '  '.join(tables.words(name).ljust(18) for name in detectors)
+    each = 'class (probability), verdict (score minus threshold) of each detector, file'
+    return f'Of each image: {each}.', f'{"Class":<22}  {named}  File'
 
 
 def head(
@@ -71,39 +111,43 @@ def head(
     title: str,
     detectors: Sequence[str],
     fpr: float,
+    finds: Sequence[str],
     image_size: int,
     window_size: int,
     origins: Sequence[Sequence[int]],
-    root: str,
 ) -> str:
     """Returns `detect.html` up to its entries.
 
     Args:
         title: of the page.
         detectors: names, in the order of an entry's.
-        fpr: the share of clean, correctly classified images that each may call.
+        fpr: the share of clean, correctly classified images that each may flag.
+        finds: a sentence about each, see `finds`.
         image_size, window_size: sides in pixels.
         origins: `[P, 2]`, row and column of each window's first pixel.
-        root: what all file names begin with, and the page need not repeat.
     """
     known = {
-        'detectors': list(detectors),
+        'detectors': [tables.words(name) for name in detectors],
         'size': image_size,
         'window': window_size,
         'origins': [list(map(int, origin)) for origin in origins],
         'colours': _colours(),
         'unread': UNREAD,
-        'root': root,
+        'words': [FLAGGED, NO_ALARM, UNKNOWN, UNREAD],
     }
-    options = ''.join(f'<option>{html.escape(name)}</option>' for name in detectors)
+    names = [html.escape(tables.words(name)) for name in detectors]
+    options = ''.join(f'<option>{name}</option>' for name in names)
+    found = ''.join(f'<p class="lead">{html.escape(sentence)}</p>\n' for sentence in finds)
     verdict_options = ''.join(
-        f'<option>{word}</option>' for word in (ADVERSARIAL, CLEAN, UNKNOWN, UNREAD)
+        f'<option>{word}</option>' for word in (FLAGGED, NO_ALARM, UNKNOWN, UNREAD)
     )
     return (
         f'{page.opening(title, _STYLE)}<header><h1>{html.escape(title)}</h1></header>\n'
-        '<p class="lead">What the classifier predicts, and whether a detector takes the image '
-        f'for attacked: at its threshold it does so with at most {100 * fpr:.3g} % of fresh clean '
-        'ones that the classifier gets right. A map has the probability of the predicted class '
+        f'{found}<p id="counts" role="status"></p>\n'
+        '<p class="lead">What the classifier predicts, and whether a detector flags the image as '
+        f'attacked: its score is above its threshold, as those of at most {100 * fpr:.3g} % of '
+        'fresh clean images are that the classifier gets right. “No alarm” does not mean that an '
+        'image is clean. A map has the probability of the predicted class '
         'with each window covered, from <canvas id="bar" width="64" height="10"></canvas> 0 to 1; '
         'the framed windows moved the score most, up (solid) or down (dashed).</p>\n'
         '<form id="filters" role="search">'
@@ -188,7 +232,9 @@ td.number { text-align: right; }
 td.file { white-space: normal; overflow-wrap: anywhere; min-width: 12em; }
 td canvas { width: 96px; height: 96px; border-radius: 4px; margin-right: 6px; }
 td.said { font-weight: 600; }
-td.adversarial { color: var(--wrong); }
+td.flagged { color: var(--wrong); }
+button:disabled { opacity: 0.4; }
+#counts { font-weight: 600; }
 td.others { color: var(--soft); font-size: 0.8rem; white-space: normal; }
 #count, nav { color: var(--soft); margin: 12px 0; }
 :root { --wrong: #b3261e; }
@@ -203,20 +249,25 @@ const at = id => document.getElementById(id);
 const known = read('known'), entries = read('entries').slice(1), perPage = 50;
 const heads = [['Image'], ['Verdict', said, 1], ['Class', e => e.c, 1],
   ['Probability', e => e.p, -1], ['Score', e => of(e)?.[0], -1], ['Threshold', e => of(e)?.[1], -1],
-  ['File', e => e.f, 1], ['Others']];
+  ['Score minus threshold', margin, -1], ['File', e => e.f, 1], ['Others']];
 let sorting = null, direction = 1, first = 0;
 
 function of(entry) { return entry.d && entry.d[at('detector').selectedIndex]; }
 function said(entry) { return entry.d ? of(entry)[2] : known.unread; }
 
-function name(entry) { return entry.f.slice(known.root.length); }
+function short(number) { return String(Number(number.toPrecision(3))); }
+
+function margin(entry) {
+  const [score, threshold] = of(entry) ?? [];
+  return threshold === undefined || threshold === null ? null : score - threshold;
+}
 
 function chosen() {
   const verdict = at('verdict').value, wanted = at('class').value;
   const words = at('search').value.toLowerCase();
   const low = at('low').valueAsNumber, high = at('high').valueAsNumber;
   const found = entries.filter(e => (!verdict || said(e) === verdict) && (!wanted || e.c === wanted)
-    && (!words || name(e).toLowerCase().includes(words))
+    && (!words || e.f.toLowerCase().includes(words))
     && (isNaN(low) || of(e)?.[0] >= low) && (isNaN(high) || of(e)?.[0] <= high));
   if (sorting === null) return found;
   const key = heads[sorting][1];
@@ -281,8 +332,8 @@ function show() {
     const row = body.insertRow(), pictures = cell(row, '');
     if (!entry.d) {
       cell(row, known.unread, 'said');
-      cell(row, entry.e, 'file').colSpan = 4;
-      cell(row, name(entry), 'file');
+      cell(row, entry.e, 'file').colSpan = 5;
+      cell(row, entry.f, 'file');
       cell(row, '');
       continue;
     }
@@ -307,13 +358,18 @@ function show() {
     cell(row, verdict, `said ${verdict}`);
     cell(row, entry.c);
     cell(row, entry.p.toFixed(3), 'number');
-    cell(row, score.toFixed(2), 'number');
-    cell(row, threshold === null ? '–' : threshold.toFixed(2), 'number');
-    cell(row, name(entry), 'file').title = entry.f;
+    cell(row, short(score), 'number');
+    cell(row, threshold === null ? '–' : short(threshold), 'number');
+    const above = margin(entry);
+    cell(row, above === null ? '–' : (above > 0 ? '+' : '') + short(above), 'number');
+    cell(row, entry.f, 'file');
     cell(row, known.detectors.map((name, i) => `${name}: ${entry.d[i][2]}`)
       .filter((_, i) => i !== at('detector').selectedIndex).join(', '), 'others');
   }
   const last = Math.min(first + perPage, found.length);
+  at('counts').textContent = known.detectors[at('detector').selectedIndex] + ': '
+    + known.words.map(word => [entries.filter(e => said(e) === word).length, word])
+      .filter(([n]) => n).map(([n, word]) => `${n} ${word}`).join(', ');
   at('count').textContent = `${found.length} of ${entries.length} images`;
   at('place').textContent = found.length ? `${first + 1} to ${last}` : 'none';
   at('previous').disabled = first === 0;
@@ -340,7 +396,7 @@ heads.forEach(([name, key, start], i) => {
 const classes = [...new Set(entries.filter(e => e.c).map(e => e.c))];
 classes.sort((a, b) => a.localeCompare(b, 'en', {numeric: true}));
 for (const name of classes) at('class').add(new Option(name));
-at('filters').oninput = () => { first = 0; show(); };
+at('filters').oninput = at('filters').onchange = () => { first = 0; show(); };
 at('filters').onsubmit = event => event.preventDefault();
 at('previous').onclick = () => { first -= perPage; show(); };
 at('next').onclick = () => { first += perPage; show(); };

@@ -80,7 +80,8 @@ def test_verdicts_are_those_of_the_stored_maps(finished, condensed, tmp_path, ca
         Image.fromarray(pixels).save(folder / f'{i}.png')
     said = []
     for run in (condensed, finished[0]):
-        detection.detect(run, str(folder), output=str(tmp_path / 'found'))
+        asked = dict(detectors=('detector', 'all_logits'), output=str(tmp_path / 'found'))
+        detection.detect(run, str(folder), **asked)
         said.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
     for one, other in zip(*said, strict=True):
         scores = [line['detectors']['detector']['score'] for line in (one, other)]

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import html
 import io
 import json
 import os
@@ -15,18 +16,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from occjax import attack, data, guard
+from occjax import attack, data, guard, guarding, metrics
 from occjax.config import Sweep
 from occjax.experiment import judging, shard, stages, store
 from occjax.experiment.run import Speed
 from occjax.methods import METHODS
 from occjax.probes import conditions, detection, sweep
-from occjax.types import UsageError
+from occjax.report import tables, verdicts
+from occjax.types import HeatmapSet, UsageError
 from tests import moves
 from tests.detector_test import toy_maps
 from tests.verdict_test import seed_0
 
 pytestmark = pytest.mark.usefixtures('small_plan')
+ASKED = ('detector', 'all_logits')
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def detect(tmp_path, capsys, monkeypatch):
 
     def call(run, path, **settings):
         capsys.readouterr()
-        settings = dict(output=str(tmp_path / 'found')) | settings
+        settings = dict(output=str(tmp_path / 'found'), detectors=ASKED) | settings
         try:
             detection.detect(run, str(path), **settings)
         finally:
@@ -208,24 +211,30 @@ def test_what_others_lay_beside_it_stays_and_what_it_left_half_made_goes(judged,
     assert not list((tmp_path / 'found').glob('.*'))
 
 
-def test_the_page_shows_names_below_the_folder(judged, detect, tmp_path, monkeypatch):
+def test_page_and_table_name_files_from_the_given_folder_on(judged, detect, tmp_path, monkeypatch):
     run, folder = judged
-    for given, root in ((str(folder), f'{folder}/'), ('.', ''), (str(folder / '1.png'), '')):
-        monkeypatch.chdir(folder)
-        detect(run, given)
-        text = (tmp_path / 'found' / 'detect.html').read_text()
-        assert json.loads(re.search(r'id="known">(.*?)</script>', text).group(1))['root'] == root
+    monkeypatch.chdir(folder)
+    for given, count in ((str(folder), 10), ('.', 10), (str(folder / '1.png'), 1)):
+        assert all(os.path.exists(line['file']) for line in detect(run, given))
+        for name in ('detect.html', 'verdicts.csv'):
+            text = (tmp_path / 'found' / name).read_text()
+            assert len(set(re.findall(r'[^/\w](\d[.]png)', text))) == count
+            assert str(folder) not in text and os.fspath(tmp_path) not in text
 
 
 def test_what_has_no_threshold_is_told_with_the_way_out(judged, detect, capsys):
     run, folder = judged
-    detection.detect(run, str(folder), fpr=0.001, output=str(folder.parent / 'found'))
+    some = dict(detectors=ASKED, output=str(folder.parent / 'found'))
+    detection.detect(run, str(folder), fpr=0.001, **some)
     printed = capsys.readouterr()
-    assert '10 by detector, 10 by all_logits. At --fpr=0.001 it takes 999 clean' in printed.err
+    unjudged = (
+        "10 by Paper's detector; 10 by All logits under all windows. At --fpr=0.001 it takes 999"
+    )
+    assert unjudged in printed.err
     said = [json.loads(line)['detectors']['detector'] for line in printed.out.splitlines()]
     assert all(each['verdict'] == 'no threshold' for each in said)
     for line in detect(run, folder, fpr=1.0):
-        assert line['detectors']['all_logits']['verdict'] in ('adversarial', 'no threshold')
+        assert line['detectors']['all_logits']['verdict'] in ('flagged', 'no threshold')
 
 
 def test_the_table_says_what_is_printed(judged, detect, tmp_path, monkeypatch, capsys):
@@ -238,20 +247,27 @@ def test_the_table_says_what_is_printed(judged, detect, tmp_path, monkeypatch, c
         rows = list(csv.DictReader(file))
     assert len(rows) == len(lines) == 10
     for row, line in zip(rows, lines, strict=True):
-        assert row['file'] == line['file'] and row['error'] == line.get('error', '')
+        assert row['file'] == os.path.basename(line['file']) and row['error'] == line.get(
+            'error', ''
+        )
         for name, said in line.get('detectors', {}).items():
-            assert float(row[f'{name}_score']) == said['score']
-            assert row[f'{name}_verdict'] == said['verdict']
-            assert row[f'{name}_threshold'] == str(said['threshold'] or '')
+            shown = tables.words(name)
+            assert float(row[f'{shown}: score']) == said['score']
+            assert row[f'{shown}: verdict'] == said['verdict']
+            assert row[f'{shown}: threshold'] == str(said['threshold'] or '')
     monkeypatch.setattr('sys.stdout.isatty', lambda: True, raising=False)
     with pytest.raises(UsageError):
-        detection.detect(run, str(folder), fpr=0.3, output=str(tmp_path / 'found'))
-    shown = capsys.readouterr().out.splitlines()
+        some = dict(detectors=ASKED, output=str(tmp_path / 'found'))
+        detection.detect(run, str(folder), fpr=0.3, **some)
+    heading, columns, *shown = capsys.readouterr().out.splitlines()
+    assert 'score minus threshold' in heading
+    assert all(tables.words(name) in columns for name in ASKED)
     assert len(shown) == 10
     for text, line in zip(shown, lines, strict=True):
         assert line['file'] in text and ('not read' in text) == ('error' in line)
-        for name, said in line.get('detectors', {}).items():
-            assert f'{name}: {said["verdict"]}' in text
+        for said in line.get('detectors', {}).values():
+            above = said['threshold'] is not None and said['score'] - said['threshold']
+            assert said['verdict'] + (f' ({above:+.3g})' if above else '') in text
 
 
 def test_a_table_holds_no_formula():
@@ -340,7 +356,7 @@ def test_detect_says_what_the_stored_maps_say(finished, tmp_path, detect, one_in
         said, level = line['detectors']['detector'], levels[maps.predicted[m]]
         assert said['score'] == pytest.approx(scores[m], abs=0.02)
         assert said['threshold'] == pytest.approx(level, abs=1e-3)
-        assert said['verdict'] == ('adversarial' if said['score'] > level else 'clean')
+        assert said['verdict'] == ('flagged' if said['score'] > level else 'no alarm')
         assert len(said['windows']) == 3
 
 
@@ -364,7 +380,7 @@ def test_where_nothing_can_be_written_verdicts_are_printed(judged, detect, monke
     access = os.access
     denied = lambda path, mode: mode != os.W_OK and access(path, mode)  # noqa: E731
     monkeypatch.setattr(os, 'access', denied)
-    detection.detect(run, str(folder))
+    detection.detect(run, str(folder), detectors=ASKED)
     printed = capsys.readouterr()
     assert [json.loads(line) for line in printed.out.splitlines()] == expected
     assert '--output=<folder>' in printed.err
@@ -435,7 +451,7 @@ def test_what_a_sweep_fits_on_its_mixture_is_asked_too(judged, detect, tmp_path)
     )
     swept = run.changed(workdir=tmp_path / 'run', config=config)
     assert 'views_alone.guard.npz: --mode=detect asks it' in sweep.sweep(swept)
-    printed = detect(run.changed(workdir=swept.workdir), folder)
+    printed = detect(run.changed(workdir=swept.workdir), folder, detectors=None)
     logits_fn = run.network.classifier(stages.load_variables(swept))
     images = data.take(run.dataset.test, np.arange(10))
     for name in ('views_alone', 'all_views'):
@@ -443,6 +459,111 @@ def test_what_a_sweep_fits_on_its_mixture_is_asked_too(judged, detect, tmp_path)
         said = guard.judge(known, logits_fn, images)
         found = [entry['detectors'][name] for entry in printed]
         np.testing.assert_allclose([f['score'] for f in found], said.score, atol=2e-3)
-        assert [f['verdict'] == 'adversarial' for f in found] == said.is_adversarial.tolist()
+        assert [f['verdict'] == 'flagged' for f in found] == said.is_adversarial.tolist()
         assert {len(f['windows']) for f in found} == {3 * (name == 'all_views')}
-    assert set(printed[0]['detectors']) == {'detector', 'all_logits', 'views_alone', 'all_views'}
+    assert set(printed[0]['detectors']) == {*stages.deployed(run), 'views_alone', 'all_views'}
+    shares = guarding.shares(known)
+    assert shares['attacked'].n and shares['noisy'].n == 0 == shares['misclassified'].n
+
+
+def judged_by_hand(run, name):
+    """Scores, predicted classes and kinds of test images that seed 0 neither fits nor reserves."""
+    division, controls = store.divide(run, 'held_out'), store.load_controls(run)
+    judged, used = division.is_judged[0], set(division.maps.image_id[~division.is_judged[0]])
+    if name in METHODS:
+        banks = store.load_banks(run, division, 'held_out', name)
+        score_fn = lambda maps: judging.score_banks(banks, METHODS[name], maps)[0]  # noqa: E731
+    else:
+        score_fn = metrics.BASELINES[name].score_fn
+    maps = division.maps
+    rows = [
+        (s, k, 'attacked' if adversarial else 'clean')
+        for s, k, adversarial, here in zip(
+            score_fn(maps), maps.predicted, maps.is_adversarial, judged, strict=True
+        )
+        if here
+    ]
+    for kind, word in (('noise', 'noisy'), ('misclassified', 'misclassified')):
+        maps = controls[kind]
+        for s, k, i in zip(score_fn(maps), maps.predicted, maps.image_id, strict=True):
+            rows += [(s, k, word)] * (i not in used)
+    return rows
+
+
+@pytest.mark.parametrize('name', ['detector', 'magnet_error'])
+def test_what_a_detector_finds_is_counted_on_images_it_never_saw(judged, detect, capsys, name):
+    """At the very threshold that is used, whatever --fpr; and said on page and terminal."""
+    run, folder = judged
+    for fpr in (0.1, 0.4):
+        detection.detect(run, str(folder / '0.png'), fpr=fpr, detectors=[name], output=str(folder))
+        err, page = capsys.readouterr().err, (folder / 'detect.html').read_text()
+        found = guard.at_fpr(stages.load_guard(run, name), fpr)
+        rows = judged_by_hand(run, name)
+        for kind, share in guarding.shares(found).items():
+            flags = [s > found.thresholds[k] for s, k, word in rows if word == kind]
+            assert share == (sum(flags), len(flags))
+        sentence = verdicts.finds(name, found)
+        assert sentence in err and html.escape(sentence) in page
+        shares = guarding.shares(found)
+        for kind in ('attacked', 'clean', 'misclassified'):
+            rate = f'{100 * shares[kind].rate:.0f} % ('
+            assert rate in sentence and f'n = {shares[kind].n})' in sentence
+        assert 'FGSM attacks of ε = 0.3' in sentence
+
+
+@pytest.mark.parametrize(('found', 'warns'), [(18, False), (1, True)])
+def test_a_detector_that_finds_no_more_than_its_false_alarms_is_warned_of(finished, found, warns):
+    one = stages.load_guard(finished[0], 'detector')
+    scores = np.concatenate([np.arange(100) < 4, np.arange(20) < found])
+    kinds = np.repeat([guarding.KINDS.index('clean'), guarding.KINDS.index('attacked')], [100, 20])
+    held_out = guarding.HeldOut(scores, np.zeros(120, int), kinds)
+    one = dataclasses.replace(one, held_out=held_out, thresholds=np.full(10, 0.5))
+    text = verdicts.finds('detector', one)
+    assert ('Warning' in text) == warns
+    assert '4 % (2 to 10 %, n = 100) of clean ones' in text and 'On 100 test images' in text
+
+
+def test_the_best_is_chosen_on_images_that_set_thresholds(judged, detect, capsys, monkeypatch):
+    """And asked beside the paper's; AUROC by pairs. What was judged has no say."""
+    run, folder = judged
+    division, noise = store.divide(run, 'held_out'), store.load_controls(run)['noise']
+    reserved = division.is_reserved[0]
+    ids = division.maps.image_id[reserved]
+    maps = division.maps.select(reserved), noise.select(np.isin(noise.image_id, ids))
+    maps = HeatmapSet.concatenate(maps)
+    found = stages.choice(run)
+    assert {*found} == {*run.config.detector.methods, *metrics.BASELINES}
+    scores, attacked, total, weight = -maps.max_probability, maps.is_adversarial, 0, 0
+    for k in range(10):
+        bad, good = (scores[(maps.predicted == k) & (attacked == kind)] for kind in (True, False))
+        if len(bad) and len(good):
+            wins = (bad[:, None] > good) + (bad[:, None] == good) / 2
+            total, weight = total + wins.sum() / len(good), weight + len(bad)
+    assert found['max_probability'] == pytest.approx(total / weight)
+    best = max(found, key=found.get)
+    printed = detect(run, folder / '0.png', detectors=None)
+    assert [*printed[0]['detectors']] == [*dict.fromkeys(['detector', best])]
+    with pytest.raises(UsageError, match='--detectors=nobody: choose from detector, '):
+        detect(run, folder, detectors=['nobody'])
+    detection.detect(run, str(folder / '0.png'), output=str(folder))
+    assert f'{tables.words(best)}. It has the highest AUROC' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', [*metrics.BASELINES])
+def test_every_score_can_be_asked(judged, detect, name):
+    """Each scores test images as the stored maps say, at a threshold of clean ones."""
+    run, folder = judged
+    maps = store.divide(run, 'held_out').maps
+    maps = maps.select(~maps.is_adversarial & (maps.image_id < 10))
+    lines = detect(run, folder, detectors=[name], fpr=0.2)
+    found = [lines[i]['detectors'][name] for i in maps.image_id]
+    expected = metrics.BASELINES[name].score_fn(maps)
+    np.testing.assert_allclose([f['score'] for f in found], expected, atol=2e-3)
+    assert {len(f['windows']) for f in found} == {3 * name.startswith('map')}
+    clean = store.divide(run, 'held_out')
+    known = clean.known(0, metrics.BASELINES[name].score_fn(clean.maps))
+    levels = metrics.calibration(num_classes=10, **known).thresholds(0.2)
+    for f, k in zip(found, maps.predicted, strict=True):
+        level = np.inf if f['threshold'] is None else f['threshold']
+        assert level == pytest.approx(levels[k], rel=1e-3)
+        assert f['verdict'] in ('flagged', 'no alarm' if np.isfinite(levels[k]) else 'no threshold')

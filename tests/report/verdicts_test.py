@@ -16,11 +16,11 @@ def entries(count):
     """Yields images of three classes, whose number is their score; each tenth cannot be read."""
     rng = np.random.default_rng(0)
     for i in range(count):
-        name = f'/some where/{i} ünï<script>.png'
+        name = f'some where/{i} ünï<script>.png'
         if i % 10 == 7:
             yield {'file': name, 'error': 'it is </script> no image'}
             continue
-        called = 'no threshold' if i % 3 == 2 else 'adversarial' if i % 2 else 'clean'
+        called = 'no threshold' if i % 3 == 2 else 'flagged' if i % 2 else 'no alarm'
         said = {
             'score': float(i),
             'threshold': None if i % 3 == 2 else 5.0,
@@ -30,7 +30,7 @@ def entries(count):
                 {'row': 0, 'column': 1, 'effect': 2},
             ],
         }
-        other = said | {'score': -float(i), 'verdict': 'clean'}
+        other = said | {'score': -float(i), 'verdict': 'no alarm'}
         yield {
             'file': name,
             'class': f'Class {i % 3}',
@@ -44,17 +44,18 @@ def entries(count):
 def page(count, script=''):
     """Returns the page of some entries, at whose end a script acts and writes down what it sees."""
     known = dict(title='Verdicts & more', detectors=['one', 'other'], fpr=0.05, origins=ORIGINS)
-    text = verdicts.head(image_size=SIZE, window_size=4, root='/some where/', **known)
+    known['finds'] = ['It finds <some> & flags others.']
+    text = verdicts.head(image_size=SIZE, window_size=4, **known)
     text += ''.join(map(verdicts.row, entries(count))) + verdicts.tail()
     return text.replace('</main>', f'<pre id="seen"></pre><script>{script}</script></main>')
 
 
 _HELPERS = """
 const files = () => [...document.querySelectorAll('#rows tr')].map(row => parseInt(
-  row.querySelector('td:nth-last-child(2)').textContent));
+  row.querySelector('td:nth-last-child(2)').textContent.split('/')[1]));
 const seen = [], look = () => seen.push(files());
 const set = (id, value) => { at(id).value = value;
-  at(id).dispatchEvent(new Event('input', {bubbles: true})); };
+  at(id).dispatchEvent(new Event(id === 'search' ? 'input' : 'change', {bubbles: true})); };
 const press = key => document.body.dispatchEvent(
   new KeyboardEvent('keydown', {key, bubbles: true}));
 const sort = name => [...document.querySelectorAll('#heads button')]
@@ -68,7 +69,7 @@ def test_it_sorts_and_filters_without_a_message_or_a_request(tmp_path, width):
     acts = """
         look();
         sort('Score'); look(); sort('Score'); look();
-        set('verdict', 'adversarial'); look();
+        set('verdict', 'flagged'); look();
         set('class', 'Class 0'); look();
         set('verdict', ''); set('class', ''); set('low', '20'); set('high', '24'); look();
         set('low', ''); set('high', ''); set('search', '31 Ü'); look();
@@ -76,6 +77,9 @@ def test_it_sorts_and_filters_without_a_message_or_a_request(tmp_path, width):
         set('search', ''); press('ArrowRight'); look();
         set('detector', 'other'); set('verdict', 'not read'); look();
         set('detector', 'other'); set('verdict', ''); sort('Score'); look();
+        seen.push(at('counts').textContent, at('previous').disabled, at('next').disabled);
+        set('low', '30'); seen.push(at('previous').disabled, at('next').disabled);
+        sort('Score minus threshold'); set('low', '');
         press('/'); seen.push(document.activeElement.id);
         seen.push(document.querySelectorAll('script').length);
         at('seen').textContent = JSON.stringify(seen);
@@ -95,11 +99,13 @@ def test_it_sorts_and_filters_without_a_message_or_a_request(tmp_path, width):
     assert called == [i for i in read if i % 2 and i % 3 != 2]
     assert of_class == [i for i in called if i % 3 == 0]
     assert between == [20, 21, 22, 23, 24]
-    assert named == [31] and none == 0  # What is not shown is not searched.
+    assert named == [31] and none == 50
     assert turned == read[50:] + unread
     assert bad == unread
     assert other == (read + unread)[:50]
-    assert rest == ['search', 4]  # No file name has become a script.
+    assert rest[0] == 'Other: 54 no alarm, 6 not read', rest[0]
+    assert rest[1:5] == [True, False, True, True]
+    assert rest[5:] == ['search', 4]  # No file name has become a script.
 
 
 def test_nothing_ends_the_page_early():
