@@ -333,6 +333,67 @@ def planned(
     return found[0]
 
 
+class Row(NamedTuple):
+    """Operations of one kind in a row: what a window computes of them."""
+
+    name: str
+    shape: tuple[int, ...]  # of the result, for one image
+    count: int
+    share: float  # of the result's values that a window computes
+    multiplications: int  # of all of them together, in full
+
+
+class Explanation(NamedTuple):
+    """What a window computes of a network, operation by operation; its `str` is a table."""
+
+    rows: tuple[Row, ...]
+    mixes: int | None  # the first row that is computed whole, if one is
+
+    def __str__(self):
+        lines = [f'{"operation":34}{"result":>28}{"share":>8}{"multiplications":>18}']
+        for name, shape, count, share, products in self.rows:
+            name = f'{name[:26]} x {count}' if count > 1 else name[:32]
+            shape = 'x'.join(map(str, shape))[:26]
+            lines.append(f'{name:34}{shape:>28}{share:>8.1%}{products:>18,}')
+        if self.mixes is None:
+            return '\n'.join([*lines, 'Nothing mixes all pixels.'])
+        after = sum(row.multiplications for row in self.rows[self.mixes :])
+        share = after / max(1, sum(row.multiplications for row in self.rows))
+        name = self.rows[self.mixes].name[:26]
+        last = f'{name} mixes all pixels: it and what follows are {share:.1%} of multiplications.'
+        return '\n'.join([*lines, last])
+
+
+def explain(
+    logits_fn: Callable[..., Array],
+    image_shape: tuple[int, int, int],
+    *weights: Any,
+    size: Sides,
+    stride: Sides,
+    grid: str = 'paper',
+) -> Explanation:
+    """Returns which operations a window computes in part, and which ends the saving.
+
+    Args:
+        logits_fn, image_shape, *weights: see `planned`.
+        size, stride, grid: pixels, see `occlusion.occluded_logits`.
+    """
+    found = planned(logits_fn, image_shape, *weights, size=size, stride=stride, grid=grid)
+    shares = {step.operation.results[0]: step.share for step in found.steps}
+    rows = []
+    for operation in found.program.operations:
+        result = operation.results[0]
+        kind, share = (operation.name, result.shape), shares.get(result, 0.0)
+        row = Row(*kind, 1, share, multiplications(operation))
+        if rows and rows[-1][:2] == kind and rows[-1].share == share:
+            before = rows.pop()
+            both = before.multiplications + row.multiplications
+            row = row._replace(count=before.count + 1, multiplications=both)
+        rows.append(row)
+    whole = (i for i, row in enumerate(rows) if row.share == 1)
+    return Explanation(tuple(rows), next(whole, None))
+
+
 # --- Evaluation. ----------------------------------------------------------------------------------
 
 

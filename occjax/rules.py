@@ -77,6 +77,35 @@ def _unstack(operation):
     return Rule(({i: Link(i - (i > axis)) for i in range(len(shape)) if i != axis},))
 
 
+def _gather(operation):
+    # An axis that no index chooses from goes through as it is.
+    numbers, sizes = operation.params['dimension_numbers'], operation.params['slice_sizes']
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    left = [i for i in range(len(sizes)) if i not in gone]
+    axes = zip(left, numbers.offset_dims, strict=True)
+    links = {
+        i: Link(to)
+        for i, to in axes
+        if i not in numbers.start_index_map and sizes[i] == operation.shapes[0][i]
+    }
+
+    def boxed_params(boxed, shape):
+        return {
+            'slice_sizes': tuple(
+                shape[links[i].axis] if i in links else n for i, n in enumerate(sizes)
+            )
+        }
+
+    return Rule((links, {}), boxed_params)
+
+
+def _dynamic_slice(operation):
+    # An axis that is taken whole starts at 0, whatever it is told.
+    links = _same_axes(operation._replace(operands=operation.operands[:1])).links
+    rest = ({},) * (len(operation.operands) - 1)
+    return Rule(links + rest, lambda boxed, shape: {'slice_sizes': shape})
+
+
 def _custom_jvp(operation):
     is_pointwise = tracing.is_pointwise(operation.primitive, operation.params)
     return _same_axes(operation) if is_pointwise else None
@@ -200,6 +229,8 @@ RULES: dict[str, Callable[[Operation], Rule | None]] = {
     **dict.fromkeys(('split', 'cumsum', 'cumprod', 'cummax', 'cummin'), _along('axis')),
     'cumlogsumexp': _along('axis'),
     'sort': _along('dimension'),
+    'gather': _gather,
+    'dynamic_slice': _dynamic_slice,
     'stack': _stack,
     'unstack': _unstack,
     'tile': _same_axes,  # A tiled axis is longer than it was, so that it is read whole.

@@ -660,6 +660,9 @@ def test_a_fault_of_planning_is_no_slower_map(monkeypatch):
         lambda x: sum(jnp.unstack(x, axis=-1))[..., None] * x,
         lambda x: jnp.tile(x, (1, 1, 1, 2))[..., 1:4],
         lambda x: jnp.sort(x, axis=-1),
+        lambda x: x[..., jnp.array([2, 0, 0])],
+        lambda x: jnp.take(x, jnp.array([2, 1, 0]), axis=-1),
+        lambda x: jax.lax.dynamic_slice(x, (0, 0, 0, 1), (*x.shape[:3], 1)) * x,
     ],
 )
 def test_what_moves_no_pixel_keeps_the_saving(local_fn):
@@ -675,3 +678,26 @@ def test_what_moves_no_pixel_keeps_the_saving(local_fn):
         for module in (incremental, occlusion)
     )
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_an_explanation_adds_up_to_the_ratio():
+    init = functools.partial(vgg.init, image_size=64)
+    weights, settings = jax.eval_shape(init, jax.random.key(0)), dict(size=8, stride=8)
+    table = incremental.explain(vgg.logits, (64, 64, 3), weights, **settings)
+    full = sum(row.multiplications for row in table.rows)
+    window = sum(row.multiplications * row.share for row in table.rows)
+    ratio = incremental.flop_ratio(vgg.logits, (64, 64, 3), weights, **settings)
+    assert full / window == pytest.approx(ratio)
+    assert max(map(len, str(table).splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ('local_fn', 'name'),
+    [(lambda x: jnp.fft.fft2(x, axes=(1, 2)).real, 'fft'), (lambda x: x, 'reduce_sum')],
+)
+def test_an_explanation_names_what_ends_the_saving(local_fn, name):
+    def logits_fn(images):
+        return jnp.tanh(local_fn(jnp.sin(images))).sum((1, 2))
+
+    table = incremental.explain(logits_fn, (32, 32, 3), size=8, stride=8)
+    assert str(table).splitlines()[-1].startswith(f'{name} mixes all pixels')
