@@ -348,6 +348,48 @@ def fill(fill: Any, images: Array) -> Array:
     return jnp.broadcast_to(fill, shape)
 
 
+def weights(
+    state_dict: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], *, of: str
+) -> dict[str, np.ndarray]:
+    """Returns arrays by name, as float32, without the counters of batches that nothing reads.
+
+    Args:
+        state_dict: `{name: array}`.
+        shapes: of every array that the network has.
+        of: what the message calls the network.
+
+    Raises:
+        ValueError: if an array is missing, left over, of another shape, no floats, or has a NaN or
+            an infinity; it names the first such.
+    """
+    arrays = {
+        name: np.asarray(array)
+        for name, array in state_dict.items()
+        if not name.endswith('num_batches_tracked')
+    }
+    for name, shape in shapes.items():
+        if name not in arrays:
+            raise ValueError(
+                f'Expected the state dict of {of}, which has {name!r}; got the names '
+                f'{sorted(arrays)[:4]} ….'
+            )
+        if arrays[name].shape != shape:
+            raise ValueError(
+                f'Expected the state dict of {of}, whose {name} is {list(shape)}, got '
+                f'{list(arrays[name].shape)}.'
+            )
+        if not jnp.issubdtype(arrays[name].dtype, jnp.floating):
+            raise ValueError(f'Expected {name} to be floats, got {arrays[name].dtype}.')
+        finite(name, jnp.asarray(arrays[name], jnp.float32))
+    if left := arrays.keys() - shapes.keys():
+        name = min(left)
+        raise ValueError(
+            f'Expected the state dict of {of}, which has no {name}, got one of '
+            f'{list(arrays[name].shape)}.'
+        )
+    return {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+
+
 def logits_fn(
     logits_fn: LogitsFn, labels: Array | None = None, *, name: str = 'labels'
 ) -> LogitsFn:

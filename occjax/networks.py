@@ -92,7 +92,8 @@ def _torchvision(name, file, digest):
         if name.startswith('vgg'):
             plan = vgg.PLANS[name.removesuffix('_bn')]
             network, variables = of_plan(plan), vgg.from_torchvision(state)
-            vgg.layers(variables, plan)  # Another one's weights raise.
+            if (actual := vgg.torchvision_plan(state)) != plan:
+                raise ValueError(f'Its plan is {plan}, theirs {actual}.')
         else:
             network, variables = _resnet(), resnet.from_torchvision(state)
             found = resnet.depth(variables)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from occjax import checks
 from occjax.types import Array, promoting
 
 BATCH_NORM_EPSILON = 1e-5
@@ -87,6 +88,43 @@ def depth(variables: Variables) -> int:
     return 2 + sum(len(block['layers']) for block in blocks)
 
 
+_NORM = {'scale': 'weight', 'offset': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
+
+
+def _count(names, prefix):
+    """Returns how many parts the names with a prefix have."""
+    parts = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    return len({part.split('.')[0] for part in parts})
+
+
+def _shapes(state_dict, channels):
+    """Returns the arrays' shapes of a ResNet with that stem's width, blocks and classes."""
+    shapes, stem = {}, np.shape(state_dict.get('conv1.weight', ()))
+    inputs = width = stem[0] if stem else 64
+
+    def layer(conv, norm, outputs, inputs, side):
+        shapes[f'{conv}.weight'] = (outputs, inputs, side, side)
+        shapes.update({f'{norm}.{name}': (outputs,) for name in _NORM.values()})
+
+    layer('conv1', 'bn1', width, channels, 7)
+    expansion = 4 if 'layer1.0.conv3.weight' in state_dict else 1
+    for n in range(4):
+        inner, outputs = width * 2**n, width * 2**n * expansion
+        for i in range(max(1, _count(state_dict, f'layer{n + 1}.'))):
+            prefix = f'layer{n + 1}.{i}'
+            if expansion > 1:
+                plan = [(inner, inputs, 1), (inner, inner, 3), (outputs, inner, 1)]
+            else:
+                plan = [(inner, inputs, 3), (inner, inner, 3)]
+            for j, shape in enumerate(plan, start=1):
+                layer(f'{prefix}.conv{j}', f'{prefix}.bn{j}', *shape)
+            if not i and (n or inputs != outputs):
+                layer(f'{prefix}.downsample.0', f'{prefix}.downsample.1', outputs, inputs, 1)
+            inputs = outputs
+    classes = np.shape(state_dict.get('fc.weight', ()))[:1] or (1000,)
+    return shapes | {'fc.weight': (*classes, inputs), 'fc.bias': classes}
+
+
 def from_torchvision(
     state_dict: dict[str, np.ndarray],
     *,
@@ -100,18 +138,15 @@ def from_torchvision(
         mean, std: the normalisation that the weights were trained with, torchvision's by default.
 
     Raises:
-        ValueError: if the dictionary isn't that of such a ResNet.
+        ValueError: if the dictionary isn't that of such a ResNet: by the names and the shapes of
+            all arrays, of which the first convolution's width and the classes are free.
     """
-    arrays = {name: np.asarray(array, np.float32) for name, array in state_dict.items()}
+    of = 'a torchvision ResNet'
+    arrays = checks.weights(state_dict, _shapes(state_dict, len(mean)), of=of)
 
     def layer(conv, norm):
-        names = {'scale': 'weight', 'offset': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
-        found = {key: arrays[f'{norm}.{name}'] for key, name in names.items()}
-        return {'kernel': arrays[f'{conv}.weight'].transpose(2, 3, 1, 0)} | found
-
-    def count(prefix):
-        parts = (name.removeprefix(prefix) for name in arrays if name.startswith(prefix))
-        return len({part.split('.')[0] for part in parts})
+        statistics = {key: arrays[f'{norm}.{name}'] for key, name in _NORM.items()}
+        return {'kernel': arrays[f'{conv}.weight'].transpose(2, 3, 1, 0)} | statistics
 
     def block(prefix):
         convs = [i for i in range(1, 4) if f'{prefix}.conv{i}.weight' in arrays]
@@ -121,18 +156,13 @@ def from_torchvision(
             'shortcut': [layer(f'{down}.0', f'{down}.1')] if f'{down}.0.weight' in arrays else [],
         }
 
-    try:
-        variables = {
-            'stem': layer('conv1', 'bn1'),
-            'stages': [
-                [block(f'layer{n}.{i}') for i in range(count(f'layer{n}.'))] for n in range(1, 5)
-            ],
-            'linear': {'kernel': arrays['fc.weight'].T, 'bias': arrays['fc.bias']},
-            'pixel_stats': {'mean': np.float32(mean), 'std': np.float32(std)},
-        }
-    except KeyError as error:
-        raise ValueError(
-            f'Expected the state dict of a torchvision ResNet, which has {error}; got the names '
-            f'{sorted(arrays)[:4]} ….'
-        ) from None
+    variables = {
+        'stem': layer('conv1', 'bn1'),
+        'stages': [
+            [block(f'layer{n}.{i}') for i in range(_count(arrays, f'layer{n}.'))]
+            for n in range(1, 5)
+        ],
+        'linear': {'kernel': arrays['fc.weight'].T, 'bias': arrays['fc.bias']},
+        'pixel_stats': {'mean': np.float32(mean), 'std': np.float32(std)},
+    }
     return jax.tree.map(jnp.asarray, variables)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from occjax import names
+from occjax import checks, names
 from occjax.types import Array, promoting
 
 Plan = tuple[int | str, ...]
@@ -364,7 +364,56 @@ def summary(
     return rows
 
 
-_LEAVES = ('weight', 'bias')  # of each of torchvision's layers
+_TORCHVISION = "a torchvision 'vgg*_bn' model"
+_NORM = ('weight', 'bias', 'running_mean', 'running_var')  # of torchvision's layers
+
+
+def _number(name, part):
+    """Returns what stands for a layer's number in a name of that part; '' in others."""
+    head, number, *_ = *name.split('.'), ''
+    return number if head == part and number.isdigit() else ''
+
+
+def torchvision_plan(state_dict: dict[str, np.ndarray]) -> Plan:
+    """Returns the plan of a state dict's convolutions, by their numbers and widths.
+
+    A convolution, its normalisation and its ReLU are three layers, a pool is a fourth. The pool at
+    the end has no weights to tell it, but all of torchvision's have one.
+
+    Raises:
+        ValueError: if the numbers are those of no VGG with batch normalisation.
+    """
+    numbers = sorted({int(n) for name in state_dict if (n := _number(name, 'features'))})
+    plan, after = (), 0
+    for number in numbers[::2]:
+        if number - after not in (0, 1) or number + 1 not in numbers:
+            raise ValueError(
+                f'Expected the state dict of {_TORCHVISION}, which has no features.{number}.'
+            )
+        plan += ('M',) * (number - after)
+        plan += (len(state_dict.get(f'features.{number}.bias', ())),)
+        after = number + 3
+    return (*plan, 'M')
+
+
+def _shapes(state_dict, numbers, channels):
+    """Returns the shapes of all arrays, by the widths of the layers' biases."""
+    shapes, inputs = {}, channels
+    widths = [width for width in torchvision_plan(state_dict) if width != 'M']
+    for number, width in zip(numbers['features'][::2], widths, strict=True):
+        shapes[f'features.{number}.weight'] = (width, inputs, 3, 3)
+        shapes[f'features.{number}.bias'] = (width,)
+        shapes.update({f'features.{number + 1}.{name}': (width,) for name in _NORM})
+        inputs = width
+    first = np.shape(state_dict.get(f'classifier.{numbers["classifier"][0]}.weight', ()))
+    # A square of cells an image side: torchvision's is 7, others follow from other sides.
+    inputs *= math.isqrt(first[1] // inputs) ** 2 if len(first) == 2 else POOLED_SIDE**2
+    for number in numbers['classifier']:
+        width = len(state_dict.get(f'classifier.{number}.bias', ()))
+        shapes[f'classifier.{number}.weight'] = (width, inputs)
+        shapes[f'classifier.{number}.bias'] = (width,)
+        inputs = width
+    return shapes
 
 
 def from_torchvision(
@@ -389,18 +438,19 @@ def from_torchvision(
     References:
         https://docs.pytorch.org/vision/stable/models/vgg.html
     """
-    arrays = {name: np.asarray(array) for name, array in state_dict.items()}
     numbers = {
-        part: sorted({int(name.split('.')[1]) for name in arrays if name.startswith(part + '.')})
+        part: sorted({int(n) for name in state_dict if (n := _number(name, part))})
         for part in ('features', 'classifier')
     }
-    wanted = [f'{part}.{n}.{leaf}' for part in numbers for n in numbers[part] for leaf in _LEAVES]
-    is_normalised = any(name.endswith('running_mean') for name in arrays)
-    if not is_normalised or len(numbers['classifier']) != 3 or not arrays.keys() >= {*wanted}:
+    is_normalised = any(name.endswith('running_mean') for name in state_dict)
+    heads = [f'classifier.{n}.weight' for n in numbers['classifier']]
+    if not is_normalised or len(heads) != 3 or not state_dict.keys() >= {*heads}:
         raise ValueError(
-            "Expected the state dict of a torchvision 'vgg*_bn' model: features with batch "
-            f'normalisation and three classifier layers, got the names {sorted(arrays)[:4]} ….'
+            f'Expected the state dict of {_TORCHVISION}: features with batch '
+            f'normalisation and three classifier layers, got the names {sorted(state_dict)[:4]} ….'
         )
+    shapes = _shapes(state_dict, numbers, len(mean))
+    arrays = checks.weights(state_dict, shapes, of=_TORCHVISION)
     conv, batch_stats = [], []
     for number in numbers['features'][::2]:  # A convolution at n, its batch norm at n + 1.
         weight, norm = arrays[f'features.{number}.weight'], f'features.{number + 1}.'

@@ -111,6 +111,107 @@ def test_other_weights_are_no_resnet():
         resnet.from_torchvision({'conv1.weight': np.zeros((4, 3, 7, 7))})
 
 
+def changed(name, array):
+    """Returns what puts another array in a ResNet's place, or none."""
+
+    def change(state):
+        return {k: v for k, v in (state | {name: array}).items() if v is not None}
+
+    return change
+
+
+OTHERS = {
+    'CIFAR': (BASIC, changed('conv1.weight', np.zeros((4, 3, 3, 3), np.float32)), r'conv1.weight '),
+    'grey': (BASIC, changed('conv1.weight', np.zeros((4, 1, 7, 7), np.float32)), r'conv1.weight '),
+    'ResNeXt': (
+        BOTTLENECK,
+        changed('layer1.0.conv2.weight', np.zeros((4, 2, 3, 3), np.float32)),
+        r'layer1.0.conv2.weight is \[4, 4, 3, 3\], got \[4, 2, 3, 3\]',
+    ),
+    'wide': (
+        BOTTLENECK,
+        changed('layer1.0.conv1.weight', np.zeros((8, 4, 1, 1), np.float32)),
+        r'layer1.0.conv1.weight is \[4, 4, 1, 1\], got \[8, 4, 1, 1\]',
+    ),
+    'SE': (
+        BASIC,
+        changed('layer2.1.se.fc.weight', np.zeros((4, 4), np.float32)),
+        r'has no layer2.1.se.fc.weight, got one of \[4, 4\]',
+    ),
+    'bias': (BASIC, changed('conv1.bias', np.zeros(4, np.float32)), r'has no conv1.bias'),
+    'missing': (
+        BASIC,
+        changed('layer3.0.bn2.running_var', None),
+        r"has 'layer3.0.bn2.running_var'",
+    ),
+    'integers': (
+        BASIC,
+        changed('fc.bias', np.zeros(10, np.int8)),
+        'fc.bias to be floats, got int8',
+    ),
+    'NaN': (BASIC, changed('fc.bias', np.full(10, np.nan)), 'fc.bias to be numbers, got NaN'),
+}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_weights_of_another_network_are_refused_by_the_array_that_differs(tmp_path, name):
+    kind, change, message = OTHERS[name]
+    file = save(tmp_path / 'w.npz', change(state_dict(kind)))
+    depth = {BASIC: 18, BOTTLENECK: 50}[kind]
+    with pytest.raises(
+        UsageError, match=f'not hold weights of resnet{depth}: .*{message}'
+    ) as caught:
+        networks.load(f'torchvision:resnet{depth}:{file}')
+    assert '\n' not in str(caught.value)
+
+
+def test_counters_of_batches_are_no_weights():
+    state = state_dict(BASIC)
+    counted = state | {'bn1.num_batches_tracked': np.int64(7)}
+    found, expected = map(resnet.from_torchvision, (counted, state))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def vgg_state(plan, *, side=7, width=1):
+    """Returns a state dict of torchvision's names for a plan."""
+    state, number, inputs = {}, 0, 3
+    for outputs in plan:
+        if outputs != 'M':
+            outputs *= width
+            state[f'features.{number}.weight'] = np.ones((outputs, inputs, 3, 3), np.float32)
+            state[f'features.{number}.bias'] = np.ones(outputs, np.float32)
+            for name in ('weight', 'bias', 'running_mean', 'running_var'):
+                state[f'features.{number + 1}.{name}'] = np.ones(outputs, np.float32)
+            inputs = outputs
+        number += 1 if outputs == 'M' else 3
+    inputs *= side**2
+    for number, outputs in ((0, 8), (3, 8), (6, 5)):
+        state[f'classifier.{number}.weight'] = np.ones((outputs, inputs), np.float32)
+        state[f'classifier.{number}.bias'] = np.ones(outputs, np.float32)
+        inputs = outputs
+    return state
+
+
+def test_a_vgg_of_another_plan_is_refused(tmp_path):
+    """Of the same widths too, where only pools lie elsewhere; and layers that are left over."""
+    assert vgg.torchvision_plan(vgg_state(vgg.VGG11)) == vgg.VGG11
+    moved = (64, 128, 'M', 'M', *vgg.VGG11[4:])
+    shifted = (64, 128, 'M', 256, 256, 'M', *vgg.VGG11[7:])
+    whole = vgg_state(vgg.VGG11)
+    weight = np.zeros((8, 3, 5, 5), np.float32)
+    for state, message in (
+        (vgg_state(shifted), 'Its plan is'),
+        (vgg_state(moved), 'has no features'),
+        (vgg_state(vgg.VGG13), 'Its plan is'),
+        (whole | {'features.0.weight': weight}, r'features.0.weight is \[64, 3, 3, 3\], got'),
+        (whole | {'attention.weight': weight}, r'has no attention.weight'),
+        (whole | {'classifier.3.weight': weight[0, 0]}, r'classifier.3.weight is \[8, 8\], got'),
+    ):
+        file = save(tmp_path / 'w.npz', state)
+        with pytest.raises(UsageError, match=f'not hold weights of vgg11_bn: .*{message}'):
+            networks.load(f'torchvision:vgg11_bn:{file}')
+
+
 def save(path, state):
     if path.suffix == '.npz':
         np.savez(path, **state)
