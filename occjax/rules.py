@@ -106,6 +106,25 @@ def _dynamic_slice(operation):
     return Rule(links + rest, lambda boxed, shape: {'slice_sizes': shape})
 
 
+def _update_slice(operation):
+    out, update = operation.shapes[:2]
+    gone = [i for i, n in enumerate(out) if update[i] != n]
+    return _same_axes(operation, gone)
+
+
+def _scatter(operation):
+    # An axis that no index chooses from, and that an update covers, goes through as it is.
+    numbers, (out, _, update) = operation.params['dimension_numbers'], operation.shapes
+    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    left = [i for i in range(len(out)) if i not in gone]
+    places = [
+        (i, at)
+        for i, at in zip(left, numbers.update_window_dims, strict=True)
+        if i not in numbers.scatter_dims_to_operand_dims and update[at] == out[i]
+    ]
+    return Rule(({i: Link(i) for i, _ in places}, {}, {at: Link(i) for i, at in places}))
+
+
 def _custom_jvp(operation):
     is_pointwise = tracing.is_pointwise(operation.primitive, operation.params)
     return _same_axes(operation) if is_pointwise else None
@@ -231,6 +250,9 @@ RULES: dict[str, Callable[[Operation], Rule | None]] = {
     'sort': _along('dimension'),
     'gather': _gather,
     'dynamic_slice': _dynamic_slice,
+    'dynamic_update_slice': _update_slice,
+    **dict.fromkeys(('scatter', 'scatter-add', 'scatter_mul'), _scatter),
+    'top_k': _along('axis'),
     'stack': _stack,
     'unstack': _unstack,
     'tile': _same_axes,  # A tiled axis is longer than it was, so that it is read whole.

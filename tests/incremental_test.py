@@ -663,6 +663,10 @@ def test_a_fault_of_planning_is_no_slower_map(monkeypatch):
         lambda x: x[..., jnp.array([2, 0, 0])],
         lambda x: jnp.take(x, jnp.array([2, 1, 0]), axis=-1),
         lambda x: jax.lax.dynamic_slice(x, (0, 0, 0, 1), (*x.shape[:3], 1)) * x,
+        lambda x: jax.lax.dynamic_update_slice(x, x[..., :1] * 2, (0, 0, 0, 1)),
+        lambda x: x.at[..., 0].set(x[..., 1]),
+        lambda x: x.at[..., 1].add(x[..., 2]),
+        lambda x: jax.lax.top_k(x, 3)[0],
     ],
 )
 def test_what_moves_no_pixel_keeps_the_saving(local_fn):
