@@ -31,14 +31,14 @@ except ImportError:
 try:
     import jax
 except ValueError as unreadable:  # JAX reads its environment before anyone can ask it to.
-    print(f'launch.py: {unreadable}: mend it, or leave it out.', file=sys.stderr)
+    print(f'launch.py: {str(unreadable)!r}: mend it, or leave it out.', file=sys.stderr)
     sys.exit(2)
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from occjax import names
 from occjax.config import Config, to_json
-from occjax.progress import printable
+from occjax.progress import printable, printable_lines, tell_end
 from occjax.types import UsageError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'digits.py'
@@ -90,6 +90,8 @@ class PathParser(flags.ArgumentParser):
 
     def parse(self, argument):
         """Returns the path, or None."""
+        if argument == '':
+            raise ValueError('it names no path: name one, or leave the flag out')
         return argument and expanded(argument)
 
     def flag_type(self):
@@ -250,6 +252,7 @@ def main(_):
     limit = memory.parse(_MEMORY_LIMIT.value) if _MEMORY_LIMIT.value is not None else None
     shares = thresholds()
     check_settings()
+    check_mode(config)
     if _BENCHMARK_TARGET.value and not jax.config.jax_platforms:
         jax.config.update('jax_platforms', 'cpu')  # A compiler's package would seek its device.
     hosts.start(
@@ -344,9 +347,9 @@ def run_modes(config, limit, shares):
         if mode in _SHARED or hosts.is_first():
             tables = modes[mode](run)
             if tables:
-                print(tables)
+                print(printable_lines(tables))
             if mode == 'report':
-                print(f'Report: {run.workdir / "report" / "report.html"}')
+                print(printable(f'Report: {run.workdir / "report" / "report.html"}'))
         hosts.wait(mode)
 
 
@@ -385,6 +388,30 @@ def check_size(config):
         raise UsageError(
             f'config.data.image_size is {size}: expected at least {least}, as '
             f'{config.classifier.plan} halves images {plan.count("M")} times.'
+        )
+
+
+# Flags, by how they begin, that some modes alone read.
+_READ_BY = {
+    **dict.fromkeys(('images', 'fpr', 'detectors', 'output'), ('detect',)),
+    'benchmark_': ('benchmark', 'fidelity'),
+    'fidelity_': ('fidelity',),
+}
+
+
+def check_mode(config):
+    """Refuses flags that the mode, or the data set, does not read."""
+    for start, modes in _READ_BY.items():
+        for name in flags.FLAGS:
+            if name.startswith(start) and flags.FLAGS[name].present and _MODE.value not in modes:
+                raise UsageError(
+                    f'--{name}={flags.FLAGS[name].value}: --mode={_MODE.value} does not read it: '
+                    f'leave it out, or choose --mode={modes[0]}.'
+                )
+    if _DATA_DIR.value and config.data.name == 'digits':
+        raise UsageError(
+            f'--data_dir={_DATA_DIR.value}: the digits come with scikit-learn: leave it out, or '
+            'choose another --config.'
         )
 
 
@@ -458,17 +485,14 @@ def check_fields(argv: list[str]):
 
 def crash(error: Exception):
     """Shows where an error comes from that is nobody's mistake, and ends, with all hosts."""
+    print(printable_lines(''.join(traceback.format_exception(error))), file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
-        traceback.print_exc()
         line = f'{type(error).__name__}: {" ".join(str(error).split()):.300}'
-        print(
-            f'launch.py: {line}: if another host is gone, the same command goes on from what is '
-            'finished.',
-            file=sys.stderr,
-            flush=True,
+        tell_end(
+            f'{line}: if another host is gone, the same command goes on from what is finished.'
         )
         leave(line, 1)
-    raise error
+    sys.exit(1)
 
 
 def end_on(*signals: signal.Signals):
@@ -496,7 +520,7 @@ def end_on(*signals: signal.Signals):
 
 def fail(line: str, exit_fn: Callable[[int], None] = sys.exit):
     """Prints the one line that a person needs, and ends with exit code 2, with all hosts."""
-    print(f'launch.py: {printable(line)}', file=sys.stderr, flush=True)
+    tell_end(line)
     leave(line, 2)
     exit_fn(2)
 
@@ -509,14 +533,10 @@ def leave(line: str, code: int):
         hosts.fail(line, code)
 
 
-if __name__ == '__main__':
-    end_on(signal.SIGINT, signal.SIGTERM)
-    jax.config.config_with_absl()
-    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell much; --verbosity=0 lets them.
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors='replace')  # A console may lack our signs.
+def reported(run_fn: Callable[[], None]):
+    """Runs the program, and ends by exit code 2 and a line where the user can mend what failed."""
     try:
-        app.run(main, flags_parser=parse)
+        run_fn()
     except UsageError as error:
         fail(str(error))
     except OSError as error:  # A full disk, one that is read-only, a folder that is gone.
@@ -535,3 +555,12 @@ if __name__ == '__main__':
         )
     except Exception as error:
         crash(error)
+
+
+if __name__ == '__main__':
+    end_on(signal.SIGINT, signal.SIGTERM)
+    jax.config.config_with_absl()
+    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell much; --verbosity=0 lets them.
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors='replace')  # A console may lack our signs.
+    reported(lambda: app.run(main, flags_parser=parse))

@@ -89,6 +89,8 @@ def _check(section, prefix=''):
             holds = _is_a(value, kind) and all(each is None or fits(each) for each in values)
             expected = f'{_NOUNS.get(kind, "")} {field.metadata.get("expected", "")}'.strip()
             _require(holds, path, value, expected)
+            if kind == tuple[str, ...]:
+                _require(len({*value}) == len(value), path, value, 'each of them once')
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -328,8 +330,6 @@ class Config:
         sees = {*self.sweep.methods, *self.adaptive.methods}
         fits = self.sweep.views != () or not {*names.VIEWING} & sees
         yield 'sweep.views', fits, f'at least one, for {" and ".join(names.VIEWING)}'
-        fits = len({*self.sweep.views}) == len(self.sweep.views)
-        yield 'sweep.views', fits, 'each of them once'
         fits = 'all_views' not in self.adaptive.methods or 'all_views' in self.sweep.methods
         yield 'adaptive.methods', fits, 'all_views only if sweep.methods has it, which maps windows'
         fits = self.sweep.twin != '' or not set(names.TWINNED) & set(self.sweep.methods)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from occjax import sources, streams
-from occjax.progress import Progress
+from occjax.progress import Progress, counted
 from occjax.streams import Stream
 from occjax.types import Batch, Dataset, Split, UsageError
 
@@ -240,7 +240,7 @@ def _resplit(labels, class_names, per_class, seed):
         if len(rows) <= per_class:
             raise UsageError(
                 f'data.resplit_per_class={per_class} leaves no training image of {class_name}, '
-                f'which has {len(rows)} images.'
+                f'which has {counted(len(rows), "image")}.'
             )
         is_test[rows[:per_class]] = True
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
@@ -251,7 +251,7 @@ def _subset(rows, count, field, rng):
     if count is None:
         return rows
     if not 0 < count <= len(rows):
-        raise UsageError(f'{field}={count}, but there are {len(rows)} images to choose from.')
+        raise UsageError(f'{field}={count}, but it chooses from {counted(len(rows), "image")}.')
     return np.sort(rng.choice(rows, count, replace=False))
 
 

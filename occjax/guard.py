@@ -23,6 +23,7 @@ from occjax.guard_file import from_arrays, load, save, to_arrays
 from occjax.guarding import METHODS, Guard, Verdict, at_fpr, check, judge, judge_maps, of_bank
 from occjax.metrics import Share
 from occjax.occlusion import ProgressFn
+from occjax.progress import counted
 from occjax.types import Array, HeatmapSet, LogitsFn
 
 __all__ = [
@@ -351,8 +352,9 @@ def _fitted(keys, method, maps, kinds, count, steps):
     counts = np.bincount(fits.is_adversarial, minlength=2)
     if not counts.all():
         raise ValueError(
-            f'{counts[0]} clean images and {counts[1]} successful attacks are left to fit on: more '
-            'images, other attacks, or labels that the classifier agrees with.'
+            f'{counted(counts[0], "clean image")} and {counted(counts[1], "successful attack")} '
+            'are left to fit on: more images, other attacks, or labels that the classifier agrees '
+            'with.'
         )
     bank = _bank(*keys, method, fits, steps) if hasattr(method, 'inputs_fn') else {}
     return bank, _calibrated(bank, method, fits, sets)

@@ -17,6 +17,7 @@ from occjax import checks, comparators, detector, engine, metrics, names, verdic
 from occjax import views as views_lib
 from occjax.fills import Fill
 from occjax.methods import METHODS
+from occjax.progress import counted
 from occjax.types import Array, HeatmapSet, LogitsFn
 
 METHODS = {name: METHODS[name] for name in METHODS if name not in names.RIVALS} | metrics.BASELINES
@@ -229,7 +230,7 @@ def warn_of_lacking(guard: Guard):
     counts = np.bincount(np.asarray(guard.calibration.predicted), minlength=count)
     needed = f'({metrics.fewest(guard.fpr)} are needed)'
     reasons = [
-        f'{guard.class_names[k]} ({counts[k]} clean images)'
+        f'{guard.class_names[k]} ({counted(counts[k], "clean image")})'
         if fitted[k]
         else f'{guard.class_names[k]} (no attacks, or no clean images, to learn from)'
         for k in lacking[:_NAMED]
@@ -239,7 +240,9 @@ def warn_of_lacking(guard: Guard):
         text = f'No threshold at fpr {guard.fpr:g} {needed} for {", ".join(reasons)}: '
         text += 'this guard flags nothing' + ' there' * (len(lacking) < count)
     else:
-        text = f'{counts.sum()} clean images: too few for a threshold at fpr {guard.fpr:g} '
+        text = (
+            f'{counted(counts.sum(), "clean image")}: too few for a threshold at fpr {guard.fpr:g} '
+        )
         text += f'{needed}: this guard flags nothing'
     warnings.warn(f'{text}. Give it more images, or a larger fpr.', stacklevel=3)
 

@@ -3,6 +3,7 @@
 import sys
 import time
 import unicodedata
+from typing import TextIO
 
 
 def printable(text: str) -> str:
@@ -11,9 +12,19 @@ def printable(text: str) -> str:
     return ''.join(c if fine else repr(c)[1:-1] for c, fine in zip(text, shown, strict=True))
 
 
+def printable_lines(text: str) -> str:
+    """Returns text of several lines, each of them `printable`."""
+    return '\n'.join(map(printable, text.split('\n')))
+
+
+def tell_end(line: str, file: TextIO | None = None):
+    """Prints why the program ends, in a line; the default is stderr."""
+    print(f'launch.py: {printable(line)}', file=file or sys.stderr, flush=True)
+
+
 def counted(count: int, noun: str) -> str:
     """Returns how many there are, `1 image` or `2 images`."""
-    return f'{count} {noun}' + 's' * (count != 1)
+    return f'{count} {noun}' + ('es' if noun.endswith('s') else 's') * (count != 1)
 
 
 def say(line: str):

@@ -12,7 +12,6 @@ import functools
 import io
 import logging
 import re
-import sys
 import tarfile
 import unicodedata
 import warnings
@@ -22,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from occjax.progress import say
+from occjax.progress import counted, say
 from occjax.types import UsageError
 
 TRAIN = ('train', 'training')  # What the splits of a folder may be called, the first found first.
@@ -115,7 +114,9 @@ def all_unreadable(errors: Sequence[UsageError], count: int) -> UsageError:
         return errors[0]
     told = sorted(str(error).removeprefix(_UNREADABLE) for error in errors)
     rest = f'; and {len(told) - 10} more' if len(told) > 10 else ''
-    return UsageError(f'Cannot read {len(told)} of {count} images: {"; ".join(told[:10])}{rest}.')
+    return UsageError(
+        f'Cannot read {len(told)} of {counted(count, "image")}: {"; ".join(told[:10])}{rest}.'
+    )
 
 
 def _pillow():
@@ -284,7 +285,7 @@ def tell_skipped(root: Path, skipped: collections.Counter):
     """Says on stderr what `images_in` has counted."""
     if skipped:
         kinds = ', '.join(f'{kind} ({count})' for kind, count in skipped.most_common(10))
-        say(f'Skipped in {root} {skipped.total()} that are no image files: {kinds}.')
+        say(f'Skipped in {root}: {counted(skipped.total(), "file")} without an image: {kinds}.')
 
 
 @functools.cache
@@ -444,7 +445,7 @@ def _prepare(builder):
                 self.info.features['label'].names = names.decode().split()
                 return {'train': _cifar10(path, 'train'), 'test': _cifar10(path, 'test')}
 
-    print(f'Preparing {builder.info.full_name} in {builder.data_dir_root}', file=sys.stderr)
+    say(f'Preparing {builder.info.full_name} in {builder.data_dir_root}')
     try:
         manual.parent.mkdir(parents=True, exist_ok=True)
         if not manual.exists():

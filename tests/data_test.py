@@ -500,7 +500,7 @@ class FolderTest(TemporaryTest):
         os.mkfifo(path / 'pipe.png')
         dataset, said = self.stderr_of_load()
         np.testing.assert_array_equal(dataset.train.images, expected.train.images)
-        self.assertIn(f'Skipped in {self.folder} 9 that are no image files', said)
+        self.assertIn(f'Skipped in {self.folder}: 9 files without an image', said)
         for kind in ('.txt (2)', '.h5 (1)', 'suffix (1)', 'of classes (1)', 'images (1)'):
             self.assertIn(kind, said)
         self.assertIn('dangling links (1)', said)

@@ -11,7 +11,7 @@ from absl.testing import flagsaver
 import launch as launch_lib
 from configs import digits
 from occjax.benchmark import engines, fidelity, peer
-from occjax.experiment import stages, storage
+from occjax.experiment import hosts, stages, storage
 from occjax.probes import detection, evasion, sweep
 from occjax.types import UsageError
 from tests.conftest import ROOT
@@ -112,10 +112,51 @@ def refused(command, *arguments):
             ['--mode=benchmark', '--benchmark_peer=captum', '--config.classifier.thermometer=4'],
             'captum cannot be compared on a thermometer of 4 levels',
         ),
+        (
+            ['--config=digits', '--config.attack.epsilon=nan'],
+            'config.attack.epsilon is nan: expected a number from 0 to 1',
+        ),
+        (['--fpr=2'], '--fpr=2: 2.0 is not a number in the range [0.0, 1.0]'),
+        (['--mode=detect', '--images='], '--images=: it names no path: name one, or leave'),
+        (['--images='], '--images=: it names no path: name one, or leave'),
+        (['--engine=fast', '--mode=train'], '--engine=fast: value should be one of <auto|full'),
+        (
+            ['--mode=benchmark', '--benchmark_target=tpu:moon'],
+            '--benchmark_target=tpu:moon: no compiler for it:',
+        ),
+        (
+            ['--benchmark_target=tpu:moon'],
+            '--benchmark_target=tpu:moon: --mode=all does not read it',
+        ),
+        (
+            ['--workdir=/dev/null/x'],
+            'Cannot use --workdir=/dev/null/x: Not a directory: choose another',
+        ),
+        (['--config.seed=-1'], 'config.seed is -1: expected a whole number from 0'),
+        (
+            ["--config.sweep.attacks=('pgd','pgd')"],
+            "config.sweep.attacks is ('pgd', 'pgd'): expected each of them once",
+        ),
+        (
+            ['--mode=heatmaps', '--chunk_size=0'],
+            '--chunk_size=0: 0 is not an integer in the range [1, ',
+        ),
+        (
+            ['--data_dir=nowhere'],
+            '--data_dir=nowhere: the digits come with scikit-learn: leave it out',
+        ),
     ],
 )
-def test_a_mistake_is_one_line(command, arguments, expected):
-    assert expected in refused(command, *arguments)
+def test_a_mistake_is_one_line(command, monkeypatch, capsys, arguments, expected):
+    monkeypatch.setattr(os, '_exit', sys.exit)
+    monkeypatch.setitem(
+        stages.STAGES, 'train', lambda run: run.dataset and pytest.fail('it computes')
+    )
+    with pytest.raises(SystemExit) as ended:
+        launch_lib.reported(lambda: command(*arguments))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert expected in line
 
 
 @pytest.mark.parametrize(
@@ -251,10 +292,27 @@ def test_a_refused_config_leaves_no_work_directory(command):
     assert not os.path.exists('runs')
 
 
-def test_an_error_shows_no_signs_that_steer_a_terminal(capsys):
-    with pytest.raises(SystemExit):
-        launch_lib.fail('a\x1b[2J\nb.png')
-    assert capsys.readouterr().err == 'launch.py: a\\x1b[2J\\nb.png\n'
+def test_an_error_shows_no_signs_that_steer_a_terminal(capfd, monkeypatch):
+    monkeypatch.setattr(os, '_exit', sys.exit)
+    monkeypatch.setattr(hosts, '_words', None)
+
+    def die(line):
+        hosts._last_words(line)
+        hosts._words.stdin.close()
+        sys.exit(hosts._words.wait(10))
+
+    for end_fn in (
+        launch_lib.fail,
+        lambda line: launch_lib.crash(RuntimeError(line)),
+        lambda line: hosts._give_up(line, 5),
+        die,
+    ):
+        with pytest.raises(SystemExit):
+            end_fn('a\x1b[2Jb.png')
+        assert 'a\\x1b[2Jb.png' in capfd.readouterr().err
+        hosts._words = None
+    launch_lib.fail('a\nb', exit_fn=int)
+    assert capfd.readouterr().err == 'launch.py: a\\nb\n'
 
 
 def test_another_config_is_refused_and_nothing_is_lost(command, tmp_path):

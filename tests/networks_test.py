@@ -338,7 +338,7 @@ def test_labels_are_the_classifier_s_classes(tmp_path):
 def test_a_classifier_that_does_not_fit_the_images_is_said(tmp_path):
     for change, message in (
         (('16\n', '24\n'), 'takes images of 24'),
-        (("'ten'", "'ten', 'eleven'"), '11 classes, but there are 12 names'),
+        (("'ten'", "'ten', 'eleven'"), '11 classes, but the names of 12'),
         (('range(10)', "'abcdefghij'"), 'is none of'),
     ):
         (tmp_path / 'own.py').write_text(OWN.replace(*change))

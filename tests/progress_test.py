@@ -27,6 +27,7 @@ def test_nothing_steers_a_terminal(capsys):
     assert capsys.readouterr().err == '\\x1b[2J Tränen 猫\u3000\\u202e\\n\\udcff\n'
     assert progress.Progress(0, 'a\rb').what == 'a\\rb'
     assert [progress.counted(n, 'image') for n in (0, 1, 2)] == ['0 images', '1 image', '2 images']
+    assert [progress.counted(n, 'class') for n in (1, 2)] == ['1 class', '2 classes']
 
 
 def test_a_terminal_has_a_bar_that_goes_with_the_work(monkeypatch):

@@ -21,7 +21,7 @@ from occjax.benchmark.peer import Timing
 from occjax.experiment import judging, shard, stages, storage, store
 from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run, parts
-from occjax.progress import say
+from occjax.progress import counted, say
 from occjax.report import canvas, tables
 from occjax.types import UsageError
 
@@ -174,9 +174,10 @@ def build(result: dict) -> tables.Table:
         'What approximation keeps, and what it costs detection',
         header + ((f'Times {theirs["name"]}',) if theirs else ()),
         lines,
-        note=f'{result["maps"]} maps of test images, {result["adversarial_maps"]} of them '
-        'adversarial. AUROC over all classes, mean over the seeds, each refitted to the maps of '
-        'its row; in brackets the 95 % interval of its difference to exact maps, paired by seed.',
+        note=f'{counted(result["maps"], "map")} of test images, '
+        f'{result["adversarial_maps"]} of them adversarial. AUROC over all classes, mean over the '
+        'seeds, each refitted to the maps of its row; in brackets the 95 % interval of its '
+        'difference to exact maps, paired by seed.',
     )
 
 

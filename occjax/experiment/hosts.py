@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from occjax.progress import printable
+from occjax.progress import printable, tell_end
 from occjax.types import UsageError
 
 _GOES_ON = 'What is finished is kept: the same command goes on, also with fewer hosts.'
@@ -137,11 +137,9 @@ def connect():
 def _give_up(address, timeout):
     """Ends a job that does not begin, before JAX ends it by a stack trace."""
     dismiss()
-    print(
-        f'launch.py: Not all hosts have met at {address or "the first one"} within {timeout} s: is '
-        'that the address of host 0, and are all started?',
-        file=sys.stderr,
-        flush=True,
+    tell_end(
+        f'Not all hosts have met at {address or "the first one"} within {timeout} s: is that the '
+        'address of host 0, and are all started?'
     )
     os._exit(2)
 
@@ -149,8 +147,8 @@ def _give_up(address, timeout):
 def _last_words(line):
     """Starts a process that prints a line if this one ends without `dismiss`, even by a signal."""
     global _words
-    script = 'read -r _ || echo "launch.py: $0" >&2'
-    _words = subprocess.Popen(['sh', '-c', script, line], stdin=subprocess.PIPE)
+    script = 'read -r _ || printf "launch.py: %s\\n" "$0" >&2'
+    _words = subprocess.Popen(['sh', '-c', script, printable(line)], stdin=subprocess.PIPE)
 
 
 _words = _listener = None
@@ -179,8 +177,7 @@ def _listen():
         return
     index, line = line.split(' ', 1)
     if index not in ('all', str(jax.process_index())):
-        line = printable(line)
-        print(f'launch.py: host {index} ended: {line} {_GOES_ON}', file=sys.__stderr__, flush=True)
+        tell_end(f'host {index} ended: {line} {_GOES_ON}', sys.__stderr__)
         _leave(2)
 
 

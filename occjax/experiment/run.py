@@ -21,7 +21,7 @@ from occjax import data, incremental, networks, occlusion, streams, vgg
 from occjax import engine as engine_lib
 from occjax.config import Config
 from occjax.experiment import hosts, memory, storage
-from occjax.progress import Progress
+from occjax.progress import Progress, counted
 from occjax.streams import Stream
 from occjax.types import Dataset, UsageError
 
@@ -305,8 +305,9 @@ def _as_known(dataset, trained, config):
     count = jax.eval_shape(trained.network.fn, trained.variables, image).shape[-1]
     if count != len(names):
         raise UsageError(
-            f'{source} has {count} classes, but there are {len(names)} names: its own function '
-            'returns them, and beside weights of torchvision a .txt file has one a line.'
+            f'{source} has {counted(count, "class")}, but the names of {len(names)}: '
+            'its own function returns them, and beside weights of torchvision a .txt file has one '
+            'a line.'
         )
     unknown = sorted(set(dataset.class_names) - set(names))
     if unknown:

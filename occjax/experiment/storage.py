@@ -216,7 +216,9 @@ def open_workdir(path: str | pathlib.Path, config: Config) -> pathlib.Path:
                 'file system that all hosts share.'
             )
     except OSError as error:
-        raise UsageError(f'Cannot use --workdir={workdir}: {error.strerror}.') from None
+        raise UsageError(
+            f'Cannot use --workdir={workdir}: {error.strerror}: choose another.'
+        ) from None
     return workdir
 
 
@@ -291,7 +293,9 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         handle = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         if not workdir.is_dir() or error.errno not in (errno.EROFS, errno.EACCES):
-            raise UsageError(f'Cannot use --workdir={workdir}: {error.strerror}.') from None
+            raise UsageError(
+                f'Cannot use --workdir={workdir}: {error.strerror}: choose another.'
+            ) from None
         hosts.wait('locked')
         yield  # Where nothing can be written there is nothing to protect.
         return

@@ -66,6 +66,7 @@ def detect(
             only some of the files that cannot be read, all others are judged first.
     """
     files = _files(path)
+    _refuse_others(output)
     asked = _asked(run, detectors)
     guards = {name: guard.at_fpr(stages.load_guard(run, name), fpr) for name in asked}
     finds = [verdicts.finds(name, each) for name, each in guards.items()]
@@ -125,6 +126,18 @@ def _tell(folder, count, guards, calls, fpr):
         say('Nothing can be written in the work directory: --output=<folder> takes the page.')
     else:
         say(f'Page: {folder / "detect.html"}')
+
+
+# What each file of this mode has near its start.
+_MARKS = {'verdicts.csv': b'file,class,probability,', 'detect.html': b'<title>Verdicts on '}
+
+
+def _refuse_others(output):
+    """Refuses a folder in which somebody else's file has a name of ours."""
+    for name, mark in _MARKS.items() if output is not None else ():
+        file = Path(output).expanduser() / name
+        if file.exists() and mark not in file.read_bytes()[:1000]:
+            raise UsageError(f'{file} was not written by --mode=detect: choose another --output.')
 
 
 _NOWHERE = 'occjax-nowhere-'

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from occjax import vgg
-from occjax.progress import printable
+from occjax.progress import counted, printable
 from occjax.report import paper
 
 _COUNTS = {
@@ -290,8 +290,8 @@ def adaptive_table(found: dict | None) -> Table:
         note=f'Shares of {cell(found["images"])} correctly classified test images that are '
         'classified wrongly and not flagged, at the thresholds of 5 % false positives, '
         "with Wilson's 95 % intervals. FGSM does not know of the detector, the others follow its "
-        f'gradient for up to {found["settings"]["steps"]} steps. False alarms on the same images, '
-        f'unattacked: {alarms}. {cost}{claim}',
+        f'gradient for up to {counted(found["settings"]["steps"], "step")}. False alarms on the '
+        f'same images, unattacked: {alarms}. {cost}{claim}',
         text_columns=2,
     )
 

@@ -370,7 +370,8 @@ function show() {
   at('counts').textContent = known.detectors[at('detector').selectedIndex] + ': '
     + known.words.map(word => [entries.filter(e => said(e) === word).length, word])
       .filter(([n]) => n).map(([n, word]) => `${n} ${word}`).join(', ');
-  at('count').textContent = `${found.length} of ${entries.length} images`;
+  const noun = entries.length === 1 ? 'image' : 'images';
+  at('count').textContent = `${found.length} of ${entries.length} ${noun}`;
   at('place').textContent = found.length ? `${first + 1} to ${last}` : 'none';
   at('previous').disabled = first === 0;
   at('next').disabled = last === found.length;

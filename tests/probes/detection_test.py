@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tracemalloc
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from occjax import attack, data, guard, guarding, metrics
+from occjax import attack, data, guard, guarding, metrics, sources
 from occjax.config import Sweep
 from occjax.experiment import judging, shard, stages, store
 from occjax.experiment.run import Speed
@@ -87,6 +88,40 @@ def test_bad_files_have_lines_of_their_own(judged, detect, monkeypatch):
         assert lines[i].keys() == {'file', 'error'}
         assert lines[i]['file'] == str(folder / f'{i}.png') and reason in lines[i]['error']
     assert [lines[i] for i in (0, 1, 2, 4)] == [expected[i] for i in (0, 1, 2, 4)]
+
+
+def test_heic_says_what_reads_it_and_others_are_judged(judged, detect, monkeypatch):
+    run, folder = judged
+    for path in sorted(folder.iterdir())[1:]:
+        path.unlink()
+    Image.open(folder / '0.png').save(folder / '1.jpg')
+    (folder / '0.png').unlink()
+    (folder / '0.heic').write_bytes(b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(99))
+    monkeypatch.setitem(sys.modules, 'pillow_heif', None)
+    sources._read_heic.cache_clear()
+    with pytest.raises(UsageError, match='^1 of 2 files could not be read.$'):
+        detect(run, folder)
+    sources._read_heic.cache_clear()
+    heic, jpeg = detect.printed
+    assert heic == {
+        'file': str(folder / '0.heic'),
+        'error': 'HEIC: pip install pillow-heif',
+    }
+    assert 'class' in jpeg
+
+
+@pytest.mark.parametrize('name', ['verdicts.csv', 'detect.html'])
+def test_a_file_of_somebody_else_is_left_alone(judged, detect, tmp_path, monkeypatch, name):
+    run, folder = judged
+    sizes = counted(monkeypatch)
+    (tmp_path / 'found').mkdir()
+    (tmp_path / 'found' / name).write_text('<!doctype html><title>Mine</title>')
+    with pytest.raises(UsageError, match=f'{name} was not written by --mode=detect: choose anoth'):
+        detect(run, folder)
+    assert not sizes and (tmp_path / 'found' / name).read_text().endswith('Mine</title>')
+    (tmp_path / 'found' / name).unlink()
+    image = folder / '0.png'
+    assert detect(run, image) == detect(run, image)  # Our own are written again.
 
 
 def test_strange_images_and_names_are_judged(judged, detect):
