@@ -135,6 +135,12 @@ def _arrays(file):
         raise UsageError(f'{file} is no such file, or damaged: {error}') from None
 
 
+def _is_beside(module, folder, top):
+    """Returns whether a module is `<top>.py` or of `<top>/` there; `.venv/` there is not."""
+    path = pathlib.Path(getattr(module, '__file__', None) or '/')
+    return path == folder / f'{top}.py' or folder / top in path.parents
+
+
 def _own(file, function, digest):
     where = f'config.classifier.source is {str(file)!r}:{function!r}'
     name = 'occjax_source_' + re.sub(r'\W', '_', file.stem)  # No module's that is imported.
@@ -143,17 +149,35 @@ def _own(file, function, digest):
         raise UsageError(f'{where}: expected a Python file.')
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # Where dataclasses look their module up.
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        raise UsageError(f'{where}: the file has no such function.')
-    found = getattr(module, function)()
+    folder, before = file.resolve().parent, set(sys.modules)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, function, None)):
+            raise UsageError(f'{where}: the file has no such function.')
+        found = getattr(module, function)()
+    except ImportError as error:
+        raise UsageError(f'{where}: {error}. Install it, or put it beside the file.') from None
+    finally:
+        sys.path.remove(str(folder))
+        # Modules beside the file leave, so that another folder's of the same name are others.
+        helpers = {
+            name: pathlib.Path(sys.modules.pop(name).__file__)
+            for name, helper in sorted(sys.modules.items())
+            if (top := name.partition('.')[0]) not in before and _is_beside(helper, folder, top)
+        }
     if not (isinstance(found, tuple) and len(found) == 4 and callable(found[0])):
         raise UsageError(
             f'{where}: expected it to return (fn, variables, class names, image size), with '
             'fn(variables, images) -> logits.'
         )
     fn, variables, class_names, image_size = found
+    # What it computes is its weights and all of its code, byte by byte: logits of an image would
+    # move with the device's last bits, and miss what that image does not reach.
     total = hashlib.sha256(digest.encode())
+    for name, path in helpers.items():
+        total.update(f'{name} {hashlib.sha256(path.read_bytes()).hexdigest()}'.encode())
     for leaf in jax.tree.leaves(variables):
         is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
         total.update(np.ascontiguousarray(jax.random.key_data(leaf) if is_key else leaf))

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -315,6 +316,47 @@ def test_a_file_may_hold_dataclasses_random_keys_and_no_names(tmp_path):
     assert found.network.fn(found.variables, np.ones((1, 8, 8, 3))).shape == (1, 2)
     (tmp_path / 'own.py').write_text(DATACLASS.replace('key(0)', 'key(1)'))
     assert networks.load(f'{tmp_path}/own.py:network').digest != found.digest
+
+
+def with_helper(folder, factor):
+    folder.mkdir(exist_ok=True)
+    (folder / 'helper_of_net.py').write_text(f'FACTOR = {factor}')
+    (folder / 'net.py').write_text(
+        'import helper_of_net\n'
+        'def network():\n'
+        '    return lambda _, x: helper_of_net.FACTOR * x.mean((1, 2)), (), None, 8\n'
+    )
+    return networks.load(f'{folder}/net.py:network')
+
+
+def test_code_beside_the_file_is_part_of_the_network(tmp_path):
+    path = list(sys.path)
+    loaded = [with_helper(tmp_path / 'a', 1), with_helper(tmp_path / 'b', 20)]
+    again = networks.load(f'{tmp_path}/a/net.py:network')
+    changed = with_helper(tmp_path / 'a', 300)
+    values = [float(net.network.fn((), np.ones((1, 8, 8, 3)))[0, 0]) for net in (*loaded, changed)]
+    assert values == [1, 20, 300]
+    assert again.digest == loaded[0].digest
+    assert len({net.digest for net in (*loaded, changed)}) == 3
+    assert sys.path == path and 'helper_of_net' not in sys.modules
+
+
+def test_installed_packages_below_the_folder_are_none_of_it(tmp_path, monkeypatch):
+    (tmp_path / '.venv').mkdir()
+    (tmp_path / '.venv' / 'installed_below.py').touch()
+    monkeypatch.syspath_prepend(tmp_path / '.venv')
+    (tmp_path / 'net.py').write_text(
+        'import installed_below\ndef network():\n    return abs, (), None, 8\n'
+    )
+    networks.load(f'{tmp_path}/net.py:network')
+    assert sys.modules.pop('installed_below')
+
+
+def test_a_missing_import_of_one_s_own_file_is_one_line(tmp_path):
+    (tmp_path / 'net.py').write_text('import no_such_module_at_all')
+    with pytest.raises(UsageError, match='no_such_module_at_all') as refused:
+        networks.load(f'{tmp_path}/net.py:network')
+    assert '\n' not in str(refused.value)
 
 
 def own_run(tmp_path, source, **data_fields):
