@@ -252,7 +252,7 @@ def main(_):
     limit = memory.parse(_MEMORY_LIMIT.value) if _MEMORY_LIMIT.value is not None else None
     shares = thresholds()
     check_settings()
-    check_mode(config)
+    check_mode()
     if _BENCHMARK_TARGET.value and not jax.config.jax_platforms:
         jax.config.update('jax_platforms', 'cpu')  # A compiler's package would seek its device.
     hosts.start(
@@ -399,8 +399,8 @@ _READ_BY = {
 }
 
 
-def check_mode(config):
-    """Refuses flags that the mode, or the data set, does not read."""
+def check_mode():
+    """Refuses flags that the mode does not read."""
     for start, modes in _READ_BY.items():
         for name in flags.FLAGS:
             if name.startswith(start) and flags.FLAGS[name].present and _MODE.value not in modes:
@@ -408,11 +408,6 @@ def check_mode(config):
                     f'--{name}={flags.FLAGS[name].value}: --mode={_MODE.value} does not read it: '
                     f'leave it out, or choose --mode={modes[0]}.'
                 )
-    if _DATA_DIR.value and config.data.name == 'digits':
-        raise UsageError(
-            f'--data_dir={_DATA_DIR.value}: the digits come with scikit-learn: leave it out, or '
-            'choose another --config.'
-        )
 
 
 def check_settings():

@@ -113,7 +113,8 @@ def _digits(image_size, folder, resplit_per_class):
     """Returns scikit-learn's images, labels and the images' digests."""
     if folder:
         raise UsageError(
-            'The digits come with scikit-learn and read no data_dir; for a folder of images '
+            'The digits come with scikit-learn and read no '
+            f'--data_dir={folder}: leave it out; for a folder of images '
             'set data.name=folder, for a TFDS directory the name of the dataset.'
         )
     if resplit_per_class is None:

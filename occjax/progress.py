@@ -3,6 +3,7 @@
 import sys
 import time
 import unicodedata
+from collections.abc import Mapping
 from typing import TextIO
 
 
@@ -73,3 +74,26 @@ class Progress:
             self.told = time.monotonic()
             left = (self.total - self.done) / self.rate / 60
             say(f'{self.what}: {self.done}/{self.total}, {self.rate:.1f}/s, {left:.1f} min left')
+
+
+class Pace:
+    """Says which of several long works begins, and how many minutes are left at the pace so far."""
+
+    def __init__(self, what: str, costs: Mapping[str, float]):
+        """Starts the clock.
+
+        Args:
+            what: they are, in words.
+            costs: of each by name, in their order, in any unit; of what is stored already 0.
+        """
+        self.what, self.costs, self.began = what, dict(costs), time.monotonic()
+
+    def __call__(self, name: str):
+        """Says that the one of this name begins, after all before it."""
+        before = list(self.costs).index(name)
+        costs, line = [*self.costs.values()], f'{self.what}: {name}, {before + 1} of '
+        line += str(len(costs))
+        if done := sum(costs[:before]):
+            left = sum(costs[before:]) / done * (time.monotonic() - self.began) / 60
+            line += f', {counted(round(left), "minute")} left'
+        say(line)

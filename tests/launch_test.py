@@ -143,7 +143,7 @@ def refused(command, *arguments):
         ),
         (
             ['--data_dir=nowhere'],
-            '--data_dir=nowhere: the digits come with scikit-learn: leave it out',
+            'The digits come with scikit-learn and read no --data_dir=nowhere',
         ),
     ],
 )

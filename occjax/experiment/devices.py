@@ -74,13 +74,19 @@ def spread(fn: Callable, *trees: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[:count], jax.device_get(outputs))
 
 
-def in_batches(fn: Callable, *arrays: np.ndarray, batch_size: int) -> Any:
+def in_batches(
+    fn: Callable,
+    *arrays: np.ndarray,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Any:
     """Returns `fn(*arrays)` on the host, computed in padded batches of one size.
 
     Args:
         fn: maps arrays of leading axis B to a pytree of such.
         *arrays: of one length.
         batch_size: B.
+        on_batch: is told after each batch how many images it had.
     """
     outputs, count = [], len(arrays[0])
     if not count:
@@ -91,4 +97,5 @@ def in_batches(fn: Callable, *arrays: np.ndarray, batch_size: int) -> Any:
         # Past the end come images from the start again, which are cut off below.
         rows = np.arange(start, start + batch_size) % count
         outputs.append(jax.device_get(fn(*(divide(array[rows]) for array in arrays))))
+        on_batch(min(batch_size, count - start))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)

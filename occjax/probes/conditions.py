@@ -210,6 +210,46 @@ def _maps(run, variables, windows):
     return Sight(see, place + '-views' * bool(views) + '-spectra' * spectra, origin)
 
 
+# Forward passes per image, of attacks that do not take just a gradient in each step.
+_GRADIENT = 3  # A backward pass takes as much as two.
+_PASSES = {
+    'none': lambda steps: 0,
+    'noise': lambda steps: 0,
+    'fgsm': lambda steps: _GRADIENT,
+    'targeted_fgsm': lambda steps: 1 + _GRADIENT,
+    'square': lambda steps: steps,
+    'carlini_wagner': lambda steps: 9 * steps * _GRADIENT,  # Nine searches.
+    'deepfool': lambda steps: steps * (1 + 2 * 10),  # Ten classes pulled back.
+}
+
+
+def work(run: Run, sights: Sequence[Sight], name: str, epsilon: float, seen: int) -> int:
+    """Returns how many forward passes an attack takes, but for parts that are stored.
+
+    `seen` are those that an image's maps take.
+    """
+    places = (place for sight in sights for place in _places(run, sight, name, epsilon))
+    missing = {start: end - start for path, start, end in places if not path.exists()}
+    steps = run.config.sweep.steps
+    passes = _PASSES[name](steps) if name in _PASSES else _GRADIENT * steps
+    return sum(missing.values()) * (2 + passes + seen)
+
+
+def _ids(run):
+    return stages.mapped_ids(run, 'test')[: run.config.sweep.images]
+
+
+def _places(run, sight, name, epsilon):
+    """Yields the file of each part, and from where to where in `_ids` its images are."""
+    iterated = '' if name in _ONE_STEP else f'-{run.config.sweep.steps}'
+    count = len(_ids(run))
+    for start in range(0, count, run.shard_size):
+        end = min(start + run.shard_size, count)
+        # All that makes the part is in its name, so that other settings make other parts.
+        path = f'{name}{iterated}-{storage.number_name(epsilon)}-{start:07d}-{end:07d}.npz'
+        yield run.workdir / 'sweep' / sight.folder / path, start, end
+
+
 def mapped(
     run: Run, variables: Any, sights: Sequence[Sight], name: str, epsilon: float = 0.0
 ) -> HeatmapSet:
@@ -233,7 +273,7 @@ def mapped(
 def _attacked(run, variables, name, epsilon, sights):
     """Returns, for each sight, the arrays of the attacks that succeed."""
     split, settings = run.dataset.test, run.config.sweep
-    ids = stages.mapped_ids(run, 'test')[: settings.images]
+    ids = _ids(run)
     attack_fn = functools.partial(
         attack_batch,
         variables,
@@ -244,7 +284,6 @@ def _attacked(run, variables, name, epsilon, sights):
         clip=run.config.attack.clip,
         network=run.network,
     )
-    iterated = '' if name in _ONE_STEP else f'-{settings.steps}'
 
     @functools.lru_cache(maxsize=1)  # On one host all sights are of the same images, part by part.
     def attacked(start):
@@ -269,11 +308,7 @@ def _attacked(run, variables, name, epsilon, sights):
 
     def of(sight):
         wanted = []
-        for start in range(0, len(ids), run.shard_size):
-            end = min(start + run.shard_size, len(ids))
-            # All that makes the part is in its name, so that other settings make other parts.
-            path = f'{name}{iterated}-{storage.number_name(epsilon)}-{start:07d}-{end:07d}.npz'
-            path = run.workdir / 'sweep' / sight.folder / path
+        for path, start, end in _places(run, sight, name, epsilon):
             wanted.append((path, end - start, functools.partial(part, sight.see_fn, start)))
         what = f'sweep, {name} {epsilon:.3g}, {sight.folder}: images'
         made_from = store.classifier_origin(run) | sight.origin

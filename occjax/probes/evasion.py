@@ -25,7 +25,7 @@ from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run, parts
 from occjax.methods import METHODS
 from occjax.probes import sweep
-from occjax.progress import say
+from occjax.progress import Pace, Progress, say
 from occjax.report import canvas, figures, tables
 from occjax.types import HeatmapSet, UsageError
 
@@ -227,7 +227,6 @@ def _settings(run, variables, target):
 
 def _attack(run, variables, target, name, epsilon, ids):
     """Returns what `attack_batch` does to clean test images."""
-    say(f'adaptive: {name} at {epsilon:.3g} on {target.label}')
     wanted = run.config.adaptive
     attack_fn = functools.partial(
         attack_batch,
@@ -247,7 +246,9 @@ def _attack(run, variables, target, name, epsilon, ids):
     # Not more images at once: those that evade wait for the slowest of their batch.
     batch_size = min(run.mapping(variables).batch_size, 32 * jax.local_device_count())
     images, labels = data.take(run.dataset.test, ids), run.dataset.test.labels[ids]
-    found = devices.in_batches(attack_fn, images, labels, batch_size=batch_size)
+    what = f'adaptive, {name} at {epsilon:.3g} on {target.label}: images'
+    progress = Progress(len(ids), what)
+    found = devices.in_batches(attack_fn, images, labels, batch_size=batch_size, on_batch=progress)
     return dict(zip(('wrong', 'evades', 'steps', 'images'), found, strict=True))
 
 
@@ -274,8 +275,19 @@ def _resisted(run, variables, target):
     wanted = run.config.adaptive
     attacks = [*itertools.product(('fgsm', *wanted.attacks), wanted.epsilons), ('none', 0.0)]
     attacks = list(dict.fromkeys(attacks))
+    count = len(target.ids)
+    stored = {at: _path(run, target, *at, count).exists() for at in attacks}
+    pace = Pace(
+        f'adaptive, {target.label}',
+        {
+            f'{name} {epsilon:.4g}': (not stored[name, epsilon])
+            * (wanted.steps if name in ATTACKS else 1)
+            for name, epsilon in attacks
+        },
+    )
 
     def attack_fn(name, epsilon):
+        pace(f'{name} {epsilon:.4g}')
         found = _attack(run, variables, target, name, epsilon, target.ids)
         return {key: found[key] for key in ('wrong', 'evades', 'steps')}
 

@@ -26,7 +26,7 @@ from occjax.experiment import results as results_lib
 from occjax.experiment.run import Run
 from occjax.methods import METHODS
 from occjax.probes import conditions, passes
-from occjax.progress import counted, say
+from occjax.progress import Pace
 from occjax.report import sweep as sweep_report
 from occjax.report import tables
 from occjax.types import HeatmapSet, UsageError
@@ -92,8 +92,11 @@ def mapped(run: Run, variables: Any) -> Mapped:
     map_fn = functools.partial(conditions.mapped, run, variables, sights)
     found, clean = attacks(run), map_fn('none')
     parts = {}
-    for number, (name, how) in enumerate(found.items(), 1):
-        say(f'sweep: {name}, {number} of {counted(len(found), "attack")}')
+    seen = max((_passes(run, method) for method in run.config.sweep.methods), default=0)
+    work_fn = functools.partial(conditions.work, run, sights, seen=seen)
+    pace = Pace('sweep', {name: work_fn(*how) for name, how in found.items()})
+    for name, how in found.items():
+        pace(name)
         parts[name] = _of(clean, map_fn(*how))
     epsilons = {epsilon for _, epsilon in found.values()} if run.config.sweep.noise else ()
     noise = {e: _of(clean, map_fn('noise', e)) for e in epsilons}
