@@ -192,3 +192,13 @@ def test_all_rows_are_of_the_same_images():
     assert len(names) == 2
     with pytest.raises(UsageError, match='No test image is left'):
         evasion._on_the_same([targets[0], targets[1]._replace(ids=np.array([2]))], 9)
+
+
+def test_an_attacker_says_how_far_it_is(monkeypatch, capsys, tmp_path):
+    run = make_run(tmp_path)
+    run.config.adaptive.attacks, run.config.adaptive.epsilons = ('joint',), (0.1,)
+    target = evasion._Target('detector', None, None, None, np.arange(3), 'a', {})
+    known = {key: np.zeros(3, int) for key in ('wrong', 'evades', 'steps')}
+    monkeypatch.setattr(evasion, '_attack', lambda *_: known)
+    evasion._resisted(run, None, target)
+    assert 'adaptive, detector: none 0, 3 of 3, 0 minutes left' in capsys.readouterr().err

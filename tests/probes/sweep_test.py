@@ -284,3 +284,25 @@ def test_a_half_is_the_middle_of_the_matrix_s_colours():
     words = [text.get_text() for text in (*axes.get_xticklabels(), *axes.get_yticklabels())]
     assert words == ['FGSM, 8/255', 'FGSM, 0.1'] * 2
     assert axes.get_title().startswith('AUROC over all maps, Confidence and changes')
+
+
+def test_what_is_stored_takes_no_minutes(monkeypatch, capsys, tmp_path):
+    run = make_run(tmp_path)
+    wanted = run.config.sweep
+    wanted.attacks, wanted.epsilons, wanted.steps = ('pgd', 'square'), (0.5,), 10
+    wanted.attack_epsilons, run.config.attack.epsilon = (), 0.5
+    monkeypatch.setattr(stages, 'mapped_ids', lambda run, split: np.arange(30))
+    sight = conditions.Sight(None, 'none', {})
+    work = {
+        name: conditions.work(run, [sight], name, 0.5, seen=4) for name in ('fgsm', 'pgd', 'square')
+    }
+    assert work == {'fgsm': 30 * (6 + 3), 'pgd': 30 * (6 + 30), 'square': 30 * (6 + 10)}
+    for path, *_ in conditions._places(run, sight, 'pgd', 0.5):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert conditions.work(run, [sight], 'pgd', 0.5, seen=4) == 0
+    monkeypatch.setattr(conditions, 'sights', lambda run, variables: [sight])
+    monkeypatch.setattr(conditions, 'mapped', lambda *_: None)
+    monkeypatch.setattr(sweep, '_of', lambda clean, attacked: attacked)
+    sweep.mapped(run, None)
+    assert '3 of 3, 0 minutes left' in capsys.readouterr().err
