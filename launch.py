@@ -8,6 +8,7 @@ run: those that took a second to compile, or fewer with
 --jax_persistent_cache_min_compile_time_secs=0. Several hosts may share that folder.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -245,6 +246,7 @@ _SHARED = ('train', 'heatmaps', 'sweep', 'adaptive', 'detect', 'fidelity')
 def main(_):
     """Checks what is asked for, joins other hosts, and does it."""
     from occjax.experiment import hosts, memory, storage
+    from occjax.report import canvas
 
     config = chosen_config()
     config.validate()
@@ -267,6 +269,8 @@ def main(_):
     jax.config.update('jax_default_matmul_precision', config.precision)
     asked = [to_json(config), _MODE.value, _IMAGES.value, _FPR.value, shares]
     hosts.check_same(zlib.crc32(json.dumps(asked).encode()) // 2, 'configs', need='flags')
+    with contextlib.suppress(ImportError):  # Of Matplotlib, which only pictures need.
+        canvas.own_settings()
     with storage.locked(workdir()):  # Before anything is written.
         hosts.quietly(lambda: run_modes(config, limit, shares))
     hosts.end()

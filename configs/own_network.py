@@ -2,8 +2,9 @@
 
 `source` names a file and a function in it, which returns what the program needs of a classifier: a
 pure function `(variables, images) -> logits` of `[B, H, W, C]` images in [0, 1], its variables, the
-names of its classes, and the side of its images. Here that file is this one; the networks are small
-and fitted to the digits the first time, in half a minute, for want of weights to load.
+names of its classes, and the side of its images; it may take the config. Here that file is this
+one; the networks are small and fitted to the digits the first time, in half a minute, for want of
+weights to load.
 """
 
 import functools
@@ -55,11 +56,11 @@ class ResNet(linen.Module):
         return linen.Dense(len(sources.DIGITS))(x.mean((1, 2)))
 
 
-def resnet():
+def resnet(config):
     """Returns the Linen network: its variables are an argument already."""
     model = ResNet()
     variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    return model.apply, fitted('own_resnet', model.apply, variables), sources.DIGITS, 32
+    return model.apply, fitted('own_resnet', model.apply, variables, config), sources.DIGITS, 32
 
 
 class ConvNeXtBlock(nnx.Module):
@@ -93,19 +94,24 @@ class ConvNeXt(nnx.Module):
         return self.head(x.mean((1, 2)))
 
 
-def convnext():
+def convnext(config):
     """Returns the NNX network, split into a graph, which the function keeps, and its state."""
     graph, state = nnx.split(ConvNeXt(nnx.Rngs(0)))
 
     def apply(state, images):
         return nnx.merge(graph, state)(images)
 
-    return apply, fitted('own_convnext', apply, state), sources.DIGITS, 32
+    return apply, fitted('own_convnext', apply, state, config), sources.DIGITS, 32
 
 
-def fitted(name, apply, variables, *, epochs=15, batch_size=32):
-    """Returns the variables after training on digits, from a file after the first time."""
-    file = pathlib.Path('runs', f'{name}.msgpack')
+def fitted(name, apply, variables, config, *, epochs=15, batch_size=32):
+    """Returns the variables after training on the experiment's own training images.
+
+    It attacks and judges on others, which follow from `config`: so does the file that keeps the
+    variables after the first time.
+    """
+    held_out = dict(resplit_per_class=config.data.resplit_per_class, seed=config.seed)
+    file = pathlib.Path('runs', '-'.join([name, *map(str, held_out.values())]) + '.msgpack')
     leaves, tree = jax.tree.flatten(variables)
     if file.exists():
         leaves = serialization.from_bytes(leaves, file.read_bytes())
@@ -121,8 +127,7 @@ def fitted(name, apply, variables, *, epochs=15, batch_size=32):
         updates, state = optimizer.update(jax.grad(loss)(variables), state)
         return optax.apply_updates(variables, updates), state
 
-    # The experiment's own training images: it attacks and judges on others.
-    split = data.load('digits', image_size=32, resplit_per_class=100, seed=0).train
+    split = data.load('digits', image_size=32, **held_out).train
     state = optimizer.init(variables)
     for epoch in range(epochs):
         for batch in data.training_batches(split, batch_size, seed=0, epoch=epoch):

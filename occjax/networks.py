@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import inspect
 import pathlib
 import re
 import sys
@@ -56,13 +57,15 @@ def of_plan(plan: vgg.Plan) -> Network:
     return Network(*(functools.partial(fn, plan=plan) for fn in (vgg.logits, vgg.features)))
 
 
-def load(source: str) -> Trained:
+def load(source: str, config: Any = None) -> Trained:
     """Returns a trained network.
 
     Args:
         source: `'<file.py>:<function>'`, whose function returns `(fn, variables, class names, image
-            size)`, or `'torchvision:<name>:<file>'` with a `.safetensors` or `.npz` file of the
-            state dict. If beside that is `<file>.txt`, it has the classes' names, one a line.
+            size)`, of the config if it has an argument; or `'torchvision:<name>:<file>'` with a
+            `.safetensors` or `.npz` file of the state dict. If beside that is `<file>.txt`, it has
+            the classes' names, one per line.
+        config: of the experiment.
 
     Raises:
         UsageError: if there is no such file or function, or it holds something else.
@@ -79,7 +82,7 @@ def load(source: str) -> Trained:
     content = hashlib.sha256(file.read_bytes()).hexdigest()
     if kind == 'torchvision':
         return _torchvision(rest[0], file, content)
-    return _own(file, rest[-1], content)
+    return _own(file, rest[-1], content, config)
 
 
 def _torchvision(name, file, digest):
@@ -141,7 +144,7 @@ def _is_beside(module, folder, top):
     return path == folder / f'{top}.py' or folder / top in path.parents
 
 
-def _own(file, function, digest):
+def _own(file, function, digest, config):
     where = f'config.classifier.source is {str(file)!r}:{function!r}'
     name = 'occjax_source_' + re.sub(r'\W', '_', file.stem)  # No module's that is imported.
     spec = importlib.util.spec_from_file_location(name, file)
@@ -156,7 +159,8 @@ def _own(file, function, digest):
         spec.loader.exec_module(module)
         if not callable(getattr(module, function, None)):
             raise UsageError(f'{where}: the file has no such function.')
-        found = getattr(module, function)()
+        make_fn = getattr(module, function)
+        found = make_fn(config) if inspect.signature(make_fn).parameters else make_fn()
     except ImportError as error:
         raise UsageError(f'{where}: {error}. Install it, or put it beside the file.') from None
     finally:

@@ -60,7 +60,7 @@ class Run:
     def trained(self) -> networks.Trained | None:
         """The classifier that is trained already; None where we train a VGG."""
         source = self.config.classifier.source
-        return None if source == 'vgg' else networks.load(source)
+        return None if source == 'vgg' else networks.load(source, self.config)
 
     @property
     def network(self) -> networks.Network:

@@ -298,3 +298,17 @@ IMAGE, MAP, KINDS = np.full((32, 32, 3), 0.5), np.full((4, 4), 0.5), np.arange(6
 def test_what_makes_no_picture_is_refused(draw_fn):
     with pytest.raises(ValueError, match='^Expected .*got .*'):
         draw_fn()
+
+
+def test_a_matplotlibrc_changes_none_of_our_figures():
+    import matplotlib
+
+    from occjax.report import canvas
+
+    with matplotlib.rc_context({'text.usetex': True, 'font.size': 30, 'axes.facecolor': 'red'}):
+        canvas.own_settings()
+        assert not matplotlib.rcParams['text.usetex']
+        figure, axes = canvas.axes(2, 1)
+        axes.set_title('50 % of $x_1')
+        assert axes.get_facecolor() == (1, 1, 1, 1)
+        canvas.encode(figure, 'png')
