@@ -347,7 +347,7 @@ class Explanation(NamedTuple):
     """What a window computes of a network, operation by operation; its `str` is a table."""
 
     rows: tuple[Row, ...]
-    mixes: int | None  # the first row that is computed whole, if one is
+    whole: int | None  # the first row that is computed whole, if one is
 
     def __str__(self):
         lines = [f'{"operation":34}{"result":>28}{"share":>8}{"multiplications":>18}']
@@ -355,12 +355,12 @@ class Explanation(NamedTuple):
             name = f'{name[:26]} x {count}' if count > 1 else name[:32]
             shape = 'x'.join(map(str, shape))[:26]
             lines.append(f'{name:34}{shape:>28}{share:>8.1%}{products:>18,}')
-        if self.mixes is None:
-            return '\n'.join([*lines, 'Nothing mixes all pixels.'])
-        after = sum(row.multiplications for row in self.rows[self.mixes :])
+        if self.whole is None:
+            return '\n'.join([*lines, 'Nothing is computed whole.'])
+        after = sum(row.multiplications for row in self.rows[self.whole :])
         share = after / max(1, sum(row.multiplications for row in self.rows))
-        name = self.rows[self.mixes].name[:26]
-        last = f'{name} mixes all pixels: it and what follows are {share:.1%} of multiplications.'
+        name = self.rows[self.whole].name[:26]
+        last = f'{name} is the first that is computed whole, and from it on {share:.1%} of all.'
         return '\n'.join([*lines, last])
 
 
@@ -372,7 +372,10 @@ def explain(
     stride: Sides,
     grid: str = 'paper',
 ) -> Explanation:
-    """Returns which operations a window computes in part, and which ends the saving.
+    """Returns a row per operation: which share of its values a window changes.
+
+    A share grows with each convolution, and at once where an operation reads far pixels, along one
+    side or both; where it jumps, look there first.
 
     Args:
         logits_fn, image_shape, *weights: see `planned`.

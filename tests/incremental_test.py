@@ -704,4 +704,4 @@ def test_an_explanation_names_what_ends_the_saving(local_fn, name):
         return jnp.tanh(local_fn(jnp.sin(images))).sum((1, 2))
 
     table = incremental.explain(logits_fn, (32, 32, 3), size=8, stride=8)
-    assert str(table).splitlines()[-1].startswith(f'{name} mixes all pixels')
+    assert str(table).splitlines()[-1].startswith(f'{name} is the first that is computed whole')
