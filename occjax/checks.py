@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core as jex_core
 
 from occjax.types import Array, LogitsFn
 
@@ -468,7 +469,7 @@ _later: contextvars.ContextVar[list | None] = contextvars.ContextVar('later', de
 
 def _trace_state():
     """Returns what tells one trace from another, a loop's body from the function around it."""
-    return jax.core.get_opaque_trace_state(convention='nnx')
+    return jex_core.get_opaque_trace_state(convention='nnx')
 
 
 def warned_later(fn: Callable) -> Callable:

@@ -79,7 +79,7 @@ def run(
     if not _are_known(weights):
         return fn(logits_fn, *operands, **settings)
     places = _kinds((weights, operands)), jax.config.jax_default_matmul_precision
-    key = fn, _frozen(closed.jaxpr, keeps), places, _frozen(settings, keeps)
+    key = fn, _operations(closed.jaxpr, keeps), places, _frozen(settings, keeps)
     with _lock:
         program, _ = _kept.pop(key, (None, None))
     if program is None:
@@ -167,10 +167,9 @@ def _frozen(value: Any, keeps: list) -> Any:
         keeps: gets the objects that are known by their identity alone, which must then live on.
     """
     freeze = functools.partial(_frozen, keeps=keeps)
-    if hasattr(value, 'jaxpr'):  # Closed. Of calls, `_constants` are arguments.
-        return freeze(value.jaxpr), tuple(map(freeze, value.consts))
-    if hasattr(value, 'eqns'):
-        return _operations(value, freeze)
+    if hasattr(value, 'eqns') or hasattr(value, 'jaxpr'):
+        consts = getattr(value, 'consts', ())
+        return _operations(getattr(value, 'jaxpr', value), keeps), tuple(map(freeze, consts))
     if isinstance(value, tuple | list):
         return tuple(map(freeze, value))
     if isinstance(value, dict):
@@ -201,9 +200,9 @@ def _is_of_trace(value):
     return is_store or kind is object or kind.__module__ == 'jax._src.interpreters.partial_eval'
 
 
-def _operations(jaxpr, freeze):
-    """Returns the operations of a jaxpr, its variables numbered."""
-    numbers = {}
+def _operations(jaxpr, keeps):
+    """Returns the operations of a jaxpr, its variables numbered, without its `_constants`."""
+    numbers, freeze = {}, functools.partial(_frozen, keeps=keeps)
 
     def atom(x):
         if hasattr(x, 'val'):
@@ -213,7 +212,7 @@ def _operations(jaxpr, freeze):
     lines = [tuple(map(atom, (*jaxpr.constvars, *jaxpr.invars)))]
     for eqn in jaxpr.eqns:
         inner = tracing.called(eqn.primitive, eqn.params)
-        params = freeze(inner[0] if inner else eqn.params)
+        params = _operations(inner[0], keeps) if inner else freeze(eqn.params)
         reads, makes = (tuple(map(atom, variables)) for variables in (eqn.invars, eqn.outvars))
         lines.append((eqn.primitive, params, reads, makes))
     return tuple(lines), tuple(map(atom, jaxpr.outvars))
