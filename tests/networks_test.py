@@ -490,7 +490,10 @@ def test_the_network_of_readme_is_fitted_to_no_image_that_judges(tmp_path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['resnet', 'convnext'])
+@pytest.mark.parametrize(
+    'name',
+    ['convnext', pytest.param('resnet', marks=pytest.mark.long)],  # It takes twice as long.
+)
 def test_the_networks_of_readme_go_through_the_program(tmp_path, monkeypatch, name):
     """A Linen and an NNX one; its maps are those of the plain form."""
     monkeypatch.chdir(tmp_path)
