@@ -25,7 +25,8 @@ def tell_end(line: str, file: TextIO | None = None):
 
 def counted(count: int, noun: str) -> str:
     """Returns how many there are, `1 image` or `2 images`."""
-    return f'{count} {noun}' + ('es' if noun.endswith('s') else 's') * (count != 1)
+    ending = 'es' if noun.endswith('s') else 's'
+    return f'{count} {noun}' if count == 1 else f'{count} {noun}{ending}'
 
 
 def say(line: str):
