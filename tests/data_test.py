@@ -195,7 +195,7 @@ class DigitsTest(parameterized.TestCase):
         ({'resplit_per_class': None}, 'data.resplit_per_class'),
         ({'resplit_per_class': 0}, 'data.resplit_per_class >= 1, got 0'),
         ({'resplit_per_class': 174}, 'no training image of Eight, which has 174'),
-        ({'train_images': 1598}, 'data.train_images=1598, but there are 1597'),
+        ({'train_images': 1598}, 'data.train_images=1598, but it chooses from 1597 images'),
         ({'test_images': 0}, 'data.test_images=0'),
         ({'data_dir': os.curdir}, 'data.name=folder'),
         ({'data_dir': '/nowhere'}, 'data.name=folder'),

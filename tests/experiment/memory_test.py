@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from occjax import engine, incremental, vgg
@@ -142,7 +143,7 @@ def test_a_window_more_takes_no_more_than_is_said(name, plan, side, size):
 def test_a_smaller_limit_never_takes_more(name):
     needs = needs_of(name, *network(WIDE, 40), 40, size=10, stride=6)
     least, fitted = needs.total(1, 1), []
-    for limit in range(least, needs.total(12, 60), least // 20):
+    for limit in np.linspace(least, needs.total(12, 60), 40).astype(int).tolist():
         images, windows = needs.fit(limit, images=10, windows=50)
         assert needs.total(images, windows) <= limit
         more = needs.total(images + 1, min(50, (images + 1) * needs.grid))

@@ -324,7 +324,7 @@ def test_more_images_are_mapped_later(finished, tmp_path, monkeypatch):
     def run_of(train, test):
         config = small_run.get_config()
         config.occlusion.train_images, config.occlusion.test_images = train, test
-        config.detector.methods, config.detector.steps = ('linear_probe',), 1
+        config.detector.methods, config.detector.steps = ('detector', 'linear_probe'), 1
         workdir = storage.open_workdir(tmp_path, config)
         return run_lib.Run(config=config, workdir=workdir)
 

@@ -312,7 +312,7 @@ def test_a_table_holds_no_formula():
     assert row == ["'=1+1.png", "'+a", "'-a", "'@a", "'\\ta", "'\\ra", 'a=1', '-0.5', '']
 
 
-def test_few_images_are_mapped_in_small_batches(judged, detect, monkeypatch):
+def test_few_images_are_mapped_in_small_batches(judged, detect, monkeypatch, four_devices):
     """One image on four devices is a batch of four, and says what it says among others."""
     run, folder = judged
     expected, sizes = detect(run, folder), []
