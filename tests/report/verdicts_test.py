@@ -75,8 +75,8 @@ def test_it_sorts_and_filters_without_a_message_or_a_request(tmp_path, width):
         set('low', ''); set('high', ''); set('search', '31 Ü'); look();
         set('search', 'some where'); seen.push(files().length);
         set('search', ''); press('ArrowRight'); look();
-        set('detector', 'other'); set('verdict', 'not read'); look();
-        set('detector', 'other'); set('verdict', ''); sort('Score'); look();
+        set('detector', 'Other'); set('verdict', 'not read'); look();
+        set('detector', 'Other'); set('verdict', ''); sort('Score'); look();
         seen.push(at('counts').textContent, at('previous').disabled, at('next').disabled);
         set('low', '30'); seen.push(at('previous').disabled, at('next').disabled);
         sort('Score minus threshold'); set('low', '');
