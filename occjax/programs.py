@@ -72,7 +72,7 @@ def run(
         return fn(logits_fn, *operands, **settings)
     logits_fn = tracing.plain(logits_fn)
     try:
-        closed = _trace(logits_fn, jax.ShapeDtypeStruct(images.shape, images.dtype))
+        closed, _ = tracing.jaxpr_of(logits_fn, jax.ShapeDtypeStruct(images.shape, images.dtype))
     except Exception:  # It may take batches of another size; if not, `fn` raises it again.
         return fn(logits_fn, *operands, **settings)
     weights = tuple(_constants(closed.jaxpr, closed.consts))
@@ -100,15 +100,10 @@ def _call(fn, logits_fn, settings, weights, operands):
     """Returns what `fn` does of a network whose weights are given."""
 
     def network(images):
-        closed = _trace(logits_fn, images)
+        closed, _ = tracing.jaxpr_of(logits_fn, images)
         return _evaluate(closed.jaxpr, closed.consts, [images], iter(weights))[0]
 
     return fn(network, *operands, **settings)
-
-
-def _trace(fn, *arguments):
-    """Returns a function's jaxpr, traced anew: what it closes over may have changed."""
-    return jax.make_jaxpr(lambda *arguments: fn(*arguments))(*arguments)
 
 
 def _are_known(tree):

@@ -328,8 +328,12 @@ def test_few_images_are_mapped_in_small_batches(judged, detect, monkeypatch, fou
     monkeypatch.setattr(shard, 'map_batch', recorded(map_batch))
     monkeypatch.setattr(conditions, 'logits_batch', recorded(logits))
     (alone,) = detect(run, folder / '4.png')
-    assert alone['class'] == expected[4]['class']
+    assert [alone[name] for name in ('file', 'class')] == [
+        expected[4][n] for n in ('file', 'class')
+    ]
+    assert alone['detectors'].keys() == expected[4]['detectors'].keys()
     for name, told in expected[4]['detectors'].items():
+        assert alone['detectors'][name]['verdict'] == told['verdict']
         assert alone['detectors'][name]['score'] == pytest.approx(told['score'], abs=1e-4)
     assert sizes == [jax.device_count()] * 2
 
